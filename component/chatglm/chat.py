@@ -1,0 +1,207 @@
+"""The official `chat`, `stream_chat` and `process_response`, on today's `generate`.
+
+Tool calls that the model writes are parsed as literals and never evaluated, so hostile output runs nothing.
+"""
+
+import ast
+from collections.abc import Iterator
+from queue import Queue
+from threading import Event, Thread
+
+import torch
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+
+def parse_tool_call(code: str) -> dict | None:
+    """Keyword arguments of a call such as `tool_call(city='北京', days=2)`, or None where it is anything else.
+
+    Values must be Python literals. Nothing is executed.
+    """
+    try:
+        call = ast.parse(code.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            return None
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def parse_reply(output: str, history: list[dict]) -> tuple[str | dict, list[dict]]:
+    """ChatGLM3's generated text to what its `chat` returns.
+
+    Args:
+        output: one or more messages, `metadata` up to the first newline and content after it, with `<|assistant|>`
+            between messages.
+        history: the messages that were answered.
+
+    Returns:
+        The last message, and the history with all of them. A message without metadata is its text. One with metadata
+        is `{"name", "parameters"}` where the system message offers `tools`, and `{"name", "content"}` for other
+        code, and for a call that is no plain `tool_call(name=literal, …)`.
+    """
+    history = list(history)
+    offers_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
+    content: str | dict = ""
+    for message in output.split("<|assistant|>"):
+        metadata, newline, text = message.partition("\n")
+        if not newline:
+            metadata, text = "", message
+        if not metadata.strip():
+            text = text.strip()
+            history.append({"role": "assistant", "metadata": metadata, "content": text})
+            content = text.replace("[[训练时间]]", "2023年")
+            continue
+        history.append({"role": "assistant", "metadata": metadata, "content": text})
+        code = "\n".join(text.split("\n")[1:-1])  # without the ```python fence
+        parameters = parse_tool_call(code) if offers_tools else None
+        content = {"name": metadata.strip()}
+        content |= {"content": text} if parameters is None else {"parameters": parameters}
+    return content, history
+
+
+class TokenQueue(BaseStreamer):
+    """Hands the tokens of a `generate` in another thread over, and its end or its exception."""
+
+    def __init__(self):
+        self.queue = Queue()
+        self.closed = Event()
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor):
+        if self.prompt_seen:
+            self.queue.put(value.reshape(-1).tolist())
+        self.prompt_seen = True  # generate sends the prompt first
+
+    def end(self):
+        pass  # run() reports the end, also where generate fails
+
+    def run(self, generate, **kwargs):
+        try:
+            generate(streamer=self, stopping_criteria=[self.is_closed], **kwargs)
+            self.queue.put(None)
+        except BaseException as error:
+            self.queue.put(error)
+
+    def is_closed(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.closed.is_set(), device=input_ids.device)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while (item := self.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+class ChatMixin:
+    """`chat` and `stream_chat` of ChatGLM3, whose history is a list of messages, and of ChatGLM2, a list of pairs."""
+
+    def process_response(self, output: str, history: list[dict] | None = None):
+        """ChatGLM3: (content, new history), see `parse_reply`. ChatGLM2, without a history: the text."""
+        if history is None:
+            return output.strip().replace("[[训练时间]]", "2023年")
+        return parse_reply(output, history)
+
+    def chat(self, tokenizer, query: str, history: list | None = None, role: str = "user", **settings):
+        """Answer one message.
+
+        Args:
+            history: messages `{"role", "content", …}` (ChatGLM3) or pairs `(question, answer)` (ChatGLM2); not edited.
+            role: `user`, or `observation` for the result of a function.
+            settings: of `generate`; the official defaults are max_length 8192, sampling, top_p 0.8, temperature 0.8.
+
+        Returns:
+            (answer, new history). A ChatGLM3 answer is text, or a dict for a function call.
+        """
+        turn = Turn(self, tokenizer, query, history, role)
+        output = self.generate(**turn.inputs, **generation_settings(turn.stop_ids, **settings))
+        return turn.close(output[0, turn.inputs["input_ids"].shape[1] :].tolist())
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list | None = None,
+        role: str = "user",
+        past_key_values: DynamicCache | None = None,
+        return_past_key_values: bool = False,
+        **settings,
+    ) -> Iterator[tuple]:
+        """`chat`, yielding (answer so far, history) after each token.
+
+        With `return_past_key_values` the cache comes third; handed to the next call, earlier turns are not read again.
+        """
+        turn = Turn(self, tokenizer, query, history, role, past_key_values)
+        cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
+        tokens = TokenQueue()
+        arguments = turn.inputs | generation_settings(turn.stop_ids, **settings) | {"past_key_values": cache}
+        worker = Thread(target=tokens.run, args=(self.generate,), kwargs=arguments, daemon=True)
+        worker.start()
+        ids: list[int] = []
+        try:
+            for new_ids in tokens:
+                ids += new_ids
+                if not tokenizer.decode(ids[:-1]).endswith("\N{REPLACEMENT CHARACTER}"):  # half a character
+                    yield turn.close(ids) + ((cache,) if return_past_key_values else ())
+        finally:
+            tokens.closed.set()
+            worker.join()
+
+
+class Turn:
+    """One question on its way through the model: the prompt and the tokens that end the answer."""
+
+    def __init__(self, model: ChatMixin, tokenizer, query: str, history: list | None, role: str, cache=None):
+        self.model, self.tokenizer, self.query, self.role = model, tokenizer, query, role
+        self.history = list(history or [])
+        speaks_pairs = not isinstance(self.history[0], dict) if self.history else model.config.chatglm_version == 2
+        self.close = self._close_pairs if speaks_pairs else self._close_messages
+        roles = () if speaks_pairs else ("<|user|>", "<|observation|>")
+        self.stop_ids = [tokenizer.eos_token_id, *map(tokenizer.get_command, roles)]
+        if cache is not None:
+            self.inputs = self._continue(cache.get_seq_length(), speaks_pairs)
+        elif speaks_pairs:
+            self.inputs = tokenizer([tokenizer.build_prompt(query, history=self.history)], return_tensors="pt")
+        else:
+            self.inputs = tokenizer.build_chat_input(query, history=self.history, role=role)
+        self.inputs = self.inputs.to(model.device)
+
+    def _continue(self, seen: int, speaks_pairs: bool):
+        """Inputs for the new message alone; padding ids stand where the `seen` cached tokens are."""
+        if speaks_pairs:
+            prompt = f"\n\n[Round {len(self.history) + 1}]\n\n问：{self.query}\n\n答："
+            ids = self.tokenizer.encode(prompt, add_special_tokens=False)[1:]  # without the dummy space
+        else:
+            ids = self.tokenizer.build_single_message(self.role, "", self.query)
+            ids.append(self.tokenizer.get_command("<|assistant|>"))
+        return self.tokenizer.prepare_for_model(
+            [self.tokenizer.pad_token_id] * seen + ids,
+            add_special_tokens=False,
+            return_tensors="pt",
+            prepend_batch_axis=True,
+        )
+
+    def _close_messages(self, ids: list[int]) -> tuple[str | dict, list[dict]]:
+        asked = [*self.history, {"role": self.role, "content": self.query}]
+        return self.model.process_response(self.tokenizer.decode(ids[:-1]), asked)  # the last token ends the answer
+
+    def _close_pairs(self, ids: list[int]) -> tuple[str, list[tuple[str, str]]]:
+        answer = self.model.process_response(self.tokenizer.decode(ids[:-1]))
+        return answer, [*self.history, (self.query, answer)]
+
+
+def generation_settings(
+    stop_ids: list[int],
+    max_length: int = 8192,
+    do_sample: bool = True,
+    top_p: float = 0.8,
+    temperature: float = 0.8,
+    **rest,
+) -> dict:
+    """Arguments of `generate` with the official defaults; sampling values only where there is sampling."""
+    settings = {"do_sample": do_sample, "eos_token_id": stop_ids, **rest}
+    if do_sample:
+        settings |= {"top_p": top_p, "temperature": temperature}
+    if "max_new_tokens" not in rest:
+        settings["max_length"] = max_length
+    return settings

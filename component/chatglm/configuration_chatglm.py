@@ -1,0 +1,81 @@
+"""Configuration of ChatGLM2 and ChatGLM3 under the official names (`config.json` of THUDM/chatglm2-6b, chatglm3-6b)."""
+
+from transformers import PreTrainedConfig
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """Shape of a ChatGLM2/3 decoder, with ChatGLM3-6B's values as defaults.
+
+    Every key of the official `config.json` is accepted; those without effect on the arithmetic
+    (`apply_query_key_layer_scaling`, `attention_softmax_in_fp32`, `bias_dropout_fusion`) are kept and ignored.
+
+    Args beyond the official ones:
+        chatglm_version: 2 or 3, which conversation `model.chat` speaks. Absent, it follows the checkpoint's name.
+
+    Raises:
+        ValueError: for `pre_seq_len`, `quantization_bit` and `fp32_residual_connection`, which this port refuses.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "vocab_size": "padded_vocab_size",
+        "intermediate_size": "ffn_hidden_size",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "kv_channels",
+        "max_position_embeddings": "seq_length",
+        "rms_norm_eps": "layernorm_epsilon",
+    }
+
+    padded_vocab_size: int = 65024
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    multi_query_attention: bool = True
+    multi_query_group_num: int = 2
+    kv_channels: int = 128
+    seq_length: int = 8192
+    rope_ratio: float = 1.0
+    rmsnorm: bool = True
+    layernorm_epsilon: float = 1e-5
+    post_layer_norm: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 0
+    pre_seq_len: int | None = None
+    quantization_bit: int | None = 0
+    fp32_residual_connection: bool = False
+    tokenizer_class: str | None = "ChatGLMTokenizer"
+    chatglm_version: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.pre_seq_len:
+            raise ValueError(
+                f"pre_seq_len={self.pre_seq_len}: P-Tuning prefixes are not supported. Remove the key from config.json "
+                "and tune with LoRA instead."
+            )
+        if self.quantization_bit:
+            raise ValueError(
+                f"quantization_bit={self.quantization_bit}: the official int4/int8 checkpoints cannot be loaded. Use "
+                "the full checkpoint (THUDM/chatglm3-6b); it is quantised to 4 bits while it loads."
+            )
+        if self.fp32_residual_connection:
+            raise ValueError("fp32_residual_connection=true is not supported; no published checkpoint uses it.")
+        if self.chatglm_version is None:
+            names = (str(kwargs.get(key, "")).lower() for key in ("name_or_path", "_name_or_path"))
+            versions = [version for name in names for version in (2, 3) if f"chatglm{version}" in name]
+            self.chatglm_version = versions[0] if versions else 3
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key/value heads: `multi_query_group_num` with multi-query attention, else one for each query head."""
+        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
