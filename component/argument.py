@@ -1,0 +1,330 @@
+"""One JSON file, and key=value overrides, to checked arguments. transformers is imported only when they are loaded."""
+
+import difflib
+import enum
+import json
+import os
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+
+class ArgumentError(ValueError):
+    """A fault in the user's settings. Its text names the file, the key, the value and the remedy."""
+
+
+def setting(default: Any, help: str, check: Callable[[Any], bool] | None = None, expected: str = "") -> Any:
+    return field(default=default, metadata={"help": help, "check": check, "expected": expected})
+
+
+def is_positive(value: float) -> bool:
+    return value > 0
+
+
+@dataclass
+class QLoRAArguments:
+    """Settings of our own, beside those of Hugging Face TrainingArguments, in the same JSON file."""
+
+    model_name_or_path: str = setting("", "Folder or hub name of the model. Required.", bool, "given")
+    train_file: str = setting("", "JSONL file to train on. Required.", bool, "given")
+    eval_file: str | None = setting(None, "JSONL file to evaluate on during training, after each epoch by default.")
+    data_format: str | None = setting(
+        None,
+        "Conversation format: chatglm2, chatglm3 or firefly. Default: read off model_name_or_path.",
+        lambda value: value in (None, "chatglm2", "chatglm3", "firefly"),
+        "one of chatglm2, chatglm3, firefly",
+    )
+    max_seq_length: int = setting(
+        1024, "Longest sample, in tokens; longer ones are cut.", lambda value: value > 1, "an integer above 1"
+    )
+    lora_rank: int = setting(64, "Rank of the low-rank update.", is_positive, "a positive integer")
+    lora_alpha: float = setting(
+        16, "Scale of the update, which is multiplied by lora_alpha / lora_rank.", is_positive, "a positive number"
+    )
+    lora_dropout: float = setting(
+        0.05, "Dropout on the input of the update.", lambda value: 0 <= value < 1, "at least 0 and below 1"
+    )
+    target_modules: list[str] | None = setting(
+        None,
+        "Names of the linear layers to adapt. Default: every linear layer but the output head.",
+        lambda value: value is None or value,
+        "a list of names, or null for every linear layer",
+    )
+    compute_dtype: str = setting(
+        "auto",
+        "Type of the 4-bit layers' arithmetic: auto, bfloat16, float16 or float32. auto: bfloat16 where the card has "
+        "it, else float16; float32 without CUDA.",
+        lambda value: value in ("auto", "bfloat16", "float16", "float32"),
+        "one of auto, bfloat16, float16, float32",
+    )
+    overwrite_output_dir: bool = setting(
+        False, "Start anew in an output_dir that holds a run; what is there is moved aside, not deleted."
+    )
+
+    def __post_init__(self):
+        for item in fields(self):
+            check, value = item.metadata["check"], getattr(self, item.name)
+            if check and not check(value):
+                raise ValueError(f"{item.name} must be {item.metadata['expected']}, got {show(value)}")
+
+
+# Keys of older transformers: to their new name, or to None where nothing depends on them any more.
+RENAMED_KEYS = {
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu",
+    "warmup_ratio": "warmup_steps",  # a fraction of all steps where it is below 1
+    "save_safetensors": None,  # always
+    "fp16_backend": None,
+    "fp16_opt_level": None,
+    "half_precision_backend": None,
+    "logging_dir": "TENSORBOARD_LOGGING_DIR",
+    "ray_scope": None,
+    "tpu_num_cores": None,
+    "tpu_metrics_debug": None,
+    "use_legacy_prediction_loop": None,
+    "use_mps_device": None,
+    "use_ipex": None,
+    "jit_mode_eval": None,
+    "past_index": None,
+    "mp_parameters": None,
+    "sharded_ddp": None,
+    "dispatch_batches": None,
+    "split_batches": None,
+    "include_inputs_for_metrics": None,
+    "include_tokens_per_second": None,  # always reported
+    "deepspeed": None,  # a 4-bit base with LoRA needs no sharding
+}
+RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch"}
+
+# What the dataset, the loss and the trainer rely on.
+FIXED = {"remove_unused_columns": False, "label_names": ["target_mask"], "label_smoothing_factor": 0.0}
+
+
+def load_arguments(train_args_file: str | Path, overrides: typing.Sequence[str] = ()) -> tuple[QLoRAArguments, Any]:
+    """Read, translate, check and adapt the settings of a run.
+
+    Args:
+        train_args_file: a JSON object of TrainingArguments and QLoRAArguments.
+        overrides: `key=value` each, the value JSON or else plain text; they win over the file.
+
+    Returns:
+        (QLoRAArguments, transformers.TrainingArguments). What was translated or adapted to this machine is logged.
+
+    Raises:
+        ArgumentError: for the first fault, naming file and key.
+    """
+    from transformers import TrainingArguments
+
+    source = str(train_args_file)
+    known = typing.get_type_hints(QLoRAArguments) | typing.get_type_hints(TrainingArguments)
+    known = {key: hint for key, hint in known.items() if key in QLoRAArguments.__dataclass_fields__} | {
+        item.name: known[item.name] for item in fields(TrainingArguments) if item.init
+    }
+    known["resume_from_checkpoint"] = str | bool | None
+
+    values = translate(read_json_object(source), known, source) | translate(
+        parse_overrides(overrides), known, "override"
+    )
+    for key, value in values.items():
+        if key not in known:
+            raise ArgumentError(f"{source}: unknown key {key!r}{suggest(key, known)}")
+        if not is_a(value, known[key]):
+            raise ArgumentError(f"{source}: {key} must be {name_type(known[key])}, got {show(value)}")
+
+    own = {key: values.pop(key) for key in list(values) if key in QLoRAArguments.__dataclass_fields__}
+    try:
+        args = QLoRAArguments(**own)
+        check_paths(args, values)
+        values = adapt_to_machine(args, values)
+        training_args = TrainingArguments(**values)
+    except (ValueError, ImportError) as error:
+        raise ArgumentError(f"{source}: {error}") from error
+    training_args._n_gpu = min(training_args.n_gpu, 1)  # one process, one GPU; more of them through torchrun
+    return args, training_args
+
+
+def read_json_object(source: str) -> dict:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+        keys = [key for key, _ in pairs]
+        if duplicates := {key for key in keys if keys.count(key) > 1}:
+            raise ArgumentError(f"{source}: {', '.join(map(repr, duplicates))} stands there twice; keep one")
+        return dict(pairs)
+
+    try:
+        values = json.loads(Path(source).read_text(encoding="utf-8-sig"), object_pairs_hook=without_duplicates)
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"{source}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{source}: cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise ArgumentError(f"{source}: must hold one JSON object, got {show(values)}")
+    return values
+
+
+def parse_overrides(overrides: typing.Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ArgumentError(f"{override!r}: an override is key=value")
+        try:
+            values[key.lstrip("-")] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key.lstrip("-")] = text
+    return values
+
+
+def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> dict[str, Any]:
+    """Old keys to their replacements, each logged. A key that says two things is an error."""
+    # One setting, called activation_checkpointing from transformers 5.2x on and gradient_checkpointing before.
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    aliases = {old: new, f"{old}_kwargs": f"{new}_kwargs"}
+    aliases = aliases if new in known else {new: old for old, new in aliases.items()}
+    translated = {}
+    for key, value in values.items():
+        if key == "group_by_length" and isinstance(value, bool):
+            target, value = "train_sampling_strategy", "group_by_length" if value else "random"
+        elif key in RENAMED_KEYS and (key not in known or RENAMED_KEYS[key] is None):
+            target = RENAMED_KEYS[key]
+        else:
+            target = aliases.get(key, key)
+        if key == "optim" and isinstance(value, str):
+            value = RENAMED_OPTIMIZERS.get(value, value)
+        if target is None:
+            logger.info(f"{source}: {key} has no effect here and is ignored")
+        elif target.isupper():
+            logger.info(f"{source}: {key} is now the environment variable {target}, which is set")
+            os.environ[target] = str(value)
+        elif target in translated:
+            raise ArgumentError(f"{source}: {key} and {target} are one setting; keep {target}")
+        else:
+            if target != key and key not in aliases:
+                logger.info(f"{source}: {key} is now called {target}")
+            translated[target] = value
+    return translated
+
+
+def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
+    if not values.get("output_dir"):
+        raise ValueError("output_dir must be given: the folder for checkpoints and the final adapter")
+    for key in ("train_file", "eval_file"):
+        path = getattr(args, key)
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{key}: no file {path!r} in {Path.cwd()}")
+    model = args.model_name_or_path
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
+        raise ValueError(f"model_name_or_path: no folder {model!r}")
+    evaluates = values.get("eval_strategy", "no") != "no" or values.get("do_eval")
+    if evaluates and args.eval_file is None:
+        raise ValueError("eval_strategy asks for evaluation; give eval_file, or set eval_strategy to 'no'")
+
+
+def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, Any]:
+    """Settings that follow from the hardware and from our own parts; whatever overrules the file is logged."""
+    import torch
+
+    has_cuda = torch.cuda.is_available() and not values.get("use_cpu", False)
+    args.compute_dtype = choose_compute_dtype(args.compute_dtype, values, has_cuda)
+    adapted = (
+        values
+        | FIXED
+        | {
+            "use_cpu": not has_cuda,
+            "fp16": args.compute_dtype == "float16",
+            "bf16": args.compute_dtype == "bfloat16",
+        }
+    )
+    for key, value in FIXED.items():
+        if values.get(key, value) != value:
+            logger.warning(f"{key}={values[key]} is not possible here; it is {value}")
+    adapted.setdefault("optim", "paged_adamw_32bit")
+    if not has_cuda and any(part in adapted["optim"] for part in ("paged", "bnb", "8bit")):
+        if "optim" in values:
+            logger.warning(f"optim={values['optim']} needs CUDA; using adamw_torch")
+        adapted["optim"] = "adamw_torch"
+    if args.eval_file is not None:
+        adapted.setdefault("eval_strategy", "steps" if "eval_steps" in values else "epoch")
+    adapted.setdefault("report_to", "none")
+    adapted.setdefault("ddp_find_unused_parameters", False)
+    kwargs = next(key for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if is_field(key))
+    adapted.setdefault(kwargs, {"use_reentrant": False})
+    return adapted
+
+
+def choose_compute_dtype(requested: str, values: dict[str, Any], has_cuda: bool) -> str:
+    import torch
+
+    has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if values.get("bf16") and values.get("fp16"):
+        raise ValueError("bf16 and fp16 are both true; keep one")
+    asked = requested if requested != "auto" else "bfloat16" if values.get("bf16") else "auto"
+    if not has_cuda:
+        if asked == "bfloat16" and requested == asked:
+            return asked
+        if values.get("fp16") or asked not in ("auto", "float32"):
+            logger.warning("half precision needs CUDA; computing in float32")
+        return "float32"
+    if asked == "bfloat16" and not has_bf16:
+        raise ValueError(f"{torch.cuda.get_device_name()} has no bfloat16; set compute_dtype to float16")
+    if asked != "auto":
+        return asked
+    if has_bf16 and values.get("fp16"):
+        logger.info("fp16 is true, but this card has bfloat16: using that (compute_dtype=float16 forces fp16)")
+    return "bfloat16" if has_bf16 else "float16"
+
+
+def is_field(key: str) -> bool:
+    from transformers import TrainingArguments
+
+    return key in TrainingArguments.__dataclass_fields__
+
+
+def is_a(value: Any, hint: Any) -> bool:
+    """Whether a JSON value fits a type hint. An int fits float; true is no number; enums take their text."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        parts = typing.get_args(hint)
+        enums = [part for part in parts if is_enum(part)]  # `SchedulerType | str` means the text of a SchedulerType
+        return any(is_a(value, part) for part in (enums if enums and isinstance(value, str) else parts))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if is_enum(hint):
+        return value in [member.value for member in hint]
+    if origin is list:
+        return isinstance(value, list) and all(is_a(item, typing.get_args(hint)[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint if hint in (str, bool, list, dict, type(None)) else (str, dict))
+
+
+def name_type(hint: Any) -> str:
+    names = {str: "text", float: "a number", int: "an integer", bool: "true or false", type(None): "null"}
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    names |= {list: "a list", dict: "an object"}
+    if enums := [part for part in parts if is_enum(part)]:
+        return "one of " + ", ".join(member.value for member in enums[0])
+    return " or ".join(dict.fromkeys(names.get(typing.get_origin(part) or part, "text") for part in parts))
+
+
+def is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+
+
+def suggest(key: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; see docs/configuration.md for the keys"
+
+
+def show(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"

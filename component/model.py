@@ -1,0 +1,92 @@
+"""The tokenizer, the 4-bit base model and its LoRA adapter."""
+
+import torch
+from loguru import logger
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from . import chatglm  # noqa: F401  registers ChatGLM2/3 with the Auto classes
+from .argument import ArgumentError, QLoRAArguments
+
+
+def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer; where it names no padding token, EOS pads (padding is never learned or attended).
+
+    Raises:
+        ArgumentError: no such model, or one that needs Python of its own.
+    """
+    tokenizer = from_pretrained(AutoTokenizer, args)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTrainedModel:
+    """The base model, quantised while it loads: NF4 with double quantisation, on this process's device.
+
+    Embeddings, norms and the output head stay in `compute_dtype`.
+    """
+    compute_dtype = getattr(torch, args.compute_dtype)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    model = from_pretrained(
+        AutoModelForCausalLM,
+        args,
+        quantization_config=quantization,
+        dtype=compute_dtype,
+        device_map={"": training_args.device},
+    )
+    model.config.use_cache = False  # of generation; training has no use for it
+    return model
+
+
+def from_pretrained(auto_class: type, args: QLoRAArguments, **kwargs):
+    try:
+        return auto_class.from_pretrained(args.model_name_or_path, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise ArgumentError(
+            f"model_name_or_path={args.model_name_or_path!r}: {error}\nGive a folder with the model's files, or "
+            "the hub name of a model that transformers knows; a model's own Python is never run"
+        ) from error
+
+
+def find_linear_names(model: PreTrainedModel) -> list[str]:
+    """Last names of every linear layer of the body, such as `query_key_value`. The output head is left out."""
+    head = model.get_output_embeddings()
+    linear = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head)
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def attach_lora(model: PreTrainedModel, args: QLoRAArguments) -> PeftModel:
+    """Freeze the base and add the adapter. Its weights are float32, whatever the base computes in.
+
+    Raises:
+        ArgumentError: `target_modules` names a layer that the model does not have.
+    """
+    available = find_linear_names(model)
+    targets = args.target_modules or available
+    if unknown := [name for name in targets if name not in available]:
+        raise ArgumentError(
+            f"target_modules: no linear layer is called {unknown[0]!r}; there are {', '.join(available)}"
+        )
+    logger.info(f"LoRA of rank {args.lora_rank} on {', '.join(targets)}")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,94 @@
+"""What a person looks at: log lines, tables, a rendered sample, the picture of the loss."""
+
+import logging
+import math
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from loguru import logger
+from torch import nn
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+LEARNED, PLAIN = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+
+
+def configure_logging(rank: int) -> None:
+    """One readable line an event, on rank 0 alone, above the progress bar. Libraries speak up from warnings on."""
+    logger.remove()
+    if rank == 0:
+        logger.add(
+            lambda line: tqdm.write(line, file=sys.stderr, end=""), format="{time:HH:mm:ss} {level: <7} {message}"
+        )
+    transformers_logging.set_verbosity(logging.WARNING if rank == 0 else logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    # Not for the user: a hint at a package of kernels from a hub, and how peft reads a renamed property.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+
+def parameter_table(model: nn.Module) -> str:
+    """Parameters by dtype and trainability, 4-bit ones counted as weights, not as the bytes that they are packed in."""
+    counts: dict[tuple[str, bool], int] = defaultdict(int)
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        dtype = str(parameter.dtype).removeprefix("torch.") if state is None else f"4-bit {state.quant_type}"
+        counts[dtype, parameter.requires_grad] += math.prod(parameter.shape if state is None else state.shape)
+    total = sum(counts.values())
+    lines = [f"{'dtype':<12}{'trainable':<12}{'parameters':>16}{'share':>9}"]
+    for (dtype, trainable), count in sorted(counts.items(), key=lambda item: -item[1]):
+        lines.append(f"{dtype:<12}{'yes' if trainable else 'no':<12}{count:>16,}{count / total:>9.2%}")
+    return "\n".join([*lines, f"{'total':<24}{total:>16,}"])
+
+
+def token_statistics(samples: Iterable[dict[str, list[int]]]) -> str:
+    """Rows, tokens, the share that is learned, and the lengths' mean and maximum."""
+    lengths, learned = zip(*((len(row["input_ids"]), sum(row["target_mask"])) for row in samples), strict=True)
+    return (
+        f"{len(lengths):,} rows, {sum(lengths):,} tokens, {sum(learned) / sum(lengths):.0%} learned; "
+        f"mean length {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}"
+    )
+
+
+def render_sample(sample: dict[str, list[int]], tokenizer) -> str:
+    """A sample as text, its learned stretches in green on a terminal and between ⟦ and ⟧ elsewhere."""
+    text, start = "", 0
+    ids, mask = sample["input_ids"], sample["target_mask"]
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or mask[end] != mask[start]:
+            part = "".join(decode_run(ids[start:end], tokenizer))
+            text += f"{LEARNED}{part}{PLAIN}" if mask[start] else part
+            start = end
+    return text
+
+
+def decode_run(ids: list[int], tokenizer) -> Iterable[str]:
+    """Text of consecutive tokens, with the end of sequence, which decoding drops, spelt out."""
+    start = 0
+    for i, token in enumerate([*ids, None]):
+        if token is None or token == tokenizer.eos_token_id:
+            yield tokenizer.decode(ids[start:i]) if start < i else ""
+            yield tokenizer.eos_token if token is not None else ""
+            start = i + 1
+
+
+def plot_loss(history: list[dict], path: str | Path) -> None:
+    """Training loss by step, and evaluation loss where there is any, from `trainer.state.log_history`, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, name in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else None, label=name)
+    axes.set(xlabel="step", ylabel="loss per learned token", title="Luciole")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

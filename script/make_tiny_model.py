@@ -1,0 +1,85 @@
+"""Make a ChatGLM3-shaped model of a few million random parameters, and its tokenizer, from the sample data.
+
+python script/make_tiny_model.py [--output models/chatglm3-tiny] [--data data/dummy_data_chatglm3.jsonl ...]
+
+It takes seconds, needs no download, and goes through every step of the real model: the demo and the tests train it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from component.conversation import parse_chatglm3, parse_firefly, read_rows
+from component.template import chatglm3_messages
+
+
+def texts_of(path: Path) -> list[str]:
+    """Every message of a data file, so that the vocabulary fits what will be trained."""
+    texts = []
+    for _, row in read_rows(path):
+        parse = parse_chatglm3 if "conversations" in row else parse_firefly
+        for message in chatglm3_messages(parse(row)):
+            texts += [message.metadata, message.content]
+    return [text for text in texts if text]
+
+
+def train_tokenizer(data: list[Path], output: Path, vocab_size: int) -> ChatGLMTokenizer:
+    """A SentencePiece model with ChatGLM's settings: bytes for rare characters, text kept as it is, `</s>` at 2."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text for path in data for text in texts_of(path)]),
+        model_prefix=str(output / "tokenizer"),
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        max_sentence_length=1_000_000,
+        minloglevel=2,
+    )
+    (output / "tokenizer.vocab").unlink()
+    return ChatGLMTokenizer(str(output / "tokenizer.model"))
+
+
+def make_model(vocab_size: int, seed: int) -> ChatGLMForConditionalGeneration:
+    torch.manual_seed(seed)
+    config = ChatGLMConfig(
+        padded_vocab_size=(vocab_size + 63) // 64 * 64,
+        hidden_size=256,
+        ffn_hidden_size=704,
+        num_layers=4,
+        num_attention_heads=8,
+        kv_channels=32,
+        multi_query_group_num=2,
+        seq_length=2048,
+        initializer_range=0.06,  # a frozen random base must mix its inputs; at 0.02 it passes them on
+    )
+    return ChatGLMForConditionalGeneration(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("models/chatglm3-tiny"))
+    parser.add_argument("--data", type=Path, nargs="+", default=sorted(Path("data").glob("dummy_data*.jsonl")))
+    parser.add_argument("--vocab_size", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    cli = parser.parse_args()
+
+    logging.disable_progress_bar()
+    cli.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(cli.data, cli.output, cli.vocab_size)
+    tokenizer.save_pretrained(cli.output)
+    model = make_model(tokenizer.vocab_size, cli.seed)
+    model.save_pretrained(cli.output)
+    print(f"{cli.output}: {model.num_parameters():,} parameters, {tokenizer.vocab_size:,} tokens")
+
+
+if __name__ == "__main__":
+    main()

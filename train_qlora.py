@@ -1,0 +1,150 @@
+"""Fine-tune a chat model with QLoRA from one JSON file.
+
+python train_qlora.py --train_args_file FILE [--dry_run] [key=value ...]
+torchrun --nproc_per_node=N train_qlora.py --train_args_file FILE
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+
+from component.argument import ArgumentError, QLoRAArguments, load_arguments
+
+
+def parse_command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=describe_settings(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train_args_file", required=True, metavar="FILE", help="JSON file with the settings")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="show settings, one sample and the steps; load no weights"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    return parser.parse_intermixed_args()
+
+
+def describe_settings() -> str:
+    lines = ["settings of our own, beside those of Hugging Face TrainingArguments (docs/configuration.md):"]
+    for setting in dataclasses.fields(QLoRAArguments):
+        default = "" if setting.default in ("", None) else f" [{setting.default}]"
+        lines.append(f"  {setting.name}{default}\n      {setting.metadata['help']}")
+    return "\n".join(lines)
+
+
+def train(cli: argparse.Namespace) -> None:
+    # torch and transformers take seconds to import, which --help need not wait for.
+    from loguru import logger
+    from transformers import set_seed
+
+    from component.checkpoint import FINAL, find_resume_point, prepare_output_dir
+    from component.collator import SFTDataCollator
+    from component.dataset import DATA_FORMATS, select_format
+    from component.distributed import on_rank_zero
+    from component.loss import TargetLMLoss
+    from component.model import attach_lora, load_model, load_tokenizer
+    from component.report import parameter_table, plot_loss, render_sample, token_statistics
+    from component.trainer import LoRATrainer
+
+    # 1. Settings
+    args, training_args = load_arguments(cli.train_args_file, cli.overrides)
+    data_format, reason = select_format(args.model_name_or_path, args.data_format)
+    logger.info(f"model {args.model_name_or_path}, data format {data_format}: {reason}")
+    resume_from = find_resume_point(training_args.output_dir, training_args.resume_from_checkpoint)
+
+    # 2. Data
+    tokenizer = load_tokenizer(args)
+    make_dataset = DATA_FORMATS[data_format]
+    train_dataset, eval_dataset = on_rank_zero(
+        lambda: [
+            make_dataset(file, tokenizer, args.max_seq_length) if file else None
+            for file in (args.train_file, args.eval_file)
+        ]
+    )
+    logger.info(f"{args.train_file}: {token_statistics(train_dataset)}")
+    if cli.dry_run:
+        show_settings(args, training_args)
+        print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(train_dataset[0], tokenizer)}\n")
+        print(f"{count_steps(len(train_dataset), training_args)} steps. No weights were loaded.")
+        return
+
+    # 3. Model
+    on_rank_zero(
+        lambda: prepare_output_dir(training_args.output_dir, resume_from is not None, args.overwrite_output_dir)
+    )
+    logger.info(
+        f"loading {args.model_name_or_path} in 4 bits on {training_args.device}, {args.compute_dtype} arithmetic"
+    )
+    set_seed(training_args.seed)
+    model = attach_lora(load_model(args, training_args), args)
+    logger.info(f"parameters\n{parameter_table(model)}")
+
+    # 4. Training
+    trainer = LoRATrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=SFTDataCollator(tokenizer, args.max_seq_length),
+        processing_class=tokenizer,
+        loss=TargetLMLoss(),
+    )
+    logger.info(f"resuming from {resume_from}" if resume_from else "training from the base model")
+    result = trainer.train(resume_from_checkpoint=resume_from)
+
+    # 5. Results
+    final = os.path.join(training_args.output_dir, FINAL)
+    trainer.save_model(final)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        picture = os.path.join(training_args.output_dir, "loss.png")
+        plot_loss(trainer.state.log_history, picture)
+        logger.info(f"done: {result.global_step} steps in {result.metrics['train_runtime']:.0f} s")
+        logger.info(f"adapter and tokenizer: {final}")
+        logger.info(
+            f"loss curve: {picture}; its figures: {os.path.join(training_args.output_dir, 'trainer_state.json')}"
+        )
+
+
+def show_settings(args, training_args) -> None:
+    defaults = type(training_args)(output_dir="", use_cpu=training_args.use_cpu).to_dict()
+    changed = {key: value for key, value in training_args.to_dict().items() if value != defaults.get(key)}
+    for key, value in sorted((dataclasses.asdict(args) | changed).items()):
+        print(f"{key:<32}{value}")
+
+
+def count_steps(rows: int, training_args) -> int:
+    """Updates of the whole run, as the Trainer counts them."""
+    batches = math.ceil(rows / (training_args.train_batch_size * training_args.world_size))
+    if training_args.dataloader_drop_last:
+        batches = rows // training_args.train_batch_size // training_args.world_size
+    updates = max(math.ceil(batches / training_args.gradient_accumulation_steps), 1)
+    return (
+        training_args.max_steps if training_args.max_steps > 0 else math.ceil(training_args.num_train_epochs * updates)
+    )
+
+
+def main() -> None:
+    cli = parse_command_line()
+    from loguru import logger
+
+    from component.checkpoint import CheckpointError
+    from component.conversation import DataError
+    from component.report import configure_logging
+
+    configure_logging(rank=int(os.environ.get("RANK", 0)))
+    try:
+        train(cli)
+    except (ArgumentError, CheckpointError, DataError) as error:
+        logger.error(error)
+        sys.exit(2)
+    finally:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
