@@ -54,7 +54,8 @@ def prepare_output_dir(output_dir: str | Path, resuming: bool, overwrite: bool) 
         if not overwrite:
             raise CheckpointError(
                 f"{output_dir} holds a run already ({', '.join(path.name for path in held)}): continue it "
-                "with resume_from_checkpoint=true, choose another output_dir, or move it aside with overwrite_output_dir=true"
+                "with resume_from_checkpoint=true, choose another output_dir, or set overwrite_output_dir=true, which "
+                "moves it aside"
             )
         aside = output_dir.with_name(f"{output_dir.name}.{datetime.now():%Y%m%d-%H%M%S}")
         output_dir.rename(aside)

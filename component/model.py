@@ -1,6 +1,7 @@
 """The tokenizer, the 4-bit base model and its LoRA adapter."""
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from loguru import logger
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -49,6 +50,11 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
         device_map={"": training_args.device},
     )
     model.config.use_cache = False  # of generation; training has no use for it
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            # In eval mode on some CPUs, bitsandbytes repacks a weight into a form that has no gradient (0.50.2), so
+            # that training after the first evaluation fails or, in layers without a bias, silently learns nothing.
+            layer.support_avx512bf16_for_cpu = False
     return model
 
 

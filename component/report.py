@@ -55,24 +55,18 @@ def token_statistics(samples: Iterable[dict[str, list[int]]]) -> str:
 
 def render_sample(sample: dict[str, list[int]], tokenizer) -> str:
     """A sample as text, its learned stretches in green on a terminal and between ⟦ and ⟧ elsewhere."""
-    text, start = "", 0
     ids, mask = sample["input_ids"], sample["target_mask"]
+    # ChatGLM's decoding drops the end of sequence, which the reader wants to see.
+    end_text = "" if tokenizer.decode([tokenizer.eos_token_id]) else tokenizer.eos_token
+    rendered = decoded = ""
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or mask[end] != mask[start]:
-            part = "".join(decode_run(ids[start:end], tokenizer))
-            text += f"{LEARNED}{part}{PLAIN}" if mask[start] else part
-            start = end
-    return text
-
-
-def decode_run(ids: list[int], tokenizer) -> Iterable[str]:
-    """Text of consecutive tokens, with the end of sequence, which decoding drops, spelt out."""
-    start = 0
-    for i, token in enumerate([*ids, None]):
-        if token is None or token == tokenizer.eos_token_id:
-            yield tokenizer.decode(ids[start:i]) if start < i else ""
-            yield tokenizer.eos_token if token is not None else ""
-            start = i + 1
+        ends_sequence = ids[end - 1] == tokenizer.eos_token_id
+        if end == len(ids) or mask[end] != mask[end - 1] or ends_sequence:
+            whole = tokenizer.decode(ids[:end])
+            part = whole[len(decoded) :] + end_text * ends_sequence
+            rendered += f"{LEARNED}{part}{PLAIN}" if mask[end - 1] else part
+            decoded = whole
+    return rendered
 
 
 def plot_loss(history: list[dict], path: str | Path) -> None:

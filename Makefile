@@ -1,0 +1,33 @@
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow test-gpu check clean-demo
+
+# The whole way on a CPU: environment, tiny model, training by the real command, chat with the result.
+demo: $(VENV)/ready clean-demo
+	$(RUN) script/make_tiny_model.py
+	$(RUN) train_qlora.py --train_args_file train_args/qlora/chatglm3-tiny-sft-qlora.json
+	$(RUN) script/chat_demo.py
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/ready
+	$(RUN) -m pytest -m slow
+
+test-gpu: $(VENV)/ready
+	$(RUN) -m pytest -m gpu
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pytest tests/test_layering.py
+
+clean-demo:
+	rm -rf models/chatglm3-tiny output/chatglm3-tiny
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@

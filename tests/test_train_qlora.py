@@ -1,0 +1,286 @@
+"""The whole job on a model of a few thousand parameters, through its own command."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_qlora
+from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from script.make_tiny_model import train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+ROWS = [
+    {"conversations": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": "word " * i}]}
+    for i in range(1, 13)
+]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A folder as a user has it: config, weights and tokenizer of a two-layer ChatGLM3."""
+    folder = tmp_path_factory.mktemp("models") / "chatglm3-nano"
+    folder.mkdir()
+    data = write_rows(folder.parent / "text.jsonl", ROWS)
+    tokenizer = train_tokenizer([data], folder, vocab_size=320)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = ChatGLMConfig(
+        padded_vocab_size=384,
+        hidden_size=64,
+        ffn_hidden_size=64,
+        num_layers=2,
+        num_attention_heads=4,
+        kv_channels=16,
+        initializer_range=0.1,
+    )
+    ChatGLMForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def job(checkpoint, tmp_path):
+    """Runs the command with small settings, in this process; returns the output folder."""
+
+    def run(name: str = "run", rows: list[dict] = ROWS, dry_run: bool = False, **overrides) -> Path:
+        settings = {
+            "output_dir": str(tmp_path / name),
+            "model_name_or_path": str(checkpoint),
+            "train_file": str(write_rows(tmp_path / "train.jsonl", rows)),
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "lora_rank": 4,
+            "lora_dropout": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        } | overrides
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train_qlora.py", "--train_args_file", str(file)] + ["--dry_run"] * dry_run)
+            train_qlora.main()
+        return tmp_path / name
+
+    return run
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    first, second = adapter(one / "final"), adapter(other / "final")
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def test_a_run_leaves_an_adapter_a_tokenizer_and_a_picture_and_no_pickle(job):
+    folder = job(max_steps=12, report_to="tensorboard")
+    assert losses(folder)[-1] < losses(folder)[0] / 2
+    final = {path.name for path in (folder / "final").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.model"} <= final
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "runs").rglob("events.out.tfevents*"))
+    assert all("lora_" in name for name in adapter(folder / "final"))
+    assert all(weight.dtype == torch.float32 for weight in adapter(folder / "final").values())
+
+
+def test_the_official_snippet_chats_with_the_adapter(job, checkpoint):
+    from peft import PeftModel
+
+    rows = [
+        {"conversations": [{"role": "user", "content": "Say 3"}, {"role": "assistant", "content": "word word"}]}
+    ] * 4
+    folder = job(rows=rows, max_steps=60, logging_steps=20)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    model = PeftModel.from_pretrained(model, folder / "final").eval()
+    response, history = model.chat(tokenizer, "Say 3", history=[], do_sample=False, max_new_tokens=20)
+    assert response == "word word"
+    assert history[-1] == {"role": "assistant", "metadata": "", "content": "word word"}
+
+
+def test_every_linear_layer_of_the_body_is_adapted_and_the_head_is_not(job):
+    names = {name.split(".lora_")[0].rpartition(".")[2] for name in adapter(job() / "final")}
+    assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+def test_four_accumulated_batches_of_one_equal_one_batch_of_four(job):
+    whole = job("whole", per_device_train_batch_size=4, optim="sgd")
+    parts = job("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, optim="sgd")
+    assert losses(whole) == pytest.approx(losses(parts), abs=1e-6)
+    assert largest_difference(whole, parts) <= 1e-6
+    assert max(weight.abs().max() for name, weight in adapter(whole / "final").items() if "lora_B" in name) > 1e-4
+
+
+def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
+    whole = job("whole", per_device_train_batch_size=4, optim="sgd")
+    settings = json.loads((tmp_path / "whole.json").read_text())
+    settings |= {
+        "output_dir": str(tmp_path / "ranks"),
+        "per_device_train_batch_size": 2,
+        "eval_file": settings["train_file"],
+    }
+    (tmp_path / "ranks.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_qlora.py"]
+    done = subprocess.run(
+        [*command, "--train_args_file", str(tmp_path / "ranks.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(whole) == pytest.approx(losses(tmp_path / "ranks"), abs=1e-5)
+    assert largest_difference(whole, tmp_path / "ranks") <= 1e-5
+    assert done.stderr.count("training from the base model") == 1  # rank 0 alone speaks
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(job):
+    settings = {"max_steps": 6, "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 3}
+    whole = job("whole", **settings)
+    resumed = job("resumed", **settings)
+    (resumed / "checkpoint-6").rename(resumed / "lost")
+    (resumed / "final").rename(resumed / "old_final")
+    job("resumed", **settings, resume_from_checkpoint=True)
+    assert largest_difference(whole, resumed) == 0
+    job("resumed", **settings, resume_from_checkpoint=str(resumed / "checkpoint-3"))
+    assert largest_difference(whole, resumed) == 0
+
+
+def test_evaluation_weighs_every_learned_token_alike(job, tmp_path, checkpoint):
+    from component.dataset import ChatGLM3SFTDataset
+
+    file = write_rows(tmp_path / "eval.jsonl", ROWS[:7])
+    folder = job(
+        eval_file=str(file), eval_strategy="steps", eval_steps=4, learning_rate=0.0, per_device_eval_batch_size=2
+    )
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    reported = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=four_bit()).eval()
+    total = count = 0
+    for sample in ChatGLM3SFTDataset(file, AutoTokenizer.from_pretrained(checkpoint), 1024):
+        logits = model(torch.tensor([sample["input_ids"]])).logits[0].log_softmax(-1)
+        learned = [i for i, target in enumerate(sample["target_mask"]) if target]
+        total -= sum(logits[i - 1, sample["input_ids"][i]].item() for i in learned)
+        count += len(learned)
+    assert reported == pytest.approx(total / count, abs=1e-4)
+
+
+def test_evaluation_in_the_middle_of_a_run_changes_nothing(job, tmp_path):
+    whole = job("whole")
+    evaluated = job("evaluated", eval_file=str(tmp_path / "train.jsonl"), eval_strategy="steps", eval_steps=1)
+    assert losses(evaluated) == losses(whole)
+    assert largest_difference(evaluated, whole) == 0
+
+
+def four_bit():
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def test_a_dry_run_shows_the_sample_and_the_steps_and_loads_no_weights(job, checkpoint, capsys):
+    weights = checkpoint / "model.safetensors"
+    weights.rename(checkpoint / "hidden")
+    try:
+        folder = job(dry_run=True, max_steps=-1, num_train_epochs=2)
+    finally:
+        (checkpoint / "hidden").rename(weights)
+    shown = capsys.readouterr().out
+    assert "[gMASK]sop<|user|> \n Say 1<|assistant|>⟦ \n word </s>⟧" in shown
+    assert "6 steps. No weights were loaded." in shown
+    assert re.search(r"lora_rank +4", shown)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_train_epochs": 3}, {"num_train_epochs": 1.5}, {"gradient_accumulation_steps": 2}]
+)
+def test_the_dry_run_counts_the_steps_that_the_trainer_makes(job, capsys, settings):
+    settings |= {"max_steps": -1, "per_device_train_batch_size": 5}
+    job("dry", dry_run=True, **settings)
+    announced = int(re.search(r"(\d+) steps\. No weights", capsys.readouterr().out)[1])
+    state = json.loads((job("wet", **settings) / "trainer_state.json").read_text())
+    assert state["global_step"] == announced
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rows": [*ROWS, {"conversations": [{"role": "usr", "content": ""}]}]},
+            "train.jsonl:13: conversations[0].role is 'usr'",
+        ),
+        ({"max_seq_length": 4}, "no learned token survives max_seq_length=4"),
+        ({"model_name_or_path": "/nowhere/chatglm3"}, "model_name_or_path: no folder '/nowhere/chatglm3'"),
+        ({"data_format": "chatglm2"}, "train.jsonl:1: conversation: missing"),
+        ({"resume_from_checkpoint": True}, "holds no checkpoint"),
+        ({"target_modules": ["q_proj"]}, "no linear layer is called 'q_proj'; there are dense, dense_4h_to_h"),
+    ],
+)
+def test_bad_input_ends_with_exit_code_2_and_one_line_that_names_it(job, capsys, change, message):
+    with pytest.raises(SystemExit) as stop:
+        job(**change)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_refused_and_on_request_moved_aside(job, capsys):
+    folder = job()
+    before = adapter(folder / "final")
+    with pytest.raises(SystemExit):
+        job()
+    assert "holds a run already (final)" in capsys.readouterr().err
+    job(overwrite_output_dir=True, learning_rate=1e-3)
+    (aside,) = folder.parent.glob("run.2*")
+    kept = adapter(aside / "final")
+    assert all(torch.equal(before[name], kept[name]) for name in before)
+
+
+def test_any_other_model_trains_in_fireflys_format(job, tmp_path, capsys):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path / "tiny-llama"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(vocab), **shape)).save_pretrained(folder)
+
+    rows = [{"conversation": [{"human": "hi", "assistant": "hello"}]}] * 4
+    output = job(rows=rows, model_name_or_path=str(folder))
+    assert "data format firefly: model_name_or_path contains neither" in capsys.readouterr().err
+    assert {"q_proj", "down_proj"} <= {name.split(".lora_")[0].rpartition(".")[2] for name in adapter(output / "final")}
+    job("dry", rows=rows, model_name_or_path=str(folder), dry_run=True)
+    assert "<s>hi</s>⟦hello</s>⟧" in capsys.readouterr().out
+
+
+def test_help_comes_without_importing_torch():
+    code = "import sys, train_qlora; train_qlora.describe_settings(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
