@@ -100,11 +100,17 @@ def train(cli: argparse.Namespace) -> None:
     if trainer.is_world_process_zero():
         picture = os.path.join(training_args.output_dir, "loss.png")
         plot_loss(trainer.state.log_history, picture)
-        logger.info(f"done: {result.global_step} steps in {result.metrics['train_runtime']:.0f} s")
+        logger.info(f"done: {result.global_step} steps in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
         logger.info(f"adapter and tokenizer: {final}")
         logger.info(
             f"loss curve: {picture}; its figures: {os.path.join(training_args.output_dir, 'trainer_state.json')}"
         )
+
+
+def peak_memory() -> str:
+    import torch
+
+    return f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" * torch.cuda.is_available()
 
 
 def show_settings(args, training_args) -> None:

@@ -83,6 +83,7 @@ def plot_loss(history: list[dict], path: str | Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else None, label=name)
     axes.set(xlabel="step", ylabel="loss per learned token", title="Luciole")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

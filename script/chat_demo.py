@@ -13,6 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from component.report import configure_logging
+
+configure_logging(rank=0)  # before peft, whose import is not quiet
+
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -41,6 +41,7 @@ def train_tokenizer(data: list[Path], output: Path, vocab_size: int) -> ChatGLMT
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,  # the indentation of tools
         max_sentence_length=1_000_000,
         minloglevel=2,
     )
