@@ -13,7 +13,7 @@ class ChatGLMConfig(PreTrainedConfig):
         chatglm_version: 2 or 3, which conversation `model.chat` speaks. Absent, it follows the checkpoint's name.
 
     Raises:
-        ValueError: for `pre_seq_len`, `quantization_bit` and `fp32_residual_connection`, which this port refuses.
+        ValueError: for `pre_seq_len`, `quantization_bit`, `fp32_residual_connection` and the first ChatGLM-6B.
     """
 
     model_type = "chatglm"
@@ -69,6 +69,10 @@ class ChatGLMConfig(PreTrainedConfig):
             )
         if self.fp32_residual_connection:
             raise ValueError("fp32_residual_connection=true is not supported; no published checkpoint uses it.")
+        if "position_encoding_2d" in kwargs or "inner_hidden_size" in kwargs:
+            raise ValueError(
+                "this is the first ChatGLM-6B, another architecture; only ChatGLM2 and ChatGLM3 are supported."
+            )
         if self.chatglm_version is None:
             names = (str(kwargs.get(key, "")).lower() for key in ("name_or_path", "_name_or_path"))
             versions = [version for name in names for version in (2, 3) if f"chatglm{version}" in name]
