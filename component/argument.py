@@ -26,6 +26,10 @@ def is_positive(value: float) -> bool:
     return value > 0
 
 
+def is_not_negative(value: float) -> bool:
+    return value >= 0
+
+
 @dataclass
 class QLoRAArguments:
     """Settings of our own, beside those of Hugging Face TrainingArguments, in the same JSON file."""
@@ -103,6 +107,19 @@ RENAMED_KEYS = {
 }
 RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch"}
 
+# Bounds that TrainingArguments itself does not check.
+POSITIVE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+)
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed")
+UNSUPPORTED = ("fsdp", "parallelism_config", "use_liger_kernel")  # they would replace parts that are ours
+
 # What the dataset, the loss and the trainer rely on.
 FIXED = {"remove_unused_columns": False, "label_names": ["target_mask"], "label_smoothing_factor": 0.0}
 
@@ -133,10 +150,7 @@ def load_arguments(train_args_file: str | Path, overrides: typing.Sequence[str] 
         parse_overrides(overrides), known, "override"
     )
     for key, value in values.items():
-        if key not in known:
-            raise ArgumentError(f"{source}: unknown key {key!r}{suggest(key, known)}")
-        if not is_a(value, known[key]):
-            raise ArgumentError(f"{source}: {key} must be {name_type(known[key])}, got {show(value)}")
+        check_setting(key, value, known, source)
 
     own = {key: values.pop(key) for key in list(values) if key in QLoRAArguments.__dataclass_fields__}
     try:
@@ -150,6 +164,18 @@ def load_arguments(train_args_file: str | Path, overrides: typing.Sequence[str] 
     return args, training_args
 
 
+def check_setting(key: str, value: Any, known: dict[str, Any], source: str) -> None:
+    if key not in known:
+        raise ArgumentError(f"{source}: unknown key {key!r}{suggest(key, known)}")
+    if not is_a(value, known[key]):
+        raise ArgumentError(f"{source}: {key} must be {name_type(known[key])}, got {show(value)}")
+    for keys, holds, bound in ((POSITIVE, is_positive, "above 0"), (NOT_NEGATIVE, is_not_negative, "at least 0")):
+        if key in keys and value is not None and not holds(value):
+            raise ArgumentError(f"{source}: {key} must be {bound}, got {show(value)}")
+    if key in UNSUPPORTED and value:
+        raise ArgumentError(f"{source}: {key} is not supported; remove it")
+
+
 def read_json_object(source: str) -> dict:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
         keys = [key for key, _ in pairs]
@@ -157,8 +183,12 @@ def read_json_object(source: str) -> dict:
             raise ArgumentError(f"{source}: {', '.join(map(repr, duplicates))} stands there twice; keep one")
         return dict(pairs)
 
+    def refuse(constant: str) -> None:
+        raise ArgumentError(f"{source}: {constant} is no JSON number")
+
     try:
-        values = json.loads(Path(source).read_text(encoding="utf-8-sig"), object_pairs_hook=without_duplicates)
+        text = Path(source).read_text(encoding="utf-8-sig")
+        values = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=refuse)
     except json.JSONDecodeError as error:
         raise ArgumentError(f"{source}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -187,6 +217,7 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> dic
     old, new = "gradient_checkpointing", "activation_checkpointing"
     aliases = {old: new, f"{old}_kwargs": f"{new}_kwargs"}
     aliases = aliases if new in known else {new: old for old, new in aliases.items()}
+    origins: dict[str, str] = {}
     translated = {}
     for key, value in values.items():
         if key == "group_by_length" and isinstance(value, bool):
@@ -202,12 +233,12 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> dic
         elif target.isupper():
             logger.info(f"{source}: {key} is now the environment variable {target}, which is set")
             os.environ[target] = str(value)
-        elif target in translated:
-            raise ArgumentError(f"{source}: {key} and {target} are one setting; keep {target}")
+        elif target in origins:
+            raise ArgumentError(f"{source}: {origins[target]} and {key} are one setting; keep one")
         else:
             if target != key and key not in aliases:
                 logger.info(f"{source}: {key} is now called {target}")
-            translated[target] = value
+            origins[target], translated[target] = key, value
     return translated
 
 

@@ -38,14 +38,16 @@ class SFTDataset(Dataset):
         dropped, cut = [], 0
         for number, conversation in read_conversations(file, self.parse):
             sample = self.render(conversation, tokenizer)
-            cut += len(sample.input_ids) > max_seq_length
             mask = bytes(sample.target_mask[:max_seq_length])
             # Nothing predicts the first token, so learning starts at the second.
             if any(mask[1:]):
                 self.samples.append((array("i", sample.input_ids[:max_seq_length]), mask))
+                cut += len(sample.input_ids) > max_seq_length
             else:
                 dropped.append(number)
-        logger.info(f"{file}: {len(self.samples)} rows, {cut} longer than max_seq_length={max_seq_length}")
+        logger.info(
+            f"{file}: {len(self.samples)} rows to learn from; {cut} were cut to max_seq_length={max_seq_length}"
+        )
         if dropped:
             logger.warning(
                 f"{file}: dropped {len(dropped)} rows without a learned token in the first {max_seq_length}, the "

@@ -1,0 +1,187 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from loguru import logger
+
+from component.argument import ArgumentError, choose_compute_dtype, load_arguments
+from component.dataset import select_format
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "train_args/qlora").glob("*.json"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+
+    def load(*overrides: str, text: str | None = None, **changes):
+        settings = {"output_dir": str(tmp_path / "out"), "model_name_or_path": "THUDM/chatglm3-6b"}
+        settings |= {"train_file": str(tmp_path / "rows.jsonl"), **changes}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        file = tmp_path / "args.json"
+        file.write_text(json.dumps(settings) if text is None else text, encoding="utf-8")
+        return load_arguments(file, overrides)
+
+    return load
+
+
+@pytest.fixture
+def log():
+    lines = []
+    sink = logger.add(lambda line: lines.append(str(line)))
+    yield lines
+    logger.remove(sink)
+
+
+def test_fireflys_published_files_load_unchanged(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("dummy_data.jsonl", "dummy_data_chatglm3.jsonl"):
+        (tmp_path / "data" / name).touch()
+    files = sorted((shared / "data/firefly_train_args").glob("*sft*.json"))
+    assert len(files) == 17
+    for file in files:
+        args, training_args = load_arguments(file)
+        published = json.loads(file.read_text())
+        assert args.max_seq_length == published["max_seq_length"]
+        assert args.lora_rank == published.get("lora_rank", 64)
+        for key in ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"):
+            assert getattr(training_args, key) == published[key]
+        assert training_args.gradient_checkpointing == published["gradient_checkpointing"]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_file_parses_and_routes(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args, training_args = load_arguments(file)
+    expected = next((name for name in ("chatglm2", "chatglm3") if name in file.name), "firefly")
+    assert select_format(args.model_name_or_path)[0] == expected
+    assert "chatglm3" in args.train_file or expected != "chatglm3"
+    assert training_args.output_dir.startswith("output/")
+    assert args.lora_rank == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"lora_rnk": 8}, "unknown key 'lora_rnk'; did you mean 'lora_rank'?"),
+        ({"qqqqqq": 8}, "unknown key 'qqqqqq'; see docs/configuration.md"),
+        ({"lora_rank": "8"}, "lora_rank must be an integer, got '8' (str)"),
+        ({"lora_rank": True}, "lora_rank must be an integer, got True (bool)"),
+        ({"lora_rank": 0}, "lora_rank must be a positive integer, got 0 (int)"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, got 1.0 (float)"),
+        ({"target_modules": []}, "target_modules must be a list of names, or null"),
+        ({"target_modules": "dense"}, "target_modules must be a list or null, got 'dense' (str)"),
+        ({"compute_dtype": "bf16"}, "compute_dtype must be one of auto, bfloat16, float16, float32, got 'bf16' (str)"),
+        ({"data_format": "glm"}, "data_format must be one of chatglm2, chatglm3, firefly"),
+        ({"learning_rate": "2e-4"}, "learning_rate must be a number, got '2e-4' (str)"),
+        ({"learning_rate": -1}, "learning_rate must be at least 0, got -1 (int)"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be above 0, got 0 (int)"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be above 0, got 0 (int)"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be above 0, got 0 (int)"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type must be one of linear, cosine"),
+        ({"fp16": 1}, "fp16 must be true or false, got 1 (int)"),
+        ({"fp16": True, "bf16": True}, "bf16 and fp16 are both true; keep one"),
+        ({"train_file": "nowhere.jsonl"}, "train_file: no file 'nowhere.jsonl'"),
+        ({"eval_file": "nowhere.jsonl"}, "eval_file: no file 'nowhere.jsonl'"),
+        ({"train_file": None}, "train_file must be given"),
+        ({"model_name_or_path": None}, "model_name_or_path must be given"),
+        ({"model_name_or_path": "./nowhere"}, "model_name_or_path: no folder './nowhere'"),
+        ({"output_dir": None}, "output_dir must be given"),
+        ({"eval_strategy": "epoch"}, "give eval_file, or set eval_strategy to 'no'"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio and warmup_steps are one setting; keep one"),
+        ({"fsdp": "full_shard"}, "fsdp is not supported"),
+        ({"text": '{"seed": 1,\n "seed": 2}'}, "'seed' stands there twice; keep one"),
+        ({"text": '{"seed": 1,\n "seed" 2}'}, "args.json:2:9: not JSON"),
+        ({"text": '{"learning_rate": NaN}'}, "NaN is no JSON number"),
+        ({"text": "[]"}, "must hold one JSON object"),
+    ],
+)
+def test_each_fault_is_one_error_that_names_file_and_key(load, changes, fault):
+    with pytest.raises(ArgumentError) as error:
+        load(**changes)
+    assert "args.json" in str(error.value)
+    assert fault in str(error.value)
+
+
+def test_a_missing_file_and_a_malformed_override_are_errors(load, tmp_path):
+    with pytest.raises(ArgumentError, match=r"nowhere\.json: cannot be read"):
+        load_arguments(tmp_path / "nowhere.json")
+    with pytest.raises(ArgumentError, match="'lora_rank': an override is key=value"):
+        load("lora_rank")
+
+
+def test_old_keys_are_translated(load, tmp_path, monkeypatch, log):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    args, training_args = load(
+        evaluation_strategy="steps",
+        eval_file=str(tmp_path / "rows.jsonl"),
+        eval_steps=7,
+        warmup_ratio=0.25,
+        no_cuda=True,
+        group_by_length=True,
+        overwrite_output_dir=True,
+        save_safetensors=True,
+        per_gpu_train_batch_size=3,
+        optim="adamw_hf",
+        logging_dir="somewhere",
+        deepspeed="ds.json",
+    )
+    assert training_args.eval_strategy == "steps"
+    assert training_args.get_warmup_steps(100) == 25
+    assert training_args.train_sampling_strategy == "group_by_length"
+    assert training_args.per_device_train_batch_size == 3
+    assert training_args.optim == "adamw_torch"
+    assert args.overwrite_output_dir
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "somewhere"
+    assert any("evaluation_strategy is now called eval_strategy" in line for line in log)
+    assert any("deepspeed has no effect here and is ignored" in line for line in log)
+
+
+def test_overrides_win_over_the_file_also_under_an_old_name(load):
+    args, training_args = load(
+        "lora_rank=8", "warmup_ratio=0.1", "output_dir=x", 'target_modules=["dense"]', warmup_steps=9
+    )
+    assert (args.lora_rank, training_args.warmup_steps, training_args.output_dir) == (8, 0.1, "x")
+    assert args.target_modules == ["dense"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_without_cuda_half_precision_and_paged_optimizers_fall_back_and_say_so(load, log):
+    args, training_args = load(fp16=True, optim="paged_adamw_32bit")
+    assert (args.compute_dtype, training_args.fp16, training_args.optim) == ("float32", False, "adamw_torch")
+    assert any("half precision needs CUDA; computing in float32" in line for line in log)
+    assert any("optim=paged_adamw_32bit needs CUDA; using adamw_torch" in line for line in log)
+
+
+@pytest.mark.parametrize(
+    ("requested", "values", "has_bf16", "chosen"),
+    [
+        ("auto", {}, True, "bfloat16"),
+        ("auto", {}, False, "float16"),
+        ("auto", {"fp16": True}, True, "bfloat16"),
+        ("float16", {"fp16": True}, True, "float16"),
+        ("float32", {}, True, "float32"),
+        ("auto", {"bf16": True}, True, "bfloat16"),
+        ("auto", {"bf16": True}, False, None),
+        ("bfloat16", {}, False, None),
+    ],
+)
+def test_the_card_decides_the_compute_dtype(monkeypatch, requested, values, has_bf16, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    if chosen is None:
+        with pytest.raises(ValueError, match="Tesla T4 has no bfloat16; set compute_dtype to float16"):
+            choose_compute_dtype(requested, values, has_cuda=True)
+    else:
+        assert choose_compute_dtype(requested, values, has_cuda=True) == chosen
+
+
+def test_an_eval_file_turns_evaluation_on(load, tmp_path):
+    file = str(tmp_path / "rows.jsonl")
+    assert load(eval_file=file)[1].eval_strategy == "epoch"
+    assert load(eval_file=file, eval_steps=5)[1].eval_strategy == "steps"
+    assert load()[1].eval_strategy == "no"

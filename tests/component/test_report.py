@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+
+from component.conversation import parse_chatglm3
+from component.report import parameter_table, plot_loss, render_sample, token_statistics
+from component.template import render_chatglm3
+
+
+def test_parameters_are_counted_by_dtype_and_trainability():
+    model = nn.ModuleList([nn.Linear(30, 10, bias=False), nn.Linear(10, 10, bias=False).to(torch.bfloat16)])
+    model[1].requires_grad_(False)
+    lines = parameter_table(model).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["float32", "yes", "300", "75.00%"],
+        ["bfloat16", "no", "100", "25.00%"],
+        ["total", "400"],
+    ]
+
+
+def test_4_bit_parameters_count_as_weights():
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
+    assert parameter_table(layer).splitlines()[1].split() == ["4-bit", "nf4", "no", "2,048", "100.00%"]
+
+
+def test_statistics_count_tokens_and_what_is_learned():
+    samples = [
+        {"input_ids": [1] * 6, "target_mask": [0, 0, 0, 1, 1, 1]},
+        {"input_ids": [1] * 4, "target_mask": [0] * 4},
+    ]
+    assert token_statistics(samples) == "2 rows, 10 tokens, 30% learned; mean length 5, longest 6"
+
+
+def test_a_sample_shows_its_learned_stretches(tiny_tokenizer):
+    turns = [
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "好"},
+        {"role": "user", "content": "b"},
+    ]
+    sample = render_chatglm3(parse_chatglm3({"conversations": turns}), tiny_tokenizer)
+    row = {"input_ids": sample.input_ids, "target_mask": sample.target_mask}
+    assert render_sample(row, tiny_tokenizer) == "[gMASK]sop<|user|> \n 你好<|assistant|>⟦ \n 好<|user|>⟧ \n b</s>"
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "eval_loss": 1.5}]])
+def test_the_loss_is_drawn(tmp_path, history):
+    plot_loss(history, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,72 @@
+"""Who may import whom, read from the source (docs/architecture.md)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "trainer": {"loss", "checkpoint", "report"},
+    "model": {"argument", "chatglm", "kernel"},
+    "dataset": {"template", "conversation"},
+    "template": {"conversation"},
+    "argument": set(),
+    "chatglm": set(),
+    "checkpoint": set(),
+    "collator": set(),
+    "conversation": set(),
+    "distributed": set(),
+    "loss": set(),
+    "report": set(),
+}
+PROGRAMS = [ROOT / "train_qlora.py", *sorted(ROOT.glob("script/*.py")), *sorted(ROOT.glob("benchmark/*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of imported modules; `from x import y` counts as x.y, relative ones as component's."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = path.relative_to(ROOT).parent.parts
+            base = ".".join(inside[: len(inside) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("component/**/*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_parts_import_downward_only(path):
+    if path == ROOT / "component/__init__.py":
+        assert path.read_text() == ""
+        return
+    room = path.relative_to(ROOT / "component").parts[0].removesuffix(".py")
+    siblings = {name.split(".")[1] for name in imports(path) if name.startswith("component.")} - {room}
+    assert siblings <= ALLOWED[room]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_programs_import_parts_and_never_one_another(path):
+    own = {"train_qlora", "script", "benchmark"}
+    assert not {name for name in imports(path) if name.split(".")[0] in own}
+
+
+def test_a_conversation_needs_the_standard_library_alone():
+    assert {name.split(".")[0] for name in imports(ROOT / "component/conversation.py")} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", ["component.template", "component.argument"])
+def test_light_parts_import_no_torch(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_parts_log_and_do_not_print():
+    for path in ROOT.glob("component/**/*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"], path
