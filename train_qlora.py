@@ -52,6 +52,8 @@ def train(cli: argparse.Namespace) -> None:
     data_format, reason = select_format(args.model_name_or_path, args.data_format)
     logger.info(f"model {args.model_name_or_path}, data format {data_format}: {reason}")
     resume_from = find_resume_point(training_args.output_dir, training_args.resume_from_checkpoint)
+    if not cli.dry_run:
+        on_rank_zero(lambda: prepare_output_dir(training_args.output_dir, bool(resume_from), args.overwrite_output_dir))
 
     # 2. Data
     tokenizer = load_tokenizer(args)
@@ -70,9 +72,6 @@ def train(cli: argparse.Namespace) -> None:
         return
 
     # 3. Model
-    on_rank_zero(
-        lambda: prepare_output_dir(training_args.output_dir, resume_from is not None, args.overwrite_output_dir)
-    )
     logger.info(
         f"loading {args.model_name_or_path} in 4 bits on {training_args.device}, {args.compute_dtype} arithmetic"
     )

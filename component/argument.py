@@ -252,6 +252,11 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
     model = args.model_name_or_path
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
         raise ValueError(f"model_name_or_path: no folder {model!r}")
+    if Path(model, "adapter_config.json").is_file():
+        raise ValueError(
+            f"model_name_or_path: {model!r} is an adapter; give its base model, and to continue the run that made it "
+            "set resume_from_checkpoint"
+        )
     evaluates = values.get("eval_strategy", "no") != "no" or values.get("do_eval")
     if evaluates and args.eval_file is None:
         raise ValueError("eval_strategy asks for evaluation; give eval_file, or set eval_strategy to 'no'")

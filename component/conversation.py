@@ -55,16 +55,27 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                row = json.loads(text)
+                row = json.loads(text, parse_constant=refuse_constant)
+                if "\\ud" in text.lower():  # an escaped surrogate, which must be half of a pair
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                character = error.object[error.start]
+                raise DataError(f"{place}: holds {character!r}, half of a surrogate pair; remove it") from None
             except UnicodeDecodeError as error:
                 raise DataError(f"{place}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
             except json.JSONDecodeError as error:
                 raise DataError(f"{place}:{error.colno}: not JSON ({error.msg}); write one object a line") from None
             except RecursionError:
                 raise DataError(f"{place}: nested too deeply; flatten the row") from None
+            except ValueError as error:  # a number that is none, or one of thousands of digits
+                raise DataError(f"{place}: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{place}: a row must be a JSON object, got {describe(row)}")
             yield number, row
+
+
+def refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number; write null or text")
 
 
 def parse_firefly(row: dict) -> Conversation:

@@ -107,6 +107,12 @@ def test_each_fault_is_one_error_that_names_file_and_key(load, changes, fault):
     assert fault in str(error.value)
 
 
+def test_an_adapter_is_no_base_model(load, tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ArgumentError, match="is an adapter; give its base model"):
+        load(model_name_or_path=str(tmp_path))
+
+
 def test_a_missing_file_and_a_malformed_override_are_errors(load, tmp_path):
     with pytest.raises(ArgumentError, match=r"nowhere\.json: cannot be read"):
         load_arguments(tmp_path / "nowhere.json")

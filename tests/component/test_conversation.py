@@ -92,6 +92,9 @@ def test_a_bad_firefly_row_is_named(row, fault):
         (b"[1]", ":2: a row must be a JSON object, got [1] (list)"),
         (b'{"a": "\xff"}', ":2: byte 8 is not UTF-8; save the file as UTF-8"),
         (b"[" * 100_000, ":2: nested too deeply"),
+        (b'{"a": NaN}', ":2: NaN is no JSON number; write null or text"),
+        (b'{"a": ' + b"9" * 5000 + b"}", ":2: Exceeds the limit"),
+        (b'{"a": "\\uD800"}', ":2: holds '\\ud800', half of a surrogate pair; remove it"),
     ],
 )
 def test_a_line_that_is_no_object_is_named_by_place(tmp_path, line, fault):
