@@ -137,12 +137,17 @@ class ChatMixin:
         arguments = turn.inputs | generation_settings(turn.stop_ids, **settings) | {"past_key_values": cache}
         worker = Thread(target=tokens.run, args=(self.generate,), kwargs=arguments, daemon=True)
         worker.start()
+        rest = (cache,) if return_past_key_values else ()
         ids: list[int] = []
+        waiting = False
         try:
             for new_ids in tokens:
                 ids += new_ids
-                if not tokenizer.decode(ids[:-1]).endswith("\N{REPLACEMENT CHARACTER}"):  # half a character
-                    yield turn.close(ids) + ((cache,) if return_past_key_values else ())
+                waiting = tokenizer.decode(ids[:-1]).endswith("\N{REPLACEMENT CHARACTER}")  # half a character
+                if not waiting:
+                    yield turn.close(ids) + rest
+            if waiting:  # no more will come: the end is that of `chat`, whole or not
+                yield turn.close(ids) + rest
         finally:
             tokens.closed.set()
             worker.join()

@@ -88,10 +88,24 @@ def test_chatglm2_speaks_in_pairs(make_model, tiny_tokenizer):
     assert model.process_response(" [[训练时间]] ") == "2023年"
 
 
-def test_streaming_grows_and_never_ends_in_half_a_character(make_model, tiny_tokenizer):
-    answers = [history[-1]["content"] for _, history in make_model().stream_chat(tiny_tokenizer, "a", **GREEDY)]
-    assert answers
-    assert not any(answer.endswith("\N{REPLACEMENT CHARACTER}") for answer in answers)
+@pytest.mark.parametrize("ends_whole", [True, False])
+def test_streaming_holds_half_characters_back_and_ends_as_chat_does(make_model, tiny_tokenizer, ends_whole):
+    face = [tiny_tokenizer.tokenizer.sp_model.piece_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    script = [*face, 2] if ends_whole else face  # without the end, the limit cuts the character
+
+    def settings() -> dict:
+        tokens = iter(script)
+
+        def write_next(ids, scores):
+            return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([next(tokens)]), 0.0)
+
+        return {"do_sample": False, "max_new_tokens": len(script), "logits_processor": [write_next]}
+
+    model = make_model()
+    *earlier, last = (history[-1]["content"] for _, history in model.stream_chat(tiny_tokenizer, "a", **settings()))
+    assert not any(text.endswith("\N{REPLACEMENT CHARACTER}") for text in earlier)
+    assert last == model.chat(tiny_tokenizer, "a", **settings())[1][-1]["content"]
+    assert (last == "😀") is ends_whole
 
 
 def test_a_stream_that_is_left_early_stops_generating(make_model, tiny_tokenizer):
