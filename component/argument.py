@@ -177,6 +177,8 @@ def check_setting(key: str, value: Any, known: dict[str, Any], source: str) -> N
 
 
 def read_json_object(source: str) -> dict:
+    """A file's one JSON object. Raises ArgumentError for anything else, a key that stands twice, NaN and Infinity."""
+
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
         keys = [key for key, _ in pairs]
         if duplicates := {key for key in keys if keys.count(key) > 1}:
@@ -243,6 +245,7 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> dic
 
 
 def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
+    """Raise ValueError for a file or folder that is missing, or is not what its key asks for."""
     if not values.get("output_dir"):
         raise ValueError("output_dir must be given: the folder for checkpoints and the final adapter")
     for key in ("train_file", "eval_file"):
@@ -295,6 +298,11 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
 
 
 def choose_compute_dtype(requested: str, values: dict[str, Any], has_cuda: bool) -> str:
+    """bfloat16, float16 or float32, from `compute_dtype`, the file's `bf16` and `fp16`, and what the card can do.
+
+    Raises:
+        ValueError: bfloat16 is asked of a card without it, or `bf16` and `fp16` are both true.
+    """
     import torch
 
     has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -111,6 +111,7 @@ def parse_chatglm3(row: dict) -> Conversation:
 
 
 def parse_turn(turn: Any, place: str) -> Turn:
+    """One element of `conversations`. `place` names it in a DataError."""
     if not isinstance(turn, dict):
         raise DataError(f"{place}: must be an object with role, got {describe(turn)}")
     role = take(turn, "role", str, place)

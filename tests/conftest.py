@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
 
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from script.make_tiny_model import train_tokenizer
@@ -69,3 +70,12 @@ def make_model():
         return ChatGLMForConditionalGeneration(config).eval()
 
     return make
+
+
+@pytest.fixture
+def log():
+    """The log lines of a test."""
+    lines = []
+    sink = logger.add(lambda line: lines.append(str(line)))
+    yield lines
+    logger.remove(sink)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from loguru import logger
 
 from component.argument import ArgumentError, choose_compute_dtype, load_arguments
 from component.dataset import select_format
@@ -26,14 +25,6 @@ def load(tmp_path):
         return load_arguments(file, overrides)
 
     return load
-
-
-@pytest.fixture
-def log():
-    lines = []
-    sink = logger.add(lambda line: lines.append(str(line)))
-    yield lines
-    logger.remove(sink)
 
 
 def test_fireflys_published_files_load_unchanged(shared, tmp_path, monkeypatch):

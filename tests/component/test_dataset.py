@@ -2,7 +2,6 @@ import copy
 import json
 
 import pytest
-from loguru import logger
 
 from component.collator import SFTDataCollator
 from component.conversation import DataError
@@ -22,14 +21,6 @@ def make(tmp_path, tiny_tokenizer):
         return ChatGLM3SFTDataset(file, tiny_tokenizer, max_seq_length)
 
     return make
-
-
-@pytest.fixture
-def log():
-    lines = []
-    sink = logger.add(lambda line: lines.append(str(line)))
-    yield lines
-    logger.remove(sink)
 
 
 @pytest.mark.parametrize(
