@@ -67,6 +67,8 @@ class LoRATrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter and the tokenizer, as safetensors and JSON; no pickle of the arguments."""
+        if not self.args.should_save:  # transformers 5.23 calls this on every rank
+            return
         output_dir = output_dir or self.args.output_dir
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
         self.processing_class.save_pretrained(output_dir)

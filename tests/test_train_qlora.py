@@ -155,6 +155,18 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
     assert done.stderr.count("training from the base model") == 1  # rank 0 alone speaks
 
 
+def test_a_rank_that_should_not_save_writes_nothing(tmp_path):
+    from types import SimpleNamespace
+    from unittest.mock import Mock
+
+    from component.trainer import LoRATrainer
+
+    for should_save in (False, True):
+        rank = Mock(args=SimpleNamespace(should_save=should_save))
+        LoRATrainer._save(rank, str(tmp_path))
+        assert rank.model.save_pretrained.called is rank.processing_class.save_pretrained.called is should_save
+
+
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(job):
     settings = {"max_steps": 6, "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 3}
     whole = job("whole", **settings)
