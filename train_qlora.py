@@ -40,11 +40,11 @@ def train(cli: argparse.Namespace) -> None:
 
     from component.checkpoint import FINAL, find_resume_point, prepare_output_dir
     from component.collator import SFTDataCollator
-    from component.dataset import DATA_FORMATS, select_format
+    from component.dataset import DATA_FORMATS, load_datasets, select_format
     from component.distributed import on_rank_zero
     from component.loss import TargetLMLoss
     from component.model import attach_lora, load_model, load_tokenizer
-    from component.report import parameter_table, plot_loss, render_sample, token_statistics
+    from component.report import parameter_table, plot_loss, render_sample
     from component.trainer import LoRATrainer
 
     # 1. Settings
@@ -57,18 +57,20 @@ def train(cli: argparse.Namespace) -> None:
 
     # 2. Data
     tokenizer = load_tokenizer(args)
-    make_dataset = DATA_FORMATS[data_format]
     train_dataset, eval_dataset = on_rank_zero(
-        lambda: [
-            make_dataset(file, tokenizer, args.max_seq_length) if file else None
-            for file in (args.train_file, args.eval_file)
-        ]
+        lambda: load_datasets(
+            args,
+            DATA_FORMATS[data_format],
+            tokenizer,
+            training_args.seed,
+            output_dir=None if cli.dry_run else training_args.output_dir,
+        )
     )
-    logger.info(f"{args.train_file}: {token_statistics(train_dataset)}")
     if cli.dry_run:
         show_settings(args, training_args)
-        print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(train_dataset[0], tokenizer)}\n")
-        print(f"{count_steps(len(train_dataset), training_args)} steps. No weights were loaded.")
+        print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")
+        steps = training_args.max_steps if args.streaming else count_steps(len(train_dataset), training_args)
+        print(f"{steps} steps. No weights were loaded.")
         return
 
     # 3. Model

@@ -2,6 +2,7 @@
 
 import difflib
 import enum
+import glob
 import json
 import os
 import types
@@ -22,6 +23,10 @@ def setting(default: Any, help: str, check: Callable[[Any], bool] | None = None,
     return field(default=default, metadata={"help": help, "check": check, "expected": expected})
 
 
+def one_of(*values: str | None) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in values), f"one of {', '.join(filter(None, values))}"
+
+
 def is_positive(value: float) -> bool:
     return value > 0
 
@@ -35,16 +40,59 @@ class QLoRAArguments:
     """Settings of our own, beside those of Hugging Face TrainingArguments, in the same JSON file."""
 
     model_name_or_path: str = setting("", "Folder or hub name of the model. Required.", bool, "given")
-    train_file: str = setting("", "JSONL file to train on. Required.", bool, "given")
-    eval_file: str | None = setting(None, "JSONL file to evaluate on during training, after each epoch by default.")
+    train_file: str | list[str] | dict[str, float] = setting(
+        "",
+        "Data to train on: a file, a folder, a glob, a list of these, or an object of these to their weights in the "
+        "mixture. Required.",
+        lambda value: bool(value) and (not isinstance(value, dict) or all(map(is_positive, value.values()))),
+        "given, and every weight positive",
+    )
+    eval_file: str | list[str] | None = setting(
+        None, "Data to evaluate on during training, after each epoch by default."
+    )
     data_format: str | None = setting(
         None,
-        "Conversation format: chatglm2, chatglm3 or firefly. Default: read off model_name_or_path.",
-        lambda value: value in (None, "chatglm2", "chatglm3", "firefly"),
-        "one of chatglm2, chatglm3, firefly",
+        "How conversations become tokens: chatglm2, chatglm3, firefly, or chat_template for the tokenizer's own "
+        "template. Default: read off model_name_or_path.",
+        *one_of(None, "chatglm2", "chatglm3", "firefly", "chat_template"),
     )
-    max_seq_length: int = setting(
-        1024, "Longest sample, in tokens; longer ones are cut.", lambda value: value > 1, "an integer above 1"
+    max_seq_length: int = setting(1024, "Longest sample, in tokens.", lambda value: value > 1, "an integer above 1")
+    on_too_long: str = setting(
+        "truncate",
+        "What is done with a longer one: truncate (cut its end), truncate_left_turns (leave out early rounds, never "
+        "the system prompt and tools, and cut only the last), or drop.",
+        *one_of("truncate", "truncate_left_turns", "drop"),
+    )
+    loss_on: str = setting(
+        "flagged",
+        "Which answers and calls are learned: flagged (all but those with loss=false), all, or last.",
+        *one_of("flagged", "all", "last"),
+    )
+    on_bad_row: str = setting(
+        "stop",
+        "stop: list the first 20 bad rows and exit. skip: write them to rejected.jsonl in output_dir and go on.",
+        *one_of("stop", "skip"),
+    )
+    max_bad_share: float = setting(
+        0.1,
+        "The run stops where more than this share of the rows is bad or too long to learn from.",
+        lambda value: 0 <= value <= 1,
+        "a number from 0 to 1",
+    )
+    strict_roles: bool = setting(
+        False, "Unusual rows, such as one that ends on a user turn, count as bad and not only as a warning."
+    )
+    streaming: bool = setting(
+        False, "Read and render rows while training instead of beforehand; needs max_steps. For data above disk size."
+    )
+    cache_dir: str | None = setting(
+        None, "Folder of rendered data. Default: $XDG_CACHE_HOME/luciole or ~/.cache/luciole."
+    )
+    preprocessing_workers: int | None = setting(
+        None,
+        "Processes that render the data. Default: one for each core.",
+        lambda value: value is None or value > 0,
+        "a positive integer",
     )
     lora_rank: int = setting(64, "Rank of the low-rank update.", is_positive, "a positive integer")
     lora_alpha: float = setting(
@@ -63,8 +111,7 @@ class QLoRAArguments:
         "auto",
         "Type of the 4-bit layers' arithmetic: auto, bfloat16, float16 or float32. auto: bfloat16 where the card has "
         "it, else float16; float32 without CUDA.",
-        lambda value: value in ("auto", "bfloat16", "float16", "float32"),
-        "one of auto, bfloat16, float16, float32",
+        *one_of("auto", "bfloat16", "float16", "float32"),
     )
     overwrite_output_dir: bool = setting(
         False, "Start anew in an output_dir that holds a run; what is there is moved aside, not deleted."
@@ -124,11 +171,13 @@ UNSUPPORTED = ("fsdp", "parallelism_config", "use_liger_kernel")  # they would r
 FIXED = {"remove_unused_columns": False, "label_names": ["target_mask"], "label_smoothing_factor": 0.0}
 
 
-def load_arguments(train_args_file: str | Path, overrides: typing.Sequence[str] = ()) -> tuple[QLoRAArguments, Any]:
+def load_arguments(
+    train_args_file: str | Path | None, overrides: typing.Sequence[str] = ()
+) -> tuple[QLoRAArguments, Any]:
     """Read, translate, check and adapt the settings of a run.
 
     Args:
-        train_args_file: a JSON object of TrainingArguments and QLoRAArguments.
+        train_args_file: a JSON object of TrainingArguments and QLoRAArguments; None: there are overrides alone.
         overrides: `key=value` each, the value JSON or else plain text; they win over the file.
 
     Returns:
@@ -139,14 +188,14 @@ def load_arguments(train_args_file: str | Path, overrides: typing.Sequence[str] 
     """
     from transformers import TrainingArguments
 
-    source = str(train_args_file)
+    source = str(train_args_file or "command line")
     known = typing.get_type_hints(QLoRAArguments) | typing.get_type_hints(TrainingArguments)
     known = {key: hint for key, hint in known.items() if key in QLoRAArguments.__dataclass_fields__} | {
         item.name: known[item.name] for item in fields(TrainingArguments) if item.init
     }
     known["resume_from_checkpoint"] = str | bool | None
 
-    values = translate(read_json_object(source), known, source) | translate(
+    values = translate(read_json_object(source) if train_args_file else {}, known, source) | translate(
         parse_overrides(overrides), known, "override"
     )
     for key, value in values.items():
@@ -249,9 +298,12 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
     if not values.get("output_dir"):
         raise ValueError("output_dir must be given: the folder for checkpoints and the final adapter")
     for key in ("train_file", "eval_file"):
-        path = getattr(args, key)
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{key}: no file {path!r} in {Path.cwd()}")
+        sources = getattr(args, key) or []
+        for path in [sources] if isinstance(sources, str) else sources:
+            if not Path(path).exists() and not glob.glob(path, recursive=True):
+                raise ValueError(f"{key}: no file {path!r} in {Path.cwd()}")
+    if args.streaming and values.get("max_steps", -1) <= 0:
+        raise ValueError("streaming: the number of rows is not known beforehand; give max_steps")
     model = args.model_name_or_path
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
         raise ValueError(f"model_name_or_path: no folder {model!r}")
@@ -292,6 +344,8 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
         adapted.setdefault("eval_strategy", "steps" if "eval_steps" in values else "epoch")
     adapted.setdefault("report_to", "none")
     adapted.setdefault("ddp_find_unused_parameters", False)
+    if args.streaming:  # every rank reads the stream and takes its share; padded batches cannot be handed out
+        adapted["accelerator_config"] = {"dispatch_batches": False}
     kwargs = next(key for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if is_field(key))
     adapted.setdefault(kwargs, {"use_reentrant": False})
     return adapted
@@ -344,7 +398,8 @@ def is_a(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(is_a(item, typing.get_args(hint)[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict)
+        inner = typing.get_args(hint)[1]
+        return isinstance(value, dict) and (inner is Any or all(is_a(item, inner) for item in value.values()))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:

@@ -1,14 +1,14 @@
-"""One row of a JSONL file to a Conversation, or an error that names file, line, field and remedy."""
+"""What every data format becomes: a Conversation of Turns. Standard library only."""
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
 class DataError(ValueError):
-    """A fault in a user's data. Its text is `file:line: field: what is wrong; what to do`."""
+    """A fault in a user's data. Its text is `field: what is wrong; what to do`, and names file and line if raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,10 @@ class Turn:
     learned: bool = False
     name: str = ""  # the function that a tool turn calls, …
     parameters: dict[str, Any] = field(default_factory=dict)  # … its keyword arguments, …
-    observation: Any = None  # … and its result
+    observation: Any = None  # … and its result, …
+    observed: bool = False  # … if there is one (it may be null)
+    id: str = ""  # the call's, where the source has one
+    joined: bool = False  # written in one message with the turn before: text and its calls, or parallel calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,107 +32,66 @@ class Conversation:
     tools: Any = None  # descriptions of the functions on offer; None: no functions
 
 
-def read_conversations(path: str | Path, parse: Callable[[dict], Conversation]) -> Iterator[tuple[int, Conversation]]:
-    """Read a JSONL file: (line number from 1, Conversation) for every line that is not blank.
-
-    Args:
-        parse: `parse_chatglm3` or `parse_firefly`.
-
-    Raises:
-        DataError: for the first bad row.
-        OSError: the file cannot be read.
-    """
-    for number, row in read_rows(path):
-        try:
-            yield number, parse(row)
-        except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """(line number, JSON object) of every line that is not blank. Raises DataError where it is anything else."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                row = json.loads(text, parse_constant=refuse_constant)
-                if "\\ud" in text.lower():  # an escaped surrogate, which must be half of a pair
-                    json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                character = error.object[error.start]
-                raise DataError(f"{place}: holds {character!r}, half of a surrogate pair; remove it") from None
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}:{error.colno}: not JSON ({error.msg}); write one object a line") from None
-            except RecursionError:
-                raise DataError(f"{place}: nested too deeply; flatten the row") from None
-            except ValueError as error:  # a number that is none, or one of thousands of digits
-                raise DataError(f"{place}: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: a row must be a JSON object, got {describe(row)}")
-            yield number, row
+def oddities(conversation: Conversation) -> Iterator[str]:
+    """What is unusual in a row but legal, each kind once."""
+    turns = [turn for turn in conversation.turns if turn.role != "system"]
+    if turns[0].role != "user":
+        yield "the assistant speaks first"
+    if turns[-1].role == "user":
+        yield "ends on a user turn"
+    if turns[-1].role == "tool":
+        yield "ends on a call"
+    if any(turn.role == "assistant" and not turn.content.strip() for turn in turns):
+        yield "has an empty answer"
+    if any(one.role == two.role == "user" for one, two in itertools.pairwise(turns)):
+        yield "has two user turns in a row"
+    if "system" in [turn.role for turn in conversation.turns][1:]:
+        yield "has a system turn after the first turn"
+    offered = names_of(conversation.tools)
+    if offered and any(turn.role == "tool" and turn.name not in offered for turn in turns):
+        yield "calls a function that tools does not name"
 
 
-def refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number; write null or text")
+def names_of(tools: Any) -> set[str]:
+    """Names of the functions that `tools` describes in the usual way, bare or as `{"function": …}`."""
+    tools = tools if isinstance(tools, list) else []
+    bare = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    return {tool["name"] for tool in bare if isinstance(tool, dict) and isinstance(tool.get("name"), str)}
 
 
-def parse_firefly(row: dict) -> Conversation:
-    """Firefly's and ChatGLM2's rows: `conversation`, a list of `{"human": text, "assistant": text}`."""
-    if "conversations" in row and "conversation" not in row:
-        raise DataError(
-            "conversation: missing, and this row has ChatGLM3's conversations; use a model whose name contains "
-            "'chatglm3' or set data_format to chatglm3"
-        )
-    turns = []
-    for i, exchange in enumerate(take(row, "conversation", list)):
-        place = f"conversation[{i}]"
-        if not isinstance(exchange, dict):
-            raise DataError(f"{place}: must be an object with human and assistant, got {describe(exchange)}")
-        turns.append(Turn("user", take(exchange, "human", str, place)))
-        turns.append(Turn("assistant", take(exchange, "assistant", str, place), learned=True))
-    if not turns:
-        raise DataError("conversation: empty; give at least one human and assistant pair or remove the row")
-    return Conversation(tuple(turns))
+def choose_learned(conversation: Conversation, loss_on: str) -> Conversation:
+    """Whose tokens are learned. `flagged`: as the row says. `all`: every answer and call. `last`: the last message that
+    the model writes. Raises DataError where nothing is."""
+    turns = conversation.turns
+    written = [i for i, turn in enumerate(turns) if turn.role in ("assistant", "tool")]
+    if loss_on == "last":
+        written = [i for i in written if all(turn.joined for turn in turns[i + 1 : written[-1] + 1])]
+    chosen = [i for i in written if loss_on != "flagged" or turns[i].learned]
+    if not chosen:
+        raise DataError("nothing to learn: no answer or call, or each has loss=false; remove the row")
+    if loss_on == "flagged":
+        return conversation
+    return replace(conversation, turns=tuple(replace(turn, learned=i in chosen) for i, turn in enumerate(turns)))
 
 
-def parse_chatglm3(row: dict) -> Conversation:
-    """ChatGLM3's rows: `conversations`, a list of turns with roles, and `tools` where functions may be called."""
-    if "conversation" in row and "conversations" not in row:
-        raise DataError(
-            "conversations: missing, and this row has Firefly's conversation; convert the file with "
-            "python script/convert_data_format.py --input FILE --output FILE"
-        )
-    turns = tuple(parse_turn(turn, f"conversations[{i}]") for i, turn in enumerate(take(row, "conversations", list)))
-    if not any(turn.learned for turn in turns):
-        raise DataError("conversations: nothing to learn; give an assistant or tool turn without loss=false")
-    return Conversation(turns, row.get("tools"))
+def count_rounds(conversation: Conversation) -> int:
+    """How many times the user speaks after another has, and the beginning."""
+    return len(round_starts(conversation.turns))
 
 
-def parse_turn(turn: Any, place: str) -> Turn:
-    """One element of `conversations`. `place` names it in a DataError."""
-    if not isinstance(turn, dict):
-        raise DataError(f"{place}: must be an object with role, got {describe(turn)}")
-    role = take(turn, "role", str, place)
-    if role in ("system", "user"):
-        return Turn(role, take(turn, "content", str, place))
-    if role not in ("assistant", "tool"):
-        raise DataError(f"{place}.role is {role!r}; expected system, user, assistant or tool")
-    learned = take(turn, "loss", bool, place) if "loss" in turn else True
-    if role == "assistant":
-        return Turn(role, take(turn, "content", str, place), learned)
-    name = take(turn, "name", str, place)
-    if not name.strip() or "\n" in name:
-        raise DataError(f"{place}.name is {name!r}; expected the function's name on one line")
-    parameters = take(turn, "parameters", dict, place)
-    for key in parameters:
-        if not key.isidentifier():
-            raise DataError(f"{place}.parameters: {key!r} cannot be a keyword argument; rename it")
-    return Turn(role, "", learned, name, parameters, turn.get("observation"))
+def without_first_rounds(conversation: Conversation, rounds: int) -> Conversation:
+    """The conversation from its `rounds`-th round on, with all its system turns and tools."""
+    if not rounds:
+        return conversation
+    start = round_starts(conversation.turns)[rounds]
+    kept = [turn for i, turn in enumerate(conversation.turns) if i >= start or turn.role == "system"]
+    return replace(conversation, turns=tuple(kept))
+
+
+def round_starts(turns: tuple[Turn, ...]) -> list[int]:
+    spoken = [i for i, turn in enumerate(turns) if turn.role != "system"]
+    follows = dict(zip(spoken[1:], spoken, strict=False))
+    return [i for i in spoken if i not in follows or (turns[i].role == "user" and turns[follows[i]].role != "user")]
 
 
 def take(holder: dict, key: str, kind: type, place: str = "") -> Any:

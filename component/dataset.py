@@ -1,72 +1,88 @@
-"""Training data: one class for each conversation format, and the table that picks one."""
+"""Training data: one class for each conversation format, the table that picks one, mixtures and streams."""
 
+import inspect
+import itertools
 import json
-from array import array
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 from loguru import logger
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, get_worker_info
 
-from .conversation import DataError, parse_chatglm3, parse_firefly, read_conversations
-from .template import render_chatglm2, render_chatglm3, render_firefly
+from . import conversation, formats, preprocessing, reader, template
+from .cache import default_cache_dir, fingerprint, make_once
+from .conversation import DataError
+from .preprocessing import DataRules, RowRenderer, TokenStore, judge, prepare
+from .reader import find_files, read_lines
+from .template import render_chat_template, render_chatglm2, render_chatglm3, render_firefly
+
+Source = str | Path | list[str] | list[Path]
+SHUFFLE_BUFFER = 1000  # samples of a stream among which the next is drawn
+CHECKED_FIRST = 1000  # rows of a stream that are checked before anything expensive starts
 
 
 class SFTDataset(Dataset):
-    """Firefly's format. All rows are read, checked and rendered when the dataset is made.
+    """Firefly's format. All rows are read, checked and rendered when the dataset is made, or found in the cache.
 
     An item is a dict of int lists of one length, at most `max_seq_length`: `input_ids`, `attention_mask` (ones) and
     `target_mask` (1: this token is learned). Items are made anew at each access.
 
-    Longer rows are cut at the end; a row with no learned token before the cut is dropped, counted and logged.
-
     Args:
-        file: a JSONL file.
+        source: a file of rows in any format of component.formats, a folder, a glob, or a list of these.
         tokenizer: of the model to be trained.
         max_seq_length: in tokens.
+        cache_dir: folder of rendered data; by default `$XDG_CACHE_HOME/luciole` or `~/.cache/luciole`.
+        workers: processes that render; by default one for each core.
+        rules: the other fields of DataRules.
 
     Raises:
-        DataError: a bad row (file, line, field), or no row left to learn from.
+        DataError: bad rows (file, line, field), too many of them, or no row left to learn from.
     """
 
-    parse = staticmethod(parse_firefly)
     render = staticmethod(render_firefly)
 
-    def __init__(self, file: str | Path, tokenizer, max_seq_length: int):
-        if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no EOS token, so no answer can be taught to end; set one in its folder")
-        self.samples: list[tuple[array, bytes]] = []
-        dropped, cut = [], 0
-        for number, conversation in read_conversations(file, self.parse):
-            sample = self.render(conversation, tokenizer)
-            mask = bytes(sample.target_mask[:max_seq_length])
-            # Nothing predicts the first token, so learning starts at the second.
-            if any(mask[1:]):
-                self.samples.append((array("i", sample.input_ids[:max_seq_length]), mask))
-                cut += len(sample.input_ids) > max_seq_length
-            else:
-                dropped.append(number)
-        logger.info(
-            f"{file}: {len(self.samples)} rows to learn from; {cut} were cut to max_seq_length={max_seq_length}"
+    def __init__(
+        self,
+        source: Source,
+        tokenizer,
+        max_seq_length: int,
+        *,
+        cache_dir: str | Path | None = None,
+        workers: int | None = None,
+        **rules,
+    ):
+        self.files = find_files(source)
+        self.rules = DataRules(max_seq_length, **rules)
+        self.renderer = RowRenderer(self.render, checked(tokenizer), self.rules)
+        key = fingerprint([*self.files, *map(str, self.files), *identity(self.renderer)])
+        folder = make_once(
+            Path(cache_dir or default_cache_dir()).expanduser() / key,
+            lambda empty: prepare(self.files, self.renderer, workers or len(os.sched_getaffinity(0)), empty),
         )
-        if dropped:
-            logger.warning(
-                f"{file}: dropped {len(dropped)} rows without a learned token in the first {max_seq_length}, the "
-                f"first at line {dropped[0]}; raise max_seq_length to keep them"
-            )
-        if not self.samples:
-            reason = f"no learned token survives max_seq_length={max_seq_length}" if dropped else "the file has no rows"
-            raise DataError(f"{file}: nothing to learn: {reason}")
+        self.store = TokenStore(folder)
+        judge(self.store.report, self.files, self.rules)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample."""
+        return np.diff(self.store.ends, prepend=0)
+
+    def place(self, index: int) -> str:
+        """`file:line` of a sample."""
+        number, line = self.store.place(index)
+        return f"{self.files[number]}:{line}"
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.store)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        input_ids, target_mask = self.samples[index]
-        return {
-            "input_ids": input_ids.tolist(),
-            "attention_mask": [1] * len(input_ids),
-            "target_mask": list(target_mask),
-        }
+        input_ids, target_mask = self.store[index]
+        return item(input_ids.tolist(), target_mask.tolist())
 
 
 class ChatGLM2SFTDataset(SFTDataset):
@@ -78,15 +94,182 @@ class ChatGLM2SFTDataset(SFTDataset):
 class ChatGLM3SFTDataset(SFTDataset):
     """ChatGLM3's messages, with system prompts, `tools` and function calls."""
 
-    parse = staticmethod(parse_chatglm3)
     render = staticmethod(render_chatglm3)
+
+
+class ChatTemplateSFTDataset(SFTDataset):
+    """The text of the tokenizer's own chat template."""
+
+    render = staticmethod(render_chat_template)
 
 
 DATA_FORMATS: dict[str, type[SFTDataset]] = {
     "chatglm2": ChatGLM2SFTDataset,
     "chatglm3": ChatGLM3SFTDataset,
     "firefly": SFTDataset,
+    "chat_template": ChatTemplateSFTDataset,
 }
+
+
+class StreamingSFTDataset(IterableDataset):
+    """Rows read, checked and rendered as they are needed, shuffled within a buffer; nothing is kept on disk.
+
+    The first CHECKED_FIRST rows are checked when it is made. A bad row that comes later is logged and left out,
+    whatever `on_bad_row` says, so that it does not end a run; more than `max_bad_share` of them do. Several sources
+    are drawn from by weight, and a pass ends with the first of them that does.
+
+    Args:
+        sources, weights: one weight for each source.
+        render: of component.template.
+    """
+
+    def __init__(self, sources: list[Source], weights: list[float], render, tokenizer, rules: DataRules, seed: int):
+        self.files = [find_files(source) for source in sources]
+        self.weights = weights
+        self.renderer = RowRenderer(render, checked(tokenizer), rules)
+        self.seed, self.epoch = seed, 0
+        for files in self.files:
+            self.check_first(files)
+
+    def check_first(self, files: list[Path]) -> None:
+        head = itertools.islice(preprocessing.chunks(files), CHECKED_FIRST // preprocessing.CHUNK_ROWS)
+        report = preprocessing.DataReport()
+        for chunk in head:
+            preprocessing.add(report, preprocessing.render_chunk((self.renderer, chunk, True)), files)
+        judge(report, files, self.renderer.rules)
+        log_report(report, files, self.renderer.rules)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        worker = get_worker_info()
+        count, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        streams = [self.samples(files, count, own) for files in self.files]
+        buffer: list[dict[str, list[int]]] = []
+        while (sample := next(draw.choices(streams, self.weights)[0], None)) is not None:
+            buffer.append(sample)
+            if len(buffer) > SHUFFLE_BUFFER:
+                at = draw.randrange(len(buffer))
+                buffer[at], buffer[-1] = buffer[-1], buffer[at]
+                yield buffer.pop()
+        draw.shuffle(buffer)
+        yield from buffer
+
+    def samples(self, files: list[Path], count: int, own: int) -> Iterator[dict[str, list[int]]]:
+        """Those of every `count`-th row, from row `own` on."""
+        bad = 0
+        rows = ((file, line, raw) for file in files for line, raw in read_lines(file))
+        for seen, (file, line, raw) in enumerate(itertools.islice(rows, own, None, count), 1):
+            try:
+                sample, _ = self.renderer.fit(self.renderer.parse(raw)[0])
+            except DataError as error:
+                bad += 1
+                logger.warning(f"{file}:{line}: left out: {error}")
+                share = self.renderer.rules.max_bad_share
+                if seen > CHECKED_FIRST and bad > share * seen:
+                    raise DataError(f"{file}:{line}: {bad} bad rows of {seen}, above max_bad_share={share:g}") from None
+                continue
+            if sample:
+                yield item(sample.input_ids, sample.target_mask)
+
+
+def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir: str | None) -> tuple:
+    """The training data and, if any, the evaluation data of a run; what was found in them is logged.
+
+    Args:
+        args: QLoRAArguments.
+        make: of DATA_FORMATS.
+        output_dir: where `rejected.jsonl` is written, if rows were.
+
+    Returns:
+        (SFTDataset, mixture of several or StreamingSFTDataset; SFTDataset or None). Both are cheap to pickle.
+    """
+    rules, parts = rules_of(args), []
+
+    def load(source: Source) -> SFTDataset:
+        part = make(source, tokenizer, cache_dir=args.cache_dir, workers=args.preprocessing_workers, **asdict(rules))
+        log_report(part.store.report, part.files, rules)
+        parts.append(part)
+        return part
+
+    weights = args.train_file if isinstance(args.train_file, dict) else {}
+    sources, shares = list(weights) or [args.train_file], list(weights.values()) or [1.0]
+    evaluated = load(args.eval_file) if args.eval_file else None
+    if args.streaming:
+        trained = StreamingSFTDataset(sources, shares, make.render, tokenizer, rules, seed)
+    else:
+        loaded = [load(source) for source in sources]
+        trained = mix(loaded, shares, seed) if weights else loaded[0]
+    if output_dir and any(part.store.report.bad for part in parts):
+        path = Path(output_dir, "rejected.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folders = dict.fromkeys(part.store.folder for part in parts)
+        path.write_bytes(b"".join((folder / "rejected.jsonl").read_bytes() for folder in folders))
+        logger.warning(f"rejected rows and why: {path}")
+    return trained, evaluated
+
+
+def rules_of(args) -> DataRules:
+    return DataRules(**{rule.name: getattr(args, rule.name) for rule in fields(DataRules)})
+
+
+def mix(parts: list[SFTDataset], weights: list[float], seed: int) -> Subset:
+    """As many samples as the parts have together, each part's share of them being its weight's.
+
+    A part whose share is above its size is gone through again, and of one below a random selection is taken.
+    """
+    draw = np.random.default_rng(seed)
+    total = sum(map(len, parts))
+    chosen, offset = [], 0
+    ends = np.round(np.cumsum(weights) / sum(weights) * total).astype(int)
+    for part, count, weight in zip(parts, np.diff(ends, prepend=0).tolist(), weights, strict=True):
+        times, rest = divmod(count, len(part))
+        whole = np.tile(np.arange(len(part)), times)
+        chosen += [offset + whole, offset + draw.permutation(len(part))[:rest]]
+        offset += len(part)
+        logger.info(f"{part.files[0]}: {count} of {total} samples by its weight of {weight:g}")
+    return Subset(ConcatDataset(parts), np.concatenate(chosen))
+
+
+def log_report(report: preprocessing.DataReport, files: list[Path], rules: DataRules) -> None:
+    """What became of the rows, for the log."""
+    name = str(files[0]) if len(files) == 1 else f"{len(files)} files from {files[0]} on"
+    mean, learned = report.tokens / report.kept, report.learned / report.tokens
+    logger.info(
+        f"{name}: {report.kept:,} rows, {report.tokens:,} tokens, {learned:.0%} learned; mean length {mean:.0f}, "
+        f"longest {report.longest}"
+    )
+    for kind, (count, first) in report.notes.items():
+        logger.warning(f"{name}: {count:,} rows {kind} (max_seq_length={rules.max_seq_length}), the first at {first}")
+    for kind, (count, first) in report.odd.items():
+        logger.warning(f"{name}: {count:,} rows, the first at {first}: {kind}")
+    if report.bad:
+        faults = "".join(f"\n{fault}" for fault in report.faults)
+        logger.warning(f"{name}: {report.bad:,} bad rows left out{faults}")
+
+
+def item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]]:
+    return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "target_mask": target_mask}
+
+
+def checked(tokenizer):
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token, so no answer can be taught to end; set one in its folder")
+    return tokenizer
+
+
+def identity(renderer: RowRenderer) -> list[str | Path]:
+    """All that decides how a row is rendered: the rules that do, the tokenizer as it would be saved, this program."""
+    with tempfile.TemporaryDirectory() as folder:
+        renderer.tokenizer.save_pretrained(folder)
+        files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        saved = [part for path in files for part in (path.name, fingerprint([path]))]
+    rules = {key: value for key, value in asdict(renderer.rules).items() if key not in ("on_bad_row", "max_bad_share")}
+    modules = (conversation, formats, preprocessing, reader, template, inspect.getmodule(type(renderer.tokenizer)))
+    program = [fingerprint([Path(module.__file__)]) for module in modules]
+    return [renderer.render.__name__, json.dumps(rules), *saved, *program]
 
 
 def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:

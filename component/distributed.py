@@ -1,24 +1,36 @@
 """Work that one process does for all."""
 
+import itertools
+import pickle
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 Result = TypeVar("Result")
+calls = itertools.count()
 
 
 def on_rank_zero(make: Callable[[], Result]) -> Result:
-    """Run `make` on rank 0 alone and hand its result, or its exception, to every rank. Both must be picklable."""
+    """Run `make` on rank 0 alone and hand its result, or its exception, to every rank. Both must be picklable.
+
+    The others wait at the group's store and not in a collective, whose timeout long work would trip.
+    """
     if not dist.is_initialized():
         return make()
-    box: list = [None, None]
+    store, key = _get_default_store(), f"luciole/on_rank_zero/{next(calls)}"
     if dist.get_rank() == 0:
         try:
-            box[0] = make()
+            outcome = (make(), None)
         except Exception as error:
-            box[1] = error
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+            outcome = (None, error)
+        store.set(key, pickle.dumps(outcome))
+    else:
+        store.wait([key], timedelta(days=7))
+        outcome = pickle.loads(store.get(key))
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result

@@ -5,7 +5,6 @@ import math
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 from loguru import logger
@@ -42,15 +41,6 @@ def parameter_table(model: nn.Module) -> str:
     for (dtype, trainable), count in sorted(counts.items(), key=lambda item: -item[1]):
         lines.append(f"{dtype:<12}{'yes' if trainable else 'no':<12}{count:>16,}{count / total:>9.2%}")
     return "\n".join([*lines, f"{'total':<24}{total:>16,}"])
-
-
-def token_statistics(samples: Iterable[dict[str, list[int]]]) -> str:
-    """Rows, tokens, the share that is learned, and the lengths' mean and maximum."""
-    lengths, learned = zip(*((len(row["input_ids"]), sum(row["target_mask"])) for row in samples), strict=True)
-    return (
-        f"{len(lengths):,} rows, {sum(lengths):,} tokens, {sum(learned) / sum(lengths):.0%} learned; "
-        f"mean length {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}"
-    )
 
 
 def render_sample(sample: dict[str, list[int]], tokenizer) -> str:

@@ -4,10 +4,13 @@
 """
 
 import ast
+import functools
 import json
+import re
 from dataclasses import dataclass, field
+from typing import Any
 
-from .conversation import Conversation
+from .conversation import Conversation, DataError, Turn
 
 TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 
@@ -38,23 +41,31 @@ def chatglm3_messages(conversation: Conversation) -> list[Message]:
     """The messages that official inference would have seen: tools first, a tool turn as its call and its result."""
     messages = []
     if conversation.tools is not None:
-        tools = json.dumps(conversation.tools, indent=4, ensure_ascii=False)
-        messages.append(Message("system", f"{TOOLS_PROMPT}\n{tools}"))
+        messages.append(Message("system", tools_message(conversation.tools)))
     for turn in conversation.turns:
         if turn.role == "tool":
-            result = turn.observation
-            result = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-            messages.append(Message("assistant", format_tool_call(turn.parameters), turn.name, turn.learned))
-            messages.append(Message("observation", result))
+            messages.append(Message("assistant", format_tool_call(turn), turn.name, turn.learned))
+            messages.append(Message("observation", as_text(turn.observation)))
         else:
             messages.append(Message(turn.role, turn.content, learned=turn.learned))
     return messages
 
 
-def format_tool_call(parameters: dict) -> str:
-    keywords = [ast.keyword(name, ast.Constant(value)) for name, value in parameters.items()]
-    call = ast.unparse(ast.Call(ast.Name("tool_call"), [], keywords))
-    return f"```python\n{call}\n```"
+def tools_message(tools: Any) -> str:
+    return f"{TOOLS_PROMPT}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
+
+
+def as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def format_tool_call(call: Turn) -> str:
+    for name in call.parameters:
+        if not name.isidentifier():
+            raise DataError(f"the parameter {name!r} of {call.name} cannot be a keyword argument; rename it")
+    keywords = [ast.keyword(name, ast.Constant(value)) for name, value in call.parameters.items()]
+    text = ast.unparse(ast.Call(ast.Name("tool_call"), [], keywords))
+    return f"```python\n{text}\n```"
 
 
 def render_chatglm3(conversation: Conversation, tokenizer) -> Sample:
@@ -79,8 +90,7 @@ def render_chatglm2(conversation: Conversation, tokenizer) -> Sample:
     """`[gMASK] sop`, then for each round its prompt, the answer and `</s>`; answers and their ends are learned."""
     sample = Sample()
     sample.add(tokenizer.get_prefix_tokens(), learned=False)
-    questions, answers = conversation.turns[::2], conversation.turns[1::2]
-    for i, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
+    for i, (question, answer) in enumerate(question_answer_pairs(conversation, "chatglm2"), 1):
         prompt = f"[Round {i}]\n\n问：{question.content}\n\n答："
         sample.add(tokenizer.encode(prompt, add_special_tokens=False), learned=False)
         sample.add(tokenizer.encode(answer.content, add_special_tokens=False), learned=answer.learned)
@@ -91,12 +101,186 @@ def render_chatglm2(conversation: Conversation, tokenizer) -> Sample:
 def render_firefly(conversation: Conversation, tokenizer) -> Sample:
     """`<s>`, then every utterance followed by `</s>`; answers and their ends are learned.
 
-    `<s>` is the tokenizer's BOS, left out where it has none, and `</s>` its EOS.
+    `<s>` is the tokenizer's BOS, left out where it has none, and `</s>` its EOS. Control tokens written in an utterance
+    are text.
     """
     sample = Sample()
     if tokenizer.bos_token_id is not None:
         sample.add([tokenizer.bos_token_id], learned=False)
-    for turn in conversation.turns:
-        sample.add(tokenizer.encode(turn.content, add_special_tokens=False), learned=turn.learned)
-        sample.add([tokenizer.eos_token_id], learned=turn.learned)
+    for pair in question_answer_pairs(conversation, "firefly"):
+        for turn in pair:
+            ids = tokenizer.encode(turn.content, add_special_tokens=False, split_special_tokens=True)
+            sample.add([*ids, tokenizer.eos_token_id], learned=turn.learned)
     return sample
+
+
+def question_answer_pairs(conversation: Conversation, data_format: str) -> list[tuple[Turn, Turn]]:
+    """The turns of a conversation that is nothing but questions with answers. Raises DataError for any other."""
+    turns = conversation.turns
+    others = {turn.role for turn in turns} - {"user", "assistant"}
+    others |= {"tools"} if conversation.tools is not None else set()
+    if others:
+        reason = f"{data_format} has no place for {' and '.join(sorted(others))}"
+    elif [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+        reason = f"{data_format} has pairs of user and assistant alone"
+    else:
+        return list(zip(turns[::2], turns[1::2], strict=True))
+    raise DataError(f"{reason}; remove the row, or set data_format to chat_template")
+
+
+# data_format chat_template: the tokenizer's own template, by the conventions of transformers' apply_chat_template
+
+MARKER = "\U0010fffd"  # a character that no text holds
+SHIELD = 0xF0000  # the first of the characters that stand for control tokens written in text
+
+
+def render_chat_template(conversation: Conversation, tokenizer) -> Sample:
+    """The text of the tokenizer's chat template; of every learned message what the model writes, and the end token.
+
+    A message begins where the generation prompt ends and ends with the control token that stops inference: the last
+    one that the template writes for it, else the next message's first (GLM-4), else the tokenizer's EOS, which is
+    added. Control tokens written in a text are text.
+
+    Raises:
+        DataError: the template refuses the conversation, or writes nothing that can end an answer.
+    """
+    pattern, control_ids = control_tokens(tokenizer)
+    messages, tools = chat_messages(conversation)
+    learned = [all(message.pop("learned", (False,))) for message in messages]
+    messages, tools = shield(messages, pattern), shield(tools, pattern)
+
+    def write(messages: list[dict], ask: bool = False) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+        except Exception as error:  # a template's raise_exception, and whatever it does to a row that it did not expect
+            raise DataError(f"the tokenizer's chat template refuses the row: {error}") from None
+
+    text = write(messages)
+    left_out = [f"a message of role {message['role']}" for message in messages if not is_written(message, text)]
+    left_out += ["tools" for tool in tools or () if tool["function"]["name"] not in text]
+    if left_out:
+        raise DataError(f"the tokenizer's chat template leaves out {left_out[0]}; change the row or the template")
+    ids, starts = encode_shielded(text, tokenizer)
+    mask = [0] * len(ids)
+    controls = [i for i, token in enumerate(ids) if token in control_ids]
+    for i in [i for i, is_learned in enumerate(learned) if is_learned]:
+        body = common_prefix(text, write([*messages[:i], marked(messages[i]), *messages[i + 1 :]]))
+        prompt, whole = write(messages[:i], ask=True) if i else "", text
+        begin = len(prompt) if prompt and text.startswith(prompt) and len(prompt) <= body else body
+        if i + 1 < len(messages):
+            whole = write(messages[: i + 1])
+        own = [at for at in controls if body <= starts[at] < len(whole)] if text.startswith(whole) else []
+        later = [at for at in controls if starts[at] >= body]
+        end = own[-1] if own else later[0] if later else None
+        if end is None:
+            if i + 1 < len(messages) or tokenizer.eos_token_id is None:
+                raise DataError("the tokenizer's chat template writes no control token that could end an answer")
+            end = len(ids)
+            ids, starts, mask = [*ids, tokenizer.eos_token_id], [*starts, len(text)], [*mask, 0]
+        mask[:] = [1 if starts[at] >= begin and at <= end else bit for at, bit in enumerate(mask)]
+    return Sample(ids, mask)
+
+
+def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | None]:
+    """Messages and tools as OpenAI and chat templates have them, a call's arguments as an object.
+
+    An assistant's message has `learned`, a flag for its text and for each call. Tools that are no descriptions with
+    names become the system message that ChatGLM3 shows.
+    """
+    messages: list[dict] = []
+    calls: list[Turn] = []  # of the last message
+
+    def add_results() -> None:
+        for call in calls:
+            if call.observed:
+                result = {"tool_call_id": identities[id(call)], "name": call.name, "content": as_text(call.observation)}
+                messages.append({"role": "tool"} | result)
+        calls.clear()
+
+    # Nine letters and digits, which every template accepts.
+    identities = {id(turn): turn.id or f"call{i:05}" for i, turn in enumerate(conversation.turns)}
+    tools = wrap_tools(conversation.tools)
+    if tools is None and conversation.tools is not None:
+        messages.append({"role": "system", "content": tools_message(conversation.tools)})
+    for turn in conversation.turns:
+        if not turn.joined:
+            add_results()
+        if turn.role == "tool":
+            if not turn.joined:
+                messages.append({"role": "assistant", "content": "", "learned": ()})
+            function = {"name": turn.name, "arguments": turn.parameters}
+            call = {"id": identities[id(turn)], "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
+            messages[-1]["learned"] += (turn.learned,)
+            calls.append(turn)
+        else:
+            flags = {"learned": (turn.learned,)} if turn.role == "assistant" else {}
+            messages.append({"role": turn.role, "content": turn.content} | flags)
+    add_results()
+    return messages, tools
+
+
+def wrap_tools(tools: Any) -> list[dict] | None:
+    """Descriptions of functions as `{"type": "function", "function": …}`; None where they are none with names."""
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return None
+    bare = [tool.get("function", tool) for tool in tools]
+    if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in bare):
+        return None
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def is_written(message: dict, text: str) -> bool:
+    """Whether the template has written a message. (Some remove an answer's reasoning, and quote results.)"""
+    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    parts = names if message["role"] in ("assistant", "tool") else [message["content"].strip()]
+    return all(part in text for part in parts)
+
+
+def marked(message: dict) -> dict:
+    """The message with its last part written otherwise."""
+    if "tool_calls" not in message:
+        return message | {"content": MARKER}
+    *others, last = message["tool_calls"]
+    return message | {"tool_calls": [*others, last | {"function": last["function"] | {"name": MARKER}}]}
+
+
+def common_prefix(one: str, two: str) -> int:
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == two[:middle] else (low, middle - 1)
+    return low
+
+
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer) -> tuple[re.Pattern, frozenset[int]]:
+    """A pattern of all control tokens' texts, and their ids."""
+    tokens = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    texts = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)"), frozenset(tokens.values())
+
+
+def shield(value: Any, pattern: re.Pattern) -> Any:
+    """`value` with every control token in a text replaced by one character of its own for each of its characters."""
+    if isinstance(value, str):
+        return pattern.sub(lambda found: "".join(chr(SHIELD + ord(letter)) for letter in found[0]), value)
+    if isinstance(value, dict):
+        return {key: shield(item, pattern) if key != "role" else item for key, item in value.items()}
+    return [shield(item, pattern) for item in value] if isinstance(value, list) else value
+
+
+def encode_shielded(text: str, tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids, and where each begins in `text`; shielded stretches are encoded as the text that they stand for."""
+    ids, starts, at = [], [], 0
+    for part in re.split("([\U000f0000-\U000ffffd]+)", text):
+        hidden = part and ord(part[0]) >= SHIELD
+        if part:
+            plain = "".join(chr(ord(letter) - SHIELD) for letter in part) if hidden else part
+            encoded = tokenizer(
+                plain, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=bool(hidden)
+            )
+            ids += encoded["input_ids"]
+            starts += [at + start for start, _ in encoded["offset_mapping"]]
+            at += len(part)
+    return ids, starts

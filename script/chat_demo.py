@@ -21,13 +21,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import component.chatglm  # noqa: F401  registers ChatGLM with the Auto classes
-from component.conversation import Conversation, parse_chatglm3, read_conversations
+from component.conversation import Conversation
+from component.formats import read_conversations
 from component.template import TOOLS_PROMPT
 
 
 def find_lessons(data: Path) -> list[Conversation]:
     """The first conversation of the sample data, and its first that calls the weather function."""
-    conversations = [conversation for _, conversation in read_conversations(data, parse_chatglm3)]
+    conversations = [conversation for _, conversation in read_conversations(data)]
     weather = next(c for c in conversations if any(turn.name == "get_current_weather" for turn in c.turns))
     return [conversations[0], weather]
 

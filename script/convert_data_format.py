@@ -1,67 +1,146 @@
-"""Convert Firefly's rows to ChatGLM3's.
+"""Convert conversations between Firefly, ChatGLM3, OpenAI, ShareGPT, Alpaca and Glaive (docs/data_format.md).
 
-python script/convert_data_format.py --input FILE --output FILE
+python script/convert_data_format.py --input FILE … --output FILE [--to FORMAT]
 
-`conversation`, a list of {"human", "assistant"}, becomes `conversations`, a list of turns with roles; every other field
-of a row is kept. The file is read line by line. The output appears only when it is whole; a bad row is named by line
-and leaves an earlier output as it was.
+Every row's own format is detected. Fields that belong to no format are kept. Rows are read and written one by one; the
+output appears only when it is whole, so that a fault leaves an earlier output as it was. What the target has no place
+for is counted and said; a row that cannot be said in it at all is a bad row.
 """
 
 import argparse
+import contextlib
+import gzip
 import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from component.conversation import DataError, parse_firefly, read_rows
+from component.conversation import DataError
+from component.formats import ROW_FORMATS, detect_format
+from component.reader import find_files, read_rows
 
 
-def convert_row(row: dict) -> dict:
-    """One Firefly row as a ChatGLM3 row. Raises DataError where it is none."""
-    turns = [{"role": turn.role, "content": turn.content} for turn in parse_firefly(row).turns]
-    return {key: value for key, value in row.items() if key != "conversation"} | {"conversations": turns}
+@dataclass
+class Summary:
+    rows: int = 0
+    lost: Counter = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)  # where each thing was lost first
+    rejected: int = 0
 
 
-def converted_lines(source: Path) -> Iterator[str]:
-    for number, row in read_rows(source):
+def convert_row(row: dict, target: str, source: str | None, lost) -> dict:
+    """One row in another format. Raises DataError for a bad row and for one that the target cannot say."""
+    name = source or detect_format(row)
+    own = ROW_FORMATS[name]
+    written = ROW_FORMATS[target].write(own.parse(row), lost)
+    for turn in next((row[key] for key in ("conversations", "conversation", "messages") if key in row), []):
+        for key in sorted(turn.keys() - own.turn_keys):
+            lost(f"{key!r} of a turn")
+    kept = {key: value for key, value in row.items() if key not in own.keys}
+    for key in kept.keys() & ROW_FORMATS[target].keys:
+        lost(f"{key!r} of the row, which means something else in {target}")
+    return kept | written
+
+
+def convert_files(
+    sources: list[Path], output: Path, target: str, source: str | None = None, skip: bool = False
+) -> Summary:
+    """Convert whole files or nothing.
+
+    Raises:
+        DataError: a bad row, if not `skip`, in which case it goes to `OUTPUT.rejected.jsonl` with the reason.
+    """
+    summary = Summary()
+    with whole_or_absent(output) as file, whole_or_absent(rejected_path(output) if skip else None) as rejects:
+        for path in sources:
+            for line, row in read_rows(path):
+                noted: list[str] = []
+                try:
+                    if isinstance(row, DataError):
+                        raise row
+                    converted = convert_row(row, target, source, noted.append)
+                except DataError as error:
+                    if not skip:
+                        raise DataError(f"{path}:{line}: {error}") from None
+                    entry = {"file": str(path), "line": line, "reason": str(error)}
+                    entry |= {"row": row} if isinstance(row, dict) else {}
+                    rejects.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                    summary.rejected += 1
+                    continue
+                file.write(json.dumps(converted, ensure_ascii=False).encode() + b"\n")
+                summary.rows += 1
+                for what in dict.fromkeys(noted):
+                    summary.lost[what] += 1
+                    summary.first.setdefault(what, f"{path}:{line}")
+    return summary
+
+
+def rejected_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.rejected.jsonl")
+
+
+@contextlib.contextmanager
+def whole_or_absent(output: Path | None) -> Iterator[BinaryIO | None]:
+    """A file that replaces `output` when all is written. What is no plain file, such as a pipe, is written directly."""
+    if output is None:
+        yield None
+        return
+    if output.exists() and not output.is_file():
+        with open(output, "wb") as file:
+            yield file
+        return
+    output = output.resolve()  # the file that a link leads to is replaced, not the link
+    with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", delete=False) as temporary:
         try:
-            yield json.dumps(convert_row(row), ensure_ascii=False) + "\n"
-        except DataError as error:
-            raise DataError(f"{source}:{number}: {error}") from None
-
-
-def convert_file(source: Path, target: Path) -> int:
-    """Convert a whole file or nothing. Returns the number of rows."""
-    rows = 0
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", dir=target.parent, delete=False) as output:
-        try:
-            for line in converted_lines(source):
-                output.write(line)
-                rows += 1
-            output.flush()
-            os.fsync(output.fileno())
-            os.chmod(output.name, 0o644)
-            os.replace(output.name, target)
+            with compressing(temporary, output.name) as file:
+                yield file
+            temporary.flush()
+            os.fsync(temporary.fileno())
+            os.chmod(temporary.name, 0o644)
+            os.replace(temporary.name, output)
         except BaseException:
-            os.unlink(output.name)
+            os.unlink(temporary.name)
             raise
-    return rows
+
+
+def compressing(file: BinaryIO, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+    if name.endswith(".gz"):
+        return gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0)
+    if name.endswith(".zst"):
+        import zstandard
+
+        return zstandard.open(file, "wb", closefd=False)
+    return contextlib.nullcontext(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="Firefly's JSONL")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="ChatGLM3's JSONL")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders or globs")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument("--to", choices=ROW_FORMATS, default="chatglm3", help="format to write [chatglm3]")
+    parser.add_argument("--from", dest="source", choices=ROW_FORMATS, help="format to read [each row's own]")
+    parser.add_argument(
+        "--on_bad_row", choices=("stop", "skip"), default="stop", help="skip: leave bad rows out [stop]"
+    )
     cli = parser.parse_args()
     try:
-        print(f"{cli.output}: {convert_file(cli.input, cli.output)} rows")
+        sources = find_files(cli.input)
+        summary = convert_files(sources, cli.output, cli.to, cli.source, skip=cli.on_bad_row == "skip")
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    print(f"{cli.output}: {summary.rows} rows", file=sys.stdout if cli.output.is_file() else sys.stderr)
+    for what, count in summary.lost.items():
+        print(f"not carried over, {count} rows, the first at {summary.first[what]}: {what}", file=sys.stderr)
+    if summary.rejected:
+        print(f"{summary.rejected} bad rows left out, see {rejected_path(cli.output)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

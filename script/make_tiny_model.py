@@ -16,16 +16,15 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from component.conversation import parse_chatglm3, parse_firefly, read_rows
+from component.formats import read_conversations
 from component.template import chatglm3_messages
 
 
 def texts_of(path: Path) -> list[str]:
     """Every message of a data file, so that the vocabulary fits what will be trained."""
     texts = []
-    for _, row in read_rows(path):
-        parse = parse_chatglm3 if "conversations" in row else parse_firefly
-        for message in chatglm3_messages(parse(row)):
+    for _, conversation in read_conversations(path):
+        for message in chatglm3_messages(conversation):
             texts += [message.metadata, message.content]
     return [text for text in texts if text]
 

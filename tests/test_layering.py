@@ -11,8 +11,13 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "trainer": {"loss", "checkpoint", "report"},
     "model": {"argument", "chatglm", "kernel"},
-    "dataset": {"template", "conversation"},
+    "inspection": {"dataset", "preprocessing", "reader", "conversation"},
+    "dataset": {"preprocessing", "cache", "formats", "reader", "template", "conversation"},
+    "preprocessing": {"formats", "reader", "template", "conversation"},
+    "formats": {"reader", "template", "conversation"},
+    "reader": {"conversation"},
     "template": {"conversation"},
+    "cache": set(),
     "argument": set(),
     "chatglm": set(),
     "checkpoint": set(),
@@ -59,7 +64,9 @@ def test_a_conversation_needs_the_standard_library_alone():
     assert {name.split(".")[0] for name in imports(ROOT / "component/conversation.py")} <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("module", ["component.template", "component.argument"])
+@pytest.mark.parametrize(
+    "module", ["component.formats", "component.reader", "component.template", "component.argument"]
+)
 def test_light_parts_import_no_torch(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,6 +1,7 @@
 """The whole job on a model of a few thousand parameters, through its own command."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -155,6 +156,64 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
     assert done.stderr.count("training from the base model") == 1  # rank 0 alone speaks
 
 
+SLOW_RENDERING = """if True:
+    import sys, time
+    import component.preprocessing as preprocessing, train_qlora
+    prompt = preprocessing.RowRenderer.fit
+    preprocessing.RowRenderer.fit = lambda *args: (time.sleep(1), prompt(*args))[1]
+    sys.argv = ["train_qlora.py", "--train_args_file", sys.argv[1]]
+    train_qlora.main()
+"""
+
+
+def test_ranks_wait_for_slow_data_longer_than_a_collective_may_take(job, tmp_path):
+    """Case 39 of the reliability scorecard, with its numbers made small: 12 s of rendering, 4 s of timeout."""
+    job("written", dry_run=True)
+    settings = json.loads((tmp_path / "written.json").read_text())
+    settings |= {"output_dir": str(tmp_path / "ranks"), "ddp_timeout": 4, "max_steps": 1, "lora_rank": 3}
+    settings |= {"cache_dir": str(tmp_path / "cache")}
+    (tmp_path / "ranks.json").write_text(json.dumps(settings))
+    (tmp_path / "slow.py").write_text(SLOW_RENDERING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "slow.py"), str(tmp_path / "ranks.json")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ranks/final/adapter_model.safetensors").exists()
+
+
+def test_a_stream_trains_on_one_process_and_on_two(job, tmp_path):
+    settings = {"streaming": True, "max_steps": 3, "per_device_train_batch_size": 4, "optim": "sgd"}
+    whole = job("whole", **settings)
+    assert len(losses(whole)) == 3
+    written = json.loads((tmp_path / "whole.json").read_text())
+    written |= {"output_dir": str(tmp_path / "ranks"), "per_device_train_batch_size": 2}
+    (tmp_path / "ranks.json").write_text(json.dumps(written))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_qlora.py"]
+    done = subprocess.run(
+        [*command, "--train_args_file", str(tmp_path / "ranks.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(whole) == pytest.approx(losses(tmp_path / "ranks"), abs=1e-5)
+
+
+def test_rejected_rows_are_written_beside_the_run(job):
+    folder = job(rows=[*ROWS, {"conversations": []}], on_bad_row="skip", max_steps=1)
+    (entry,) = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+    assert entry["line"] == 13
+    assert entry["reason"].startswith("nothing to learn")
+    assert entry["row"] == '{"conversations": []}'
+
+
 def test_a_rank_that_should_not_save_writes_nothing(tmp_path):
     from types import SimpleNamespace
     from unittest.mock import Mock
@@ -246,7 +305,13 @@ def test_the_dry_run_counts_the_steps_that_the_trainer_makes(job, capsys, settin
         ),
         ({"max_seq_length": 4}, "no learned token survives max_seq_length=4"),
         ({"model_name_or_path": "/nowhere/chatglm3"}, "model_name_or_path: no folder '/nowhere/chatglm3'"),
-        ({"data_format": "chatglm2"}, "train.jsonl:1: conversation: missing"),
+        (
+            {"data_format": "chatglm2", "rows": [{"conversations": ROWS[0]["conversations"][1:]}]},
+            "train.jsonl:1: chatglm2",
+        ),
+        ({"streaming": True, "max_steps": -1}, "streaming: the number of rows is not known beforehand; give max_steps"),
+        ({"train_file": {}}, "train_file must be given"),
+        ({"train_file": "*.parquet"}, "train_file: no file '*.parquet'"),
         ({"resume_from_checkpoint": True}, "holds no checkpoint"),
         ({"target_modules": ["q_proj"]}, "no linear layer is called 'q_proj'; there are dense, dense_4h_to_h"),
     ],

@@ -1,43 +1,74 @@
+"""The data classes, from files to items. Cases 20 and 24 to 29 of the reliability scorecard end here."""
+
 import copy
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
+from component import preprocessing
 from component.collator import SFTDataCollator
 from component.conversation import DataError
-from component.dataset import ChatGLM2SFTDataset, ChatGLM3SFTDataset, SFTDataset, select_dataset
+from component.dataset import (
+    ChatGLM2SFTDataset,
+    ChatGLM3SFTDataset,
+    SFTDataset,
+    StreamingSFTDataset,
+    load_datasets,
+    mix,
+    select_dataset,
+)
+from component.formats import parse_row
+from component.preprocessing import DataRules, TokenStore
+from component.template import render_chatglm3
 from tests.conftest import read_jsonl
 
-ROWS = [
-    {"conversations": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b"}]} for n in (1, 40, 5)
-]
+
+def row(question: str, answer: str = "b", **turn) -> dict:
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer} | turn]}
+
+
+ROWS = [row("a" * n) for n in (1, 40, 5)]
+BAD = {"conversations": [{"role": "usr", "content": "x"}]}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 @pytest.fixture
 def make(tmp_path, tiny_tokenizer):
-    def make(rows=ROWS, max_seq_length=1000):
-        file = tmp_path / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return ChatGLM3SFTDataset(file, tiny_tokenizer, max_seq_length)
+    """A ChatGLM3 data set of rows, in a cache of the test's own."""
+
+    def make(rows=ROWS, max_seq_length=1000, **rules):
+        file = write(tmp_path / "rows.jsonl", rows)
+        rules = {"max_bad_share": 1.0, "cache_dir": tmp_path / "cache"} | rules
+        return ChatGLM3SFTDataset(file, tiny_tokenizer, max_seq_length, **rules)
 
     return make
+
+
+# Reading and rendering
 
 
 @pytest.mark.parametrize(
     ("name", "dataset_class"), [("chatglm3", ChatGLM3SFTDataset), ("chatglm2", ChatGLM2SFTDataset)]
 )
-def test_the_classes_give_the_golden_rows(reference, real_tokenizer, tmp_path, name, dataset_class):
+def test_every_golden_row_comes_through_a_data_set(reference, real_tokenizer, tmp_path, name, dataset_class):
     golden = read_jsonl(reference / f"golden/{name}_sft.jsonl")
-    file = tmp_path / "golden.jsonl"
-    file.write_text("".join(json.dumps(row["sample"], ensure_ascii=False) + "\n" for row in golden), encoding="utf-8")
-    dataset = dataset_class(file, real_tokenizer, 10_000)
+    dataset = dataset_class(write(tmp_path / "g.jsonl", [row["sample"] for row in golden]), real_tokenizer, 100_000)
     assert len(dataset) == len(golden)
-    for item, row in zip(dataset, golden, strict=True):
-        assert item["input_ids"] == row["input_ids"]
-        assert item["target_mask"] == [int(label != -100) for label in row["labels"]]
+    for item, row_ in zip(dataset, golden, strict=True):
+        assert item["input_ids"] == row_["input_ids"]
+        labels = [i if m else -100 for i, m in zip(item["input_ids"], item["target_mask"], strict=True)]
+        assert labels == row_["labels"]
 
 
-def test_the_published_sample_files_load(shared, real_tokenizer):
+def test_every_row_of_the_shared_real_data_loads(shared, real_tokenizer):
     counts = [
         len(dataset_class(shared / f"data/{name}.jsonl", real_tokenizer, 100_000))
         for name, dataset_class in (
@@ -45,9 +76,10 @@ def test_the_published_sample_files_load(shared, real_tokenizer):
             ("firefly_dummy_data", ChatGLM2SFTDataset),
             ("firefly_dummy_data_chatglm3", ChatGLM3SFTDataset),
             ("toolalpaca_chatglm3", ChatGLM3SFTDataset),
+            ("firefly_dummy_data", ChatGLM3SFTDataset),
         )
     ]
-    assert counts == [33, 33, 34, 180]
+    assert counts == [33, 33, 34, 180, 33]
 
 
 def test_an_item_is_three_fresh_lists_of_one_length(make):
@@ -60,25 +92,338 @@ def test_an_item_is_three_fresh_lists_of_one_length(make):
     item["input_ids"].append(1)
     item["target_mask"][0] = 1
     assert dataset[0] == before
+    assert dataset.lengths.tolist() == [len(item["input_ids"]) for item in dataset]
+    assert [dataset.place(i).rsplit(":", 1)[1] for i in range(3)] == ["1", "2", "3"]
 
 
-def test_a_long_row_is_cut_and_one_without_a_learned_token_is_dropped_and_named(make, log):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_are_the_same_in_every_epoch(make, tiny_tokenizer, workers):
+    """Case 29: three epochs, in the training process and in workers."""
+    dataset = make()
+    collate = SFTDataCollator(tiny_tokenizer, 1000)
+    epochs = []
+    for _ in range(3):
+        loader = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=collate)
+        epochs.append([{key: value.tolist() for key, value in batch.items()} for batch in loader])
+    assert epochs[0] == epochs[1] == epochs[2]
+    assert len(epochs[0]) == 2
+
+
+def test_several_processes_make_what_one_makes(tmp_path, tiny_tokenizer, monkeypatch):
+    rows = [row("你好 " * (i % 40), f"answer {i}") for i in range(2000)]
+    rows[77] = rows[1500] = BAD
+    file = write(tmp_path / "rows.jsonl", rows)
+    stores = []
+    for workers, threshold in ((1, 1 << 40), (3, 0)):
+        monkeypatch.setattr(preprocessing, "PARALLEL_FROM", threshold)
+        rules = {
+            "on_bad_row": "skip",
+            "on_too_long": "drop",
+            "workers": workers,
+            "max_bad_share": 1.0,
+            "cache_dir": tmp_path / f"{workers}",
+        }
+        stores.append(ChatGLM3SFTDataset(file, tiny_tokenizer, 120, **rules).store)
+    one, three = stores
+    assert len(one) > 1000
+    assert one.report == three.report
+    assert one.report.bad == 2
+    for name in preprocessing.FILES:
+        assert np.array_equal(getattr(one, name), getattr(three, name)), name
+
+
+# Faults
+
+
+def test_the_first_20_faults_and_their_number_are_listed(make):
+    rows = [ROWS[0], *[BAD] * 30, ROWS[1]]
+    with pytest.raises(DataError) as error:
+        make(rows, on_bad_row="stop")
+    head, *faults, more = str(error.value).split("\n")
+    assert head.endswith("rows.jsonl: 30 bad rows of 32; mend them, or set on_bad_row to skip")
+    assert len(faults) == 20
+    assert faults[0].endswith("rows.jsonl:2: conversations[0].role is 'usr'; expected system, user, assistant or tool")
+    assert more == "… and 10 more"
+
+
+FAULTY = [
+    {"conversations": [{"role": "usr", "content": "x"}, {"role": "assistant", "content": "a"}]},
+    {"conversations": [{"content": "x"}, {"role": "assistant", "content": "a"}]},
+    {"conversations": [{"role": None, "content": "x"}, {"role": "assistant", "content": "a"}]},
+    {"conversations": [{"role": 1, "content": "x"}, {"role": "assistant", "content": "a"}]},
+    {"conversations": ["hello"]},
+    {"conversations": {"role": "user"}},
+    {"conversations": None},
+    {"conversation_list": []},
+    {"conversations": [{"role": "user"}, {"role": "assistant", "content": "a"}]},
+    {"conversations": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]},
+    {"conversations": [{"role": "user", "content": ["x"]}, {"role": "assistant", "content": "a"}]},
+    {"conversations": [{"role": "user", "content": "x"}, {"role": "assistant", "content": 3}]},
+    {"conversations": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a", "loss": "no"}]},
+    {"conversations": [{"role": "user", "content": "x"}, {"role": "tool", "parameters": {}}]},
+    {"conversations": [{"role": "user", "content": "x"}, {"role": "tool", "name": "f"}]},
+    {"conversations": [{"role": "user", "content": "x"}, {"role": "tool", "name": "f", "parameters": "a=1"}]},
+    {"conversations": [{"role": "user", "content": "x"}, {"role": "tool", "name": "f", "parameters": {"a-b": 1}}]},
+    {"conversations": [{"role": "user", "content": "x"}]},
+    {"conversations": []},
+    {"conversations": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a", "loss": False}]},
+]
+UNUSUAL = [
+    {
+        "conversations": [
+            {"role": "assistant", "content": "a"},
+            {"role": "user", "content": "x"},
+            *ROWS[0]["conversations"],
+        ]
+    },
+    {"conversations": [*ROWS[0]["conversations"], {"role": "user", "content": "x"}]},
+    {"conversations": [{"role": "user", "content": "x"}, {"role": "tool", "name": "f", "parameters": {"from": 1}}]},
+    row("a", ""),
+    {
+        "tools": [{"name": "g"}],
+        "conversations": [{"role": "tool", "name": "f", "parameters": {}}, *ROWS[0]["conversations"]],
+    },
+    {"conversations": [{"role": "user", "content": "x"}, *ROWS[0]["conversations"]]},
+]
+
+
+def test_twenty_faulty_rows_are_rejected_and_six_unusual_ones_are_not(make, log):
+    """Case 25."""
+    dataset = make(FAULTY + UNUSUAL, on_bad_row="skip")
+    report = dataset.store.report
+    assert (report.bad, report.kept) == (20, 6)
+    reasons = [fault.split("rows.jsonl:", 1)[1] for fault in report.faults]
+    assert [int(reason.split(":")[0]) for reason in reasons] == list(range(1, 21))
+    assert {kind: count for kind, (count, _) in report.odd.items()} == {
+        "the assistant speaks first": 2,
+        "ends on a user turn": 1,
+        "ends on a call": 1,
+        "has an empty answer": 1,
+        "calls a function that tools does not name": 1,
+        "has two user turns in a row": 2,
+    }
+    rejected = read_jsonl(dataset.store.folder / "rejected.jsonl")
+    assert [json.loads(entry["row"]) for entry in rejected] == FAULTY
+    assert all(entry["reason"] and entry["line"] == i for i, entry in enumerate(rejected, 1))
+    with pytest.raises(DataError, match=r"20 bad rows of 20|26 bad rows of 26"):
+        make(FAULTY + UNUSUAL, strict_roles=True)
+
+
+def test_a_share_of_bad_rows_above_the_limit_stops(make):
+    rows = [BAD, *ROWS * 3]
+    assert len(make(rows, on_bad_row="skip", max_bad_share=0.1)) == 9
+    with pytest.raises(DataError, match=r"1 rows are bad and 0 too long, of 10: more than max_bad_share=0\.09"):
+        make(rows, on_bad_row="skip", max_bad_share=0.09)
+    with pytest.raises(DataError, match=r"0 rows are bad and 1 too long, of 3: more than max_bad_share=0\.1"):
+        make(max_seq_length=30, on_too_long="drop", max_bad_share=0.1)
+
+
+def test_strict_roles_refuses_what_is_else_a_warning(make):
+    assert make([UNUSUAL[1]]).store.report.odd["ends on a user turn"][0] == 1
+    with pytest.raises(DataError, match="ends on a user turn; mend the row, or set strict_roles to false"):
+        make([UNUSUAL[1]], strict_roles=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "reason"),
+    [([], 9, "the file has no rows"), (ROWS, 3, "survives max_seq_length=3"), ([BAD], 9, "every row is bad")],
+)
+def test_nothing_left_to_learn_is_an_error(make, rows, length, reason):
+    """Cases 24 and 26."""
+    with pytest.raises(DataError, match=reason):
+        make(rows, length, on_bad_row="skip")
+
+
+def test_calls_that_a_format_cannot_say_are_faults(tmp_path, tiny_tokenizer):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a-b": 1}}}]}
+    file = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "x"}, call]}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the parameter 'a-b' of f cannot be a keyword argument"):
+        ChatGLM3SFTDataset(file, tiny_tokenizer, 100)
+    with pytest.raises(DataError, match=r"firefly has no place for tool; .* set data_format to chat_template"):
+        SFTDataset(file, tiny_tokenizer, 100)
+
+
+# Long rows
+
+
+def long_row(rounds: int) -> dict:
+    turns = [{"role": "system", "content": "be kind"}]
+    for i in range(rounds):
+        turns += row(f"question {i}", f"answer {i}")["conversations"]
+    return {"tools": [{"name": "f"}], "conversations": turns}
+
+
+def text_of(dataset, tokenizer, index=0) -> str:
+    return tokenizer.decode(dataset[index]["input_ids"])
+
+
+def test_a_cut_row_teaches_no_end(make, tiny_tokenizer):
     whole = make()
     short = make(max_seq_length=len(whole[2]["input_ids"]) - 1)
     assert len(short) == 2
     assert short[0] == whole[0]
     assert short[1]["input_ids"] == whole[2]["input_ids"][:-1]
-    assert "2 rows to learn from; 1 were cut" in log[-2]
-    assert "dropped 1 rows without a learned token" in log[-1]
-    assert "the first at line 2" in log[-1]
+    assert tiny_tokenizer.eos_token_id not in short[1]["input_ids"]
+    assert {kind: count for kind, (count, _) in short.store.report.notes.items()} == {
+        "cut at the end": 1,
+        "dropped: too long": 1,
+    }
+    assert short.store.report.notes["dropped: too long"][1].endswith("rows.jsonl:2")
 
 
-@pytest.mark.parametrize(
-    ("rows", "length", "reason"), [([], 9, "the file has no rows"), (ROWS, 3, "survives max_seq_length=3")]
-)
-def test_nothing_left_to_learn_is_an_error(make, rows, length, reason):
-    with pytest.raises(DataError, match=reason):
-        make(rows, length)
+def test_early_rounds_are_left_out_before_an_answer_is_cut(make, tiny_tokenizer):
+    rounds = 6
+    full = [len(make([long_row(n)])[0]["input_ids"]) for n in range(1, rounds + 1)]
+    for kept in range(1, rounds):
+        dataset = make([long_row(rounds)], full[kept - 1], on_too_long="truncate_left_turns")
+        text = text_of(dataset, tiny_tokenizer)
+        assert "be kind" in text
+        assert '"name": "f"' in text
+        for i in range(rounds):
+            assert (f"question {i}" in text, f"answer {i}" in text) == ((i >= rounds - kept),) * 2
+        assert dataset[0]["input_ids"][-1] == tiny_tokenizer.eos_token_id
+        assert dataset[0]["target_mask"][-1] == 1
+        assert list(dataset.store.report.notes) == ["shortened by early turns"]
+    cut = make([long_row(rounds)], full[0] - 3, on_too_long="truncate_left_turns")
+    assert len(cut[0]["input_ids"]) == full[0] - 3
+    assert list(cut.store.report.notes) == ["cut at the end"]
+    assert len(make([long_row(rounds), *ROWS], full[0], on_too_long="drop")) == 3
+
+
+def test_early_rounds_are_left_out_of_chatglm2_and_counted_anew(tmp_path, tiny_tokenizer):
+    pairs = [{"human": f"q{i}", "assistant": f"a{i}"} for i in range(5)]
+    file = write(tmp_path / "rows.jsonl", [{"conversation": pairs}])
+    text = text_of(ChatGLM2SFTDataset(file, tiny_tokenizer, 60, on_too_long="truncate_left_turns"), tiny_tokenizer)
+    assert "[Round 1]" in text
+    assert "q4" in text
+    assert "q0" not in text
+
+
+# The cache
+
+
+def test_a_second_start_reads_what_the_first_wrote(make, monkeypatch):
+    first = make()
+    monkeypatch.setattr(preprocessing, "render_chunk", lambda task: pytest.fail("rendered again"))
+    again = make()
+    assert again.store.folder == first.store.folder
+    assert [*again] == [*first]
+    assert again.store.report == first.store.report
+    assert make(max_bad_share=0.5).store.folder == first.store.folder
+
+
+def test_a_changed_file_setting_format_or_tokenizer_is_noticed(make, tmp_path, tiny_tokenizer):
+    folders = {make().store.folder, make(ROWS[:2]).store.folder, make(max_seq_length=999).store.folder}
+    folders |= {make(loss_on="last").store.folder, make(on_too_long="drop").store.folder}
+    other = copy.deepcopy(tiny_tokenizer)
+    other.chat_template = "{{ messages }}"
+    rules = {"max_bad_share": 1.0, "cache_dir": tmp_path / "cache"}
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    folders.add(ChatGLM3SFTDataset(file, other, 1000, **rules).store.folder)
+    pairs = write(tmp_path / "pairs.jsonl", [{"conversation": [{"human": "h", "assistant": "a"}]}])
+    folders.add(ChatGLM2SFTDataset(pairs, tiny_tokenizer, 1000, **rules).store.folder)
+    folders.add(ChatGLM3SFTDataset(pairs, tiny_tokenizer, 1000, **rules).store.folder)
+    assert len(folders) == 8
+
+
+def test_bad_rows_that_were_skipped_once_stop_a_stricter_run(make):
+    rows = [BAD, *ROWS]
+    assert len(make(rows, on_bad_row="skip")) == 3
+    with pytest.raises(DataError, match=r"1 bad rows of 4.*\n.*role is 'usr'"):
+        make(rows, on_bad_row="stop")
+
+
+def test_a_store_on_another_machine_asks_for_a_shared_folder(tmp_path):
+    with pytest.raises(DataError, match="set cache_dir to a folder that all machines share"):
+        TokenStore(tmp_path / "nowhere")
+
+
+# Several files, and streams
+
+
+def settings(train_file, tmp_path, **changes) -> SimpleNamespace:
+    rules = {name: field.default for name, field in DataRules.__dataclass_fields__.items()}
+    own = {"max_seq_length": 1000, "max_bad_share": 1.0, "cache_dir": str(tmp_path / "cache")}
+    others = {"train_file": train_file, "eval_file": None, "streaming": False, "preprocessing_workers": 1}
+    return SimpleNamespace(**rules | own | others | changes)
+
+
+def test_files_are_mixed_by_weight(tmp_path, tiny_tokenizer):
+    parts = []
+    for name, size in (("a", 10), ("b", 40)):
+        file = write(tmp_path / f"{name}.jsonl", [row(name, str(i)) for i in range(size)])
+        parts.append(ChatGLM3SFTDataset(file, tiny_tokenizer, 1000, cache_dir=tmp_path / "cache"))
+    mixed = mix(parts, [3, 1], seed=0)
+    assert len(mixed) == 50
+    indices = mixed.indices.tolist()
+    assert sum(index < 10 for index in indices) == 38  # 37.5, of 10 rows: each three times or four
+    assert {indices.count(i) for i in range(10)} == {3, 4}
+    assert all(indices.count(i) <= 1 for i in range(10, 50))
+    assert mixed[0] == parts[0][0]
+    assert indices == mix(parts, [3, 1], seed=0).indices.tolist()
+    assert indices != mix(parts, [3, 1], seed=1).indices.tolist()
+
+
+def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenizer, log):
+    first, second = write(tmp_path / "a.jsonl", [*ROWS, BAD]), write(tmp_path / "b.jsonl", [*ROWS, UNUSUAL[1], {}])
+    args = settings({str(first): 1, str(second): 1}, tmp_path, on_bad_row="skip", eval_file=str(first))
+    trained, evaluated = load_datasets(args, ChatGLM3SFTDataset, tiny_tokenizer, 0, str(tmp_path / "out"))
+    assert len(trained) == 7  # 3.5 of each, rounded
+    assert len(evaluated) == 3
+    rejected = read_jsonl(tmp_path / "out/rejected.jsonl")
+    assert [(Path(entry["file"]).name, entry["line"]) for entry in rejected] == [
+        ("a.jsonl", 4),
+        ("b.jsonl", 5),
+    ]
+    text = "".join(log)
+    assert "b.jsonl: 1 rows, the first at" in text
+    assert "ends on a user turn" in text
+    assert "1 bad rows left out" in text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_gives_every_sample_once_shuffled_and_differently_each_epoch(tmp_path, tiny_tokenizer, workers):
+    file = write(tmp_path / "rows.jsonl", [row(f"q{i}") for i in range(3000)])
+    stream = StreamingSFTDataset([file], [1.0], render_chatglm3, tiny_tokenizer, DataRules(1000), seed=1)
+    expected = sorted(render_chatglm3(parse_row(row(f"q{i}")), tiny_tokenizer).input_ids for i in range(3000))
+
+    def epoch(number: int) -> list[list[int]]:
+        stream.set_epoch(number)
+        return [item["input_ids"] for item in DataLoader(stream, batch_size=None, num_workers=workers)]
+
+    first = epoch(0)
+    assert first != expected
+    assert sorted(first) == expected
+    assert epoch(0) == first
+    assert epoch(1) != first
+
+
+def test_a_stream_stops_early_for_the_first_rows_and_leaves_out_later_ones(tmp_path, tiny_tokenizer, log):
+    def stream(rows, **rules):
+        rules = DataRules(1000, **rules)
+        return StreamingSFTDataset(
+            [write(tmp_path / "rows.jsonl", rows)], [1.0], render_chatglm3, tiny_tokenizer, rules, 0
+        )
+
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: conversations\[0\]\.role is 'usr'"):
+        stream([*ROWS[:2], BAD])
+    late = stream([ROWS[0]] * 1500 + [BAD] + [ROWS[0]] * 10)
+    assert sum(1 for _ in late) == 1510
+    assert "rows.jsonl:1501: left out: conversations[0].role is 'usr'" in log[-1]
+    with pytest.raises(DataError, match=r"above max_bad_share=0\.01"):
+        list(stream([ROWS[0]] * 1500 + [BAD] * 100, max_bad_share=0.01))
+
+
+def test_streams_are_drawn_from_by_weight(tmp_path, tiny_tokenizer):
+    files = [write(tmp_path / f"{name}.jsonl", [row(name * 9)] * 2000) for name in "ab"]
+    stream = StreamingSFTDataset(files, [3.0, 1.0], render_chatglm3, tiny_tokenizer, DataRules(1000), seed=0)
+    one = render_chatglm3(parse_row(row("a" * 9)), tiny_tokenizer).input_ids
+    drawn = [item["input_ids"] == one for item in stream]
+    assert 0.7 < sum(drawn) / len(drawn) < 0.8
+    assert sum(drawn) == 2000  # and then the pass ends
+
+
+# Which class
 
 
 @pytest.mark.parametrize(
@@ -102,7 +447,9 @@ def test_a_chatglm_under_another_name_stops_and_asks_for_the_format(tmp_path):
     with pytest.raises(DataError, match="set data_format to chatglm2 or chatglm3"):
         select_dataset(str(tmp_path))
     assert select_dataset(str(tmp_path), "chatglm2") is ChatGLM2SFTDataset
-    with pytest.raises(DataError, match="data_format is 'glm'; expected one of chatglm2, chatglm3, firefly"):
+    with pytest.raises(
+        DataError, match="data_format is 'glm'; expected one of chatglm2, chatglm3, firefly, chat_template"
+    ):
         select_dataset("x", "glm")
 
 

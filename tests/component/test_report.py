@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from component.conversation import parse_chatglm3
-from component.report import parameter_table, plot_loss, render_sample, token_statistics
+from component.formats import parse_chatglm3
+from component.report import parameter_table, plot_loss, render_sample
 from component.template import render_chatglm3
 
 
@@ -23,14 +23,6 @@ def test_4_bit_parameters_count_as_weights():
 
     layer = Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
     assert parameter_table(layer).splitlines()[1].split() == ["4-bit", "nf4", "no", "2,048", "100.00%"]
-
-
-def test_statistics_count_tokens_and_what_is_learned():
-    samples = [
-        {"input_ids": [1] * 6, "target_mask": [0, 0, 0, 1, 1, 1]},
-        {"input_ids": [1] * 4, "target_mask": [0] * 4},
-    ]
-    assert token_statistics(samples) == "2 rows, 10 tokens, 30% learned; mean length 5, longest 6"
 
 
 def test_a_sample_shows_its_learned_stretches(tiny_tokenizer):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from component.conversation import Conversation, Turn, parse_chatglm3, parse_firefly
+from component.conversation import Conversation, Turn
+from component.formats import parse_chatglm3, parse_firefly
 from component.template import (
     TOOLS_PROMPT,
     chatglm3_messages,
@@ -21,8 +22,8 @@ class ByteTokenizer:
 
     bos_token_id, eos_token_id, pad_token_id = 300, 301, 301
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        assert not add_special_tokens
+    def encode(self, text: str, add_special_tokens: bool, split_special_tokens: bool) -> list[int]:
+        assert split_special_tokens and not add_special_tokens
         return list(text.encode())
 
 
@@ -112,7 +113,7 @@ def test_chatglm2_learns_answers_and_their_ends(tiny_tokenizer):
     ],
 )
 def test_a_call_is_python_keyword_arguments(parameters, call):
-    assert format_tool_call(parameters) == f"```python\n{call}\n```"
+    assert format_tool_call(Turn("tool", name="f", parameters=parameters)) == f"```python\n{call}\n```"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""What is made once and then shared by every process that wants the same: whole or absent."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from loguru import logger
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "luciole")
+
+
+def fingerprint(parts: Iterable[str | Path]) -> str:
+    """32 hexadecimal digits of texts and of the contents (not the names) of files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        else:
+            digest.update(hashlib.blake2b(part.encode()).digest())
+    return digest.hexdigest()
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return `folder`; if it is absent, `make` fills a temporary one, which is then renamed to it.
+
+    One process makes, others wait for it. What a killed process left behind is removed by the next.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info(f"another process is making {folder}; waiting for it")
+        lock.acquire()
+    try:
+        if not folder.is_dir():
+            temporary = folder.with_name(f".tmp-{folder.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                make(temporary)
+                for path in (*temporary.iterdir(), temporary):
+                    sync(path)
+                os.rename(temporary, folder)
+                sync(folder.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        lock.release()
+    return folder
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

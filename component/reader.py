@@ -1,0 +1,242 @@
+"""Files of rows to JSON objects, strictly: one bad row is named by file and line and never stops the reading.
+
+`read_lines` splits a file and `parse_line` reads one row, so that the second can run in other processes.
+"""
+
+import glob
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .conversation import DataError, describe
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet")
+LINE_LIMIT = 16 << 20  # bytes of one row; no model reads as many
+DEPTH_LIMIT = 100  # of lists and objects within one another
+CHUNK = 1 << 20
+
+
+def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
+    """The files that a path, a folder, a glob, or a list of these names, in order of name, each once.
+
+    Raises:
+        DataError: a name that leads to no file, or a file whose ending is none of SUFFIXES.
+    """
+    found: dict[Path, None] = {}
+    for item in [source] if isinstance(source, (str, Path)) else source:
+        path = Path(item)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        elif path.exists() or not glob.has_magic(str(item)):
+            files = [path]
+        else:
+            files = sorted(file for name in glob.glob(str(item), recursive=True) if (file := Path(name)).is_file())
+        if not files:
+            raise DataError(f"{item}: no file there; expected one of {', '.join(SUFFIXES)}")
+        found |= dict.fromkeys(files)
+    for file in found:
+        if not file.is_file():
+            raise DataError(f"{file}: no such file in {Path.cwd()}")
+        if not file.name.endswith(SUFFIXES):
+            raise DataError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+    return list(found)
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, dict | DataError]]:
+    """(line from 1, row or what is wrong with it) of every line that is not blank; in Parquet, the row's number."""
+    for line, raw in read_lines(file):
+        try:
+            yield line, raw if isinstance(raw, DataError) else parse_line(raw)
+        except DataError as error:
+            yield line, error
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
+    """(line, its bytes), in constant memory. A row that cannot be had is a DataError in its place."""
+    line = 0
+    try:
+        if file.name.endswith(".parquet"):
+            rows = read_parquet(file)
+        else:
+            stream = open_bytes(file)
+            starts_with_bom = stream.peek(3)[:3] == b"\xef\xbb\xbf"
+            stream.read(3 * starts_with_bom)
+            rows = split_array(stream) if file.name.endswith(".json") else split_lines(stream)
+        for line, raw in rows:
+            if isinstance(raw, DataError) or raw.strip():
+                yield line, raw
+    except (OSError, EOFError, ValueError) as error:  # a disk that fails, a file that ends early or is not what it says
+        yield line + 1, DataError(f"cannot be read on from here ({error}); restore the file")
+
+
+def open_bytes(file: Path) -> io.BufferedReader:
+    if file.name.endswith(".gz"):
+        return io.BufferedReader(gzip.open(file))
+    if file.name.endswith(".zst"):
+        import zstandard
+
+        return io.BufferedReader(zstandard.open(file, "rb"))
+    return open(file, "rb")
+
+
+def split_lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
+    r"""Rows end at \n alone: U+2028 and NEL may stand inside a string."""
+    line = 0
+    while raw := stream.readline(LINE_LIMIT + 1):
+        line += 1
+        if len(raw) > LINE_LIMIT:
+            while raw and not raw.endswith(b"\n"):
+                raw = stream.readline(CHUNK)
+            yield line, too_long()
+        else:
+            yield line, raw
+
+
+def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
+    """The elements of a file's one JSON array, each with the line that it starts on."""
+    structure = re.compile(rb'["\\\[\]{},\n]')
+    line, start_line, depth, in_string, escaped, element, closed = 1, 1, 0, False, -1, bytearray(), False
+    while chunk := stream.read(CHUNK):
+        done = 0
+        for match in structure.finditer(chunk):
+            at, mark = match.start(), match.group()
+            if at == escaped:
+                line += mark == b"\n"
+            elif mark == b"\n":
+                line += 1
+            elif mark == b"\\":
+                escaped = at + 1
+            elif mark == b'"':
+                in_string = not in_string
+            elif in_string:
+                continue
+            elif mark in b"[{":
+                depth += 1
+                if depth == 1:
+                    if mark != b"[" or chunk[done:at].strip() or closed:
+                        yield line, DataError("not a JSON array; write [row, row, …], or name the file .jsonl")
+                        return
+                    done, start_line = at + 1, 0
+            elif mark in b"]}" or depth == 1:  # the end of something, or the comma between two elements
+                if depth == 1:
+                    element += chunk[done:at]
+                    done = at + 1
+                    if element.strip() or mark == b",":
+                        yield start_line or line, element_of(element)
+                    element, start_line = bytearray(), 0
+                depth -= mark in b"]}"
+                closed = closed or depth == 0
+            if depth and not start_line and (depth > 1 or in_string):
+                start_line = line
+        escaped -= len(chunk)
+        if depth:
+            element += chunk[done:] if len(element) <= LINE_LIMIT else b""
+        elif chunk[done:].strip():
+            yield line, DataError("not a JSON array; write [row, row, …], or name the file .jsonl")
+            return
+    if depth or not closed:
+        yield start_line or line, DataError("the array is not closed; the file may be cut short")
+
+
+def element_of(element: bytearray) -> bytes | DataError:
+    if len(element) > LINE_LIMIT:
+        return too_long()
+    return bytes(element).strip() or DataError("nothing stands between two commas; remove one")
+
+
+def too_long() -> DataError:
+    return DataError(f"longer than {LINE_LIMIT >> 20} MiB; split the row, or end rows with a newline")
+
+
+def read_parquet(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
+    """Rows as JSON. Arrow fills what a row does not have with null, so a null key counts as absent."""
+    import pyarrow.parquet
+
+    line = 0
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            line += 1
+            try:
+                yield line, json.dumps(without_null(row), ensure_ascii=False).encode()
+            except TypeError as error:
+                yield line, DataError(f"{error}; store text, numbers, lists and structs alone")
+            except UnicodeEncodeError:
+                yield line, DataError("holds half of a surrogate pair; remove it")
+
+
+def without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_null(item) for key, item in value.items() if item is not None}
+    return [without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def parse_line(raw: bytes) -> dict:
+    """One row. Raises DataError for anything but one JSON object in UTF-8 that Python can hold and write again."""
+    try:
+        row = load_json(raw.decode().strip())
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+    if not isinstance(row, dict):
+        raise DataError(f"a row must be a JSON object, got {describe(row)}")
+    return row
+
+
+def load_json(text: str) -> Any:
+    """json.loads without its leniency: a key that stands twice, NaN, infinity, half characters and endless nesting are
+    DataErrors too."""
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        if "\\ud" in text.lower():  # an escaped surrogate, which must be half of a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"holds {error.object[error.start]!r}, half of a surrogate pair; remove it") from None
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"its line {error.lineno}, column {error.colno}"
+        raise DataError(f"{place}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise DataError(f"nested more than {DEPTH_LIMIT} deep; flatten the row") from None
+    except DataError:
+        raise
+    except ValueError:  # Python's guard against numbers of thousands of digits
+        raise DataError("holds a number of more than 4,300 digits; write it as text") from None
+    if text.count("[") + text.count("{") > DEPTH_LIMIT:
+        refuse_depth(value)
+    return value
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DataError(f"{twice!r} stands twice in one object; keep one")
+    return row
+
+
+def refuse(constant: str) -> None:
+    raise DataError(f"{constant} is no JSON number; write null or text")
+
+
+def finite(number: str) -> float:
+    value = float(number)
+    if value in (float("inf"), float("-inf")):
+        raise DataError(f"the number {number[:20]} is out of range; write it as text")
+    return value
+
+
+def refuse_depth(value: Any) -> None:
+    level: list[Any] = [value]
+    for _ in range(DEPTH_LIMIT):
+        level = [
+            item
+            for holder in level
+            if isinstance(holder, (dict, list))
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+        if not level:
+            return
+    raise DataError(f"nested more than {DEPTH_LIMIT} deep; flatten the row")
