@@ -1,0 +1,75 @@
+"""Show what a model will learn, before paying for a GPU: figures, one row as tokens, or a page of all.
+
+python script/inspect_data.py --train_args_file FILE [--row N] [--html FILE] [key=value ...]
+python script/inspect_data.py --data FILE --model FOLDER [--row N] [--html FILE] [key=value ...]
+
+Rows are read by the rules of the file; bad ones are listed and stop nothing. key=value changes a setting, such as
+max_seq_length=2048.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_args_file", metavar="FILE", help="the file of a training run")
+    parser.add_argument("--data", metavar="FILE", help="a file, folder or glob of rows, and …")
+    parser.add_argument("--model", metavar="FOLDER", help="… the model's folder or name")
+    parser.add_argument("--row", type=int, metavar="N", help="show sample N, from 0, with all its tokens")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at in a browser")
+    parser.add_argument("--rows", type=int, default=5000, help="samples in the page [5000]")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    cli = parser.parse_intermixed_args()
+    if not cli.train_args_file and not (cli.data and cli.model):
+        parser.error("give --train_args_file, or --data and --model")
+
+    from component.argument import ArgumentError
+    from component.conversation import DataError
+    from component.report import configure_logging
+
+    configure_logging(rank=0)
+    try:
+        inspect(cli)
+    except (ArgumentError, DataError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def inspect(cli: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from component.argument import load_arguments
+    from component.conversation import DataError
+    from component.dataset import DATA_FORMATS, rules_of, select_format
+    from component.inspection import Inspection
+    from component.model import load_tokenizer
+
+    given = {"model_name_or_path": cli.model, "train_file": cli.data}
+    given |= {} if cli.train_args_file else {"output_dir": "unused"}
+    overrides = [f"{key}={value}" for key, value in given.items() if value]
+    args, _ = load_arguments(cli.train_args_file, [*overrides, *cli.overrides])
+    data_format, _ = select_format(args.model_name_or_path, args.data_format)
+    tokenizer = load_tokenizer(args)
+    source = list(args.train_file) if isinstance(args.train_file, dict) else args.train_file
+    rules = asdict(rules_of(args)) | {"on_bad_row": "skip", "max_bad_share": 1.0}
+    workers = args.preprocessing_workers
+    dataset = DATA_FORMATS[data_format](source, tokenizer, cache_dir=args.cache_dir, workers=workers, **rules)
+    inspection = Inspection(dataset, tokenizer)
+    title = ", ".join(map(str, dataset.files[:3])) + (" …" if len(dataset.files) > 3 else "")
+    if cli.row is not None:
+        if not 0 <= cli.row < len(dataset):
+            raise DataError(f"--row {cli.row}: there are samples 0 to {len(dataset) - 1}")
+        print(inspection.tokens(cli.row, colours=sys.stdout.isatty()))
+    else:
+        print(f"{title} for {args.model_name_or_path}, data format {data_format}\n\n{inspection.table()}")
+    if cli.html:
+        cli.html.write_text(inspection.html(title, args.model_name_or_path, data_format, cli.rows), encoding="utf-8")
+        print(f"page: {cli.html}")
+
+
+if __name__ == "__main__":
+    main()

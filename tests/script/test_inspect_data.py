@@ -1,0 +1,129 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from component.chatglm import ChatGLMTokenizer
+from component.dataset import ChatGLM3SFTDataset
+from component.inspection import Inspection
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+CALL = {"role": "tool", "name": "weather", "parameters": {"city": "北京"}, "observation": {"t": 24}}
+ROWS = [
+    {"conversations": [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": "no\nharm"}]},
+    {"conversations": [{"role": "usr", "content": HOSTILE}]},
+    {"tools": [{"name": "weather"}], "conversations": [{"role": "user", "content": "天气"}, CALL]},
+    {"conversations": [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": "no\nharm"}]},
+    {"conversations": [{"role": "user", "content": "w"}, {"role": "assistant", "content": "long " * 1000}]},
+    {"conversations": [{"role": "user", "content": "x" * 2000}, {"role": "assistant", "content": "unseen"}]},
+]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def inspection(data, tiny_tokenizer) -> Inspection:
+    rules = {"on_bad_row": "skip", "max_bad_share": 1.0}
+    return Inspection(ChatGLM3SFTDataset(data, tiny_tokenizer, 500, **rules), tiny_tokenizer)
+
+
+def page_data(html: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def test_the_figures(inspection):
+    summary = dict(inspection.summary())
+    assert {key: summary[key] for key in ("rows", "cut", "too long, dropped", "bad rows", "duplicates")} == {
+        "rows": "6",
+        "cut": "1",
+        "too long, dropped": "1",
+        "bad rows": "1",
+        "duplicates": "1",
+    }
+    assert summary["tokens"] == str(sum(inspection.lengths))
+    edges, counts = inspection.histogram()
+    assert sum(counts) == 4
+    assert len(edges) == len(counts) + 1
+    assert edges[-1] > inspection.report.longest
+    table = inspection.table()
+    assert re.search(r"rows\.jsonl:2: conversations\[0\]\.role is 'usr'", table)
+    assert re.search(r"1 rows, the first at .*rows\.jsonl:3: ends on a call", table)
+
+
+def test_a_row_in_the_terminal_shows_every_token(inspection, tiny_tokenizer):
+    text = inspection.tokens(0, colours=False)
+    head, body = text.split("\n", 1)
+    item = inspection.dataset[0]
+    counts = f"{len(item['input_ids'])} tokens, {sum(item['target_mask'])} learned"
+    assert head == f"{inspection.dataset.place(0)}, {counts}"
+    assert body.startswith("[gMASK]│sop│<|user|>│")
+    assert body.endswith("</s>⟧")
+    assert body.count("│") == len(item["input_ids"]) - 1
+    assert "\033[32m" in inspection.tokens(0, colours=True)
+
+
+def test_the_page_holds_rows_tokens_and_faults_and_no_markup_of_the_data(inspection):
+    html = inspection.html("rows.jsonl", "nano", "chatglm3", limit=3)
+    assert HOSTILE not in html
+    assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", html)
+    page = page_data(html)
+    assert (page["shown"], page["total"]) == (3, 4)
+    assert [row["place"].rsplit(":", 1)[1] for row in page["rows"]] == ["1", "3", "4"]
+    for row, item in zip(page["rows"], inspection.dataset, strict=False):
+        assert row["ids"] == item["input_ids"]
+        flags = [i % 2 for i, length in enumerate(row["mask"]) for _ in range(length)]
+        assert flags == item["target_mask"]
+        assert {str(token) for token in row["ids"]} <= page["pieces"].keys()
+    called = {"role": "tool", "content": "", "learned": True, **{key: CALL[key] for key in CALL if key != "role"}}
+    assert page["rows"][1]["turns"][1] == called
+    assert page["rows"][1]["tools"] == ["weather"]
+    assert page["rows"][2]["notes"][0].startswith("duplicate of ")
+    (fault,) = page["faults"]
+    assert fault["place"].endswith("rows.jsonl:2")
+    assert json.loads(fault["text"]) == ROWS[1]
+    names = {page["pieces"][str(token)] for token in page["control"]}
+    assert {"[gMASK]", "sop", "<|user|>", "<|assistant|>", "</s>"} <= names
+
+
+def test_pieces_are_the_text_that_they_stand_for(real_tokenizer, data, inspection: Inspection):
+    shown = Inspection(inspection.dataset, real_tokenizer)
+    text = "Hello world, 你好"
+    assert "".join(map(shown.piece, real_tokenizer.encode(text, add_special_tokens=False))).strip() == text
+    assert shown.piece(real_tokenizer.eos_token_id) == "</s>"
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "script/inspect_data.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_writes_table_row_and_page(data, tmp_path, tiny_tokenizer: ChatGLMTokenizer):
+    model = tmp_path / "chatglm3-nano"
+    tiny_tokenizer.save_pretrained(model)
+    done = run("--data", data, "--model", model, "--html", tmp_path / "page.html", "max_seq_length=500")
+    assert done.returncode == 0, done.stderr
+    assert f"{data} for {model}, data format chatglm3" in done.stdout
+    assert page_data((tmp_path / "page.html").read_text())["max_seq_length"] == 500
+    one = run("--data", data, "--model", model, "--row", 1, "max_seq_length=500")
+    assert "weather" in one.stdout.replace("│", "")
+    settings = {"model_name_or_path": str(model), "train_file": {str(data): 1}, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "args.json").write_text(json.dumps(settings))
+    assert "rows" in run("--train_args_file", tmp_path / "args.json").stdout
+    for words, fault in (
+        (["--data", data, "--model", model, "--row", 99], "--row 99: there are samples 0 to"),
+        (["--data", tmp_path / "gone.jsonl", "--model", model], "gone.jsonl"),
+        (["--data", data], "give --train_args_file, or --data and --model"),
+    ):
+        failed = run(*words)
+        assert failed.returncode == 2
+        assert fault in failed.stderr
+        assert "Traceback" not in failed.stderr
