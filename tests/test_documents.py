@@ -44,19 +44,19 @@ def test_the_other_commands_are_known_and_run():
         ".venv/bin/pip install -r requirements.txt",
         "source .venv/bin/activate",
         "python script/convert_data_format.py --input data/dummy_data.jsonl --output /tmp/converted.jsonl",
+        "python script/convert_data_format.py --input data/dummy_data_chatglm3.jsonl --output /tmp/messages.jsonl "
+        "--to openai",
+        "python script/inspect_data.py --train_args_file train_args/qlora/chatglm3-tiny-sft-qlora.json "
+        "--html /tmp/report.html",  # run by tests/script/test_inspect_data.py
     }
 
 
-def test_the_converter_command_converts_the_sample_data(tmp_path):
-    words = [
-        "script/convert_data_format.py",
-        "--input",
-        "data/dummy_data.jsonl",
-        "--output",
-        str(tmp_path / "out.jsonl"),
-    ]
+@pytest.mark.parametrize(("name", "rows"), [("dummy_data", 34), ("dummy_data_chatglm3", 41)])
+def test_the_converter_commands_convert_the_sample_data(tmp_path, name, rows):
+    (command,) = [c for c in commands() if f"--input data/{name}.jsonl" in c]
+    words = [str(tmp_path / "out.jsonl") if word.startswith("/tmp/") else word for word in shlex.split(command)[1:]]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == f"{tmp_path / 'out.jsonl'}: 34 rows\n"
+    assert done.stdout == f"{tmp_path / 'out.jsonl'}: {rows} rows\n"
 
 
 def test_links_lead_somewhere():
