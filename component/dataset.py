@@ -242,7 +242,7 @@ def log_report(report: preprocessing.DataReport, files: list[Path], rules: DataR
         f"longest {report.longest}"
     )
     for kind, (count, first) in report.notes.items():
-        logger.warning(f"{name}: {count:,} rows {kind} (max_seq_length={rules.max_seq_length}), the first at {first}")
+        logger.warning(f"{name}: {count:,} rows, the first at {first}: {kind} (max_seq_length={rules.max_seq_length})")
     for kind, (count, first) in report.odd.items():
         logger.warning(f"{name}: {count:,} rows, the first at {first}: {kind}")
     if report.bad:

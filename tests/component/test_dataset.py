@@ -265,10 +265,10 @@ def test_a_cut_row_teaches_no_end(make, tiny_tokenizer):
     assert short[1]["input_ids"] == whole[2]["input_ids"][:-1]
     assert tiny_tokenizer.eos_token_id not in short[1]["input_ids"]
     assert {kind: count for kind, (count, _) in short.store.report.notes.items()} == {
-        "cut at the end": 1,
-        "dropped: too long": 1,
+        "cut": 1,
+        "too long, dropped": 1,
     }
-    assert short.store.report.notes["dropped: too long"][1].endswith("rows.jsonl:2")
+    assert short.store.report.notes["too long, dropped"][1].endswith("rows.jsonl:2")
 
 
 def test_early_rounds_are_left_out_before_an_answer_is_cut(make, tiny_tokenizer):
@@ -283,10 +283,10 @@ def test_early_rounds_are_left_out_before_an_answer_is_cut(make, tiny_tokenizer)
             assert (f"question {i}" in text, f"answer {i}" in text) == ((i >= rounds - kept),) * 2
         assert dataset[0]["input_ids"][-1] == tiny_tokenizer.eos_token_id
         assert dataset[0]["target_mask"][-1] == 1
-        assert list(dataset.store.report.notes) == ["shortened by early turns"]
+        assert list(dataset.store.report.notes) == ["early turns dropped"]
     cut = make([long_row(rounds)], full[0] - 3, on_too_long="truncate_left_turns")
     assert len(cut[0]["input_ids"]) == full[0] - 3
-    assert list(cut.store.report.notes) == ["cut at the end"]
+    assert list(cut.store.report.notes) == ["cut"]
     assert len(make([long_row(rounds), *ROWS], full[0], on_too_long="drop")) == 3
 
 

@@ -1,0 +1,70 @@
+"""The inspector's page in a real browser, where one is installed (Debian's package chromium)."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from component.dataset import ChatGLM3SFTDataset
+from component.inspection import Inspection
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">"
+
+
+def dom(page: Path, fragment: str = "") -> str:
+    """The page's elements after its program has run."""
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--lang=en"]
+    command += [f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", f"file://{page}{fragment}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.fixture
+def make_page(tmp_path, tiny_tokenizer):
+    def make(rows: list[dict]) -> tuple[Path, Inspection]:
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        dataset = ChatGLM3SFTDataset(data, tiny_tokenizer, 4000, on_bad_row="skip", max_bad_share=1.0)
+        inspection = Inspection(dataset, tiny_tokenizer)
+        page = tmp_path / "page.html"
+        page.write_text(inspection.html(HOSTILE, "nano", "chatglm3", 5000), encoding="utf-8")
+        return page, inspection
+
+    return make
+
+
+def test_rows_calls_and_faults_are_laid_out_and_data_stays_text(make_page):
+    call = {"role": "tool", "name": "weather", "parameters": {"city": HOSTILE}, "observation": {"t": HOSTILE}}
+    row = {"conversations": [{"role": "user", "content": HOSTILE}, call, {"role": "assistant", "content": "end"}]}
+    page, _ = make_page([row, {"conversations": [{"role": HOSTILE, "content": "x"}]}, row])
+    shown = dom(page, "#row=1")
+    assert "<img" not in shown[shown.index("<body") : shown.index('id="data"')]
+    assert "<img" not in shown[shown.index("</script>", shown.index('id="data"')) :].split("<script")[0]
+    assert "<title>broken" not in shown
+    text = html.unescape(re.sub(r"<[^>]+>", " ", shown.split('id="data"')[0]))
+    assert "expected system, user, assistant or tool" in text
+    assert text.index("expected system, user") < text.index("2 of 2 rows")
+    detail = shown[shown.index('id="detail"') :]
+    assert "weather" in detail
+    assert "city" in detail
+    assert len(re.findall(r'data-row="\d"', shown)) == 2
+
+
+def test_five_thousand_rows_stay_few_elements(make_page):
+    rows = [
+        {"conversations": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "word " * 60}]}
+        for i in range(5000)
+    ]
+    page, inspection = make_page(rows)
+    assert sum(inspection.lengths) > 5000 * 100
+    started = time.monotonic()
+    shown = dom(page)
+    assert time.monotonic() - started < 30
+    assert "5000 of 5000 rows" in html.unescape(shown).replace(",", "")
+    assert 5 < len(re.findall(r'data-row="\d+"', shown)) < 60
