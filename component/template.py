@@ -156,7 +156,11 @@ def render_chat_template(conversation: Conversation, tokenizer) -> Sample:
             raise DataError(f"the tokenizer's chat template refuses the row: {error}") from None
 
     text = write(messages)
-    left_out = [f"a message of role {message['role']}" for message in messages if not is_written(message, text)]
+    left_out = [
+        "a call" if "tool_calls" in message else f"a message of role {message['role']}"
+        for message in messages
+        if not is_written(message, text)
+    ]
     left_out += ["tools" for tool in tools or () if tool["function"]["name"] not in text]
     if left_out:
         raise DataError(f"the tokenizer's chat template leaves out {left_out[0]}; change the row or the template")

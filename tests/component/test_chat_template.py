@@ -61,6 +61,12 @@ You are a helper<|im_end|>
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+# As DeepSeek's, whose calls hold control tokens of their own.
+DEEPSEEK = """{{- bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}
+{%- elif m.tool_calls %}<|assistant|><|calls|>{% for call in m.tool_calls %}<|call|>{{ call.function.name }}<|sep|>
+{{- call.function.arguments | tojson }}<|/call|>{% endfor %}<|/calls|>{{ eos_token }}
+{%- elif m.role == 'tool' %}<|output|>{{ m.content }}<|/output|>{% else %}{{ '<|assistant|>' + m.content + eos_token }}
+{%- endif %}{% endfor %}{{ '<|assistant|>' if add_generation_prompt else '' }}"""
 CONTROL = [
     "<|im_start|>",
     "<|im_end|>",
@@ -87,14 +93,15 @@ CONTROL = [
 ]
 
 
-def make_tokenizer(template: str, bos: str, eos: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(template: str, bos: str, eos: str, more: str = "") -> PreTrainedTokenizerFast:
     """Bytes as tokens, and the control tokens of every family."""
+    control = [*CONTROL, *(f"<|{name}|>" for name in more.split())]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
-    fast.add_special_tokens({"additional_special_tokens": [token for token in CONTROL if token not in (bos, eos)]})
+    fast.add_special_tokens({"additional_special_tokens": [token for token in control if token not in (bos, eos)]})
     fast.chat_template = template
     return fast
 
@@ -212,6 +219,16 @@ def test_calls_are_learned_whole_and_results_are_not(family, expected):
     assert '"weather"' in text[: text.index("⟦")]  # the tools
 
 
+def test_control_tokens_inside_a_call_do_not_end_it():
+    row = with_calls("a", "b")
+    del row["tools"]
+    assert shown(row, make_tokenizer(DEEPSEEK, "<s>", "</s>", "calls /calls call /call sep output /output")) == (
+        '<s><|user|>q<|assistant|>⟦<|calls|><|call|>weather<|sep|>{"city": "a"}<|/call|>'
+        '<|call|>weather<|sep|>{"city": "b"}<|/call|><|/calls|></s>⟧'
+        "<|output|>24<|/output|><|output|>24<|/output|><|assistant|>⟦a</s>⟧"
+    )
+
+
 def test_parallel_calls_are_one_message():
     text = shown(with_calls("a", "b"), FAMILIES["mistral"])
     assert (
@@ -263,7 +280,7 @@ def test_control_tokens_in_text_are_text(family):
 @pytest.mark.parametrize(
     ("row", "family", "fault"),
     [
-        (with_calls("a"), "smollm2", "leaves out a message of role assistant"),
+        (with_calls("a"), "smollm2", "leaves out a call; change"),
         (turns("q", "a", tools=[{"name": "weather"}]), "smollm2", "leaves out tools"),
         (SYSTEM, "mistral", "leaves out a message of role system"),
     ],

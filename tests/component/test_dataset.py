@@ -128,6 +128,8 @@ def test_several_processes_make_what_one_makes(tmp_path, tiny_tokenizer, monkeyp
     assert len(one) > 1000
     assert one.report == three.report
     assert one.report.bad == 2
+    assert one.ends[-1] == len(one.input_ids)
+    assert np.all(np.diff(one.ends) > 0)
     for name in preprocessing.FILES:
         assert np.array_equal(getattr(one, name), getattr(three, name)), name
 
