@@ -59,12 +59,14 @@ class SFTDataset(Dataset):
         self.files = find_files(source)
         self.rules = DataRules(max_seq_length, **rules)
         self.renderer = RowRenderer(self.render, checked(tokenizer), self.rules)
-        key = fingerprint([*self.files, *map(str, self.files), *identity(self.renderer)])
-        folder = make_once(
-            Path(cache_dir or default_cache_dir()).expanduser() / key,
-            lambda empty: prepare(self.files, self.renderer, workers or len(os.sched_getaffinity(0)), empty),
-        )
-        self.store = TokenStore(folder)
+        workers = workers or len(os.sched_getaffinity(0))
+        try:
+            key = fingerprint([*self.files, *map(str, self.files), *identity(self.renderer)])
+            folder = Path(cache_dir or default_cache_dir()).expanduser() / key
+            make_once(folder, lambda empty: prepare(self.files, self.renderer, workers, empty))
+            self.store = TokenStore(folder)
+        except OSError as error:
+            raise DataError(f"{error}; cache_dir must be a folder with room in which files can be written") from error
         judge(self.store.report, self.files, self.rules)
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 
 from .conversation import Conversation, DataError, Turn, describe, take
 from .reader import load_json, read_rows
-from .template import as_text, chat_messages, question_answer_pairs
+from .template import as_text, chat_messages, question_answer_pairs, wrap_tools
 
 Lost = Callable[[str], None]
 
@@ -53,6 +53,9 @@ def as_pairs(conversation: Conversation, name: str, lost: Lost) -> tuple[list[tu
 
 def parse_chatglm3(row: dict) -> Conversation:
     turns = [parse_turn(turn, f"conversations[{i}]") for i, turn in enumerate(take(row, "conversations", list))]
+    for i, turn in enumerate(turns):
+        if turn.joined and (i == 0 or turns[i - 1].role not in ("assistant", "tool")):
+            raise DataError(f"conversations[{i}].joined: there is no answer or call before it; remove it")
     return Conversation(tuple(turns), row.get("tools"))
 
 
@@ -64,9 +67,8 @@ def parse_turn(turn: Any, place: str) -> Turn:
     if role not in ("assistant", "tool"):
         raise DataError(f"{place}.role is {role!r}; expected system, user, assistant or tool")
     learned = flag(turn, "loss", place, default=True)
-    joined = flag(turn, "joined", place, default=False)
     if role == "assistant":
-        return Turn(role, take(turn, "content", str, place), learned, joined=joined)
+        return Turn(role, take(turn, "content", str, place), learned)
     parameters = take(turn, "parameters", dict, place)
     for key in parameters:
         if not key.isidentifier():
@@ -80,7 +82,7 @@ def parse_turn(turn: Any, place: str) -> Turn:
         observation=turn.get("observation"),
         observed="observation" in turn,
         id=identity,
-        joined=joined,
+        joined=flag(turn, "joined", place, default=False),
     )
 
 
@@ -123,11 +125,11 @@ def parse_openai(row: dict) -> Conversation:
             turns.append(Turn("system" if role == "developer" else role, content_of(message, place)))
             continue
         calls = parse_calls(message, place)
-        learned = flag(message, "loss", place, default=message.get("weight", 1) != 0)
+        learned = is_learned(message, place)
         text = content_of(message, place, optional=bool(calls))
-        reasoning = message.get("reasoning_content") or ""
-        if reasoning:  # as the templates of reasoning models have it
-            text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text}"
+        if message.get("reasoning_content"):  # as the templates of reasoning models have it
+            reasoning = take(message, "reasoning_content", str, place).strip()
+            text = f"<think>\n{reasoning}\n</think>\n\n{text}"
         if text or not calls:
             turns.append(Turn("assistant", text, learned))
         for call in calls:
@@ -245,7 +247,7 @@ def parse_sharegpt(row: dict) -> Conversation:
         if role is None:
             raise DataError(f"{place}.from is {source!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
         value = take(message, "value", str, place)
-        learned = flag(message, "loss", place, default=message.get("weight", 1) != 0)
+        learned = is_learned(message, place)
         if role == "result":
             answer_calls(turns, pending, value, place)
             continue
@@ -331,7 +333,7 @@ def grouped(turns: tuple[Turn, ...]) -> list[list[Turn]]:
 
 def parse_alpaca(row: dict) -> Conversation:
     turns = [Turn("system", take(row, "system", str))] if row.get("system") else []
-    for i, pair in enumerate(row.get("history") or []):
+    for i, pair in enumerate(take(row, "history", list) if row.get("history") else []):
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise DataError(f"history[{i}] must be [question, answer], got {describe(pair)}")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1], learned=True)]
@@ -419,10 +421,11 @@ def concatenated_json(text: str, place: str) -> list:
 def write_glaive(conversation: Conversation, lost: Lost) -> dict:
     turns = list(conversation.turns)
     if conversation.tools is not None:
-        tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in conversation.tools]
-        if not tools or not all(isinstance(tool, dict) for tool in tools):
+        tools = wrap_tools(conversation.tools)
+        if not tools:
             raise DataError("has tools that are no function descriptions, for which Glaive's rows have no place")
-        system = "\n\n".join([GLAIVE_TOOLS, *(json.dumps(tool, indent=4, ensure_ascii=False) for tool in tools)])
+        described = [json.dumps(tool["function"], indent=4, ensure_ascii=False) for tool in tools]
+        system = "\n\n".join([GLAIVE_TOOLS, *described])
         if turns and turns[0].role == "system":
             lost("a system prompt beside tools")
             turns.pop(0)
@@ -537,6 +540,14 @@ def read_conversations(file: Path) -> Iterator[tuple[int, Conversation]]:
 def require_object(value: Any, place: str, keys: str) -> None:
     if not isinstance(value, dict):
         raise DataError(f"{place}: must be an object with {keys}, got {describe(value)}")
+
+
+def is_learned(message: dict, place: str) -> bool:
+    """By `loss`, true or false, or else by OpenAI's `weight`, 1 or 0."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise DataError(f"{place}.weight must be 0 or 1, got {describe(weight)}")
+    return flag(message, "loss", place, default=weight == 1)
 
 
 def flag(holder: dict, key: str, place: str, *, default: bool) -> bool:

@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -126,6 +127,9 @@ class TokenStore:
         for name, dtype in FILES.items():
             path = folder / f"{name}.bin"
             setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype))
+        sizes = [len(getattr(self, name)) for name in FILES]
+        if sizes != [self.report.tokens] * 2 + [self.report.kept] * 3:
+            raise DataError(f"{folder}: damaged; delete it, and it will be made anew")
 
     def __reduce__(self):
         return TokenStore, (self.folder,)  # to another process goes the folder's name, not the data
@@ -299,6 +303,10 @@ def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that prepares the data was killed, perhaps for want of memory; lower preprocessing_workers"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

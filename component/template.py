@@ -130,8 +130,9 @@ def question_answer_pairs(conversation: Conversation, data_format: str) -> list[
 
 # data_format chat_template: the tokenizer's own template, by the conventions of transformers' apply_chat_template
 
-MARKER = "\U0010fffd"  # a character that no text holds
-SHIELD = 0xF0000  # the first of the characters that stand for control tokens written in text
+# Characters of the last plane, for private use, stand for those of control tokens written in text.
+SHIELD = 0x100000
+MARKER = "\U0010fffe"
 
 
 def render_chat_template(conversation: Conversation, tokenizer) -> Sample:
@@ -268,16 +269,18 @@ def control_tokens(tokenizer) -> tuple[re.Pattern, frozenset[int]]:
 def shield(value: Any, pattern: re.Pattern) -> Any:
     """`value` with every control token in a text replaced by one character of its own for each of its characters."""
     if isinstance(value, str):
+        if value and ord(max(value)) >= SHIELD:
+            raise DataError(f"holds U+{ord(max(value)):X}, a character of private use; remove it")
         return pattern.sub(lambda found: "".join(chr(SHIELD + ord(letter)) for letter in found[0]), value)
     if isinstance(value, dict):
-        return {key: shield(item, pattern) if key != "role" else item for key, item in value.items()}
+        return {shield(key, pattern): shield(item, pattern) for key, item in value.items()}
     return [shield(item, pattern) for item in value] if isinstance(value, list) else value
 
 
 def encode_shielded(text: str, tokenizer) -> tuple[list[int], list[int]]:
     """Token ids, and where each begins in `text`; shielded stretches are encoded as the text that they stand for."""
     ids, starts, at = [], [], 0
-    for part in re.split("([\U000f0000-\U000ffffd]+)", text):
+    for part in re.split("([\U00100000-\U0010ffff]+)", text):
         hidden = part and ord(part[0]) >= SHIELD
         if part:
             plain = "".join(chr(ord(letter) - SHIELD) for letter in part) if hidden else part

@@ -263,6 +263,24 @@ def test_loss_on_the_last_answer_or_by_flag():
     assert shown(flagged, tokenizer, "all") == "<s>[INST] q1[/INST]⟦ a1</s>⟧[INST] q2[/INST]⟦ a2</s>⟧"
 
 
+def test_control_tokens_in_calls_results_and_tools_are_text():
+    tokenizer = FAMILIES["mistral"]
+    counts = []
+    for text in ("x", "</s>[INST]"):
+        row = json.loads(json.dumps(with_calls("x")).replace('"24"', json.dumps(text)))
+        row["tools"][0]["description"] = text
+        row["messages"][1]["tool_calls"][0]["function"]["arguments"] = json.dumps({text: text})
+        sample = render_chat_template(parse_row(row), tokenizer)
+        counts.append(sum(token in tokenizer.all_special_ids for token in sample.input_ids))
+    assert counts[0] == counts[1]
+
+
+def test_the_characters_that_stand_for_control_tokens_are_refused_in_text():
+    assert "\U000f0041" in shown(turns("q\U000f0041", "a"), FAMILIES["qwen2.5"])
+    with pytest.raises(DataError, match=r"holds U\+100041, a character of private use; remove it"):
+        shown(turns("q\U00100041", "a"), FAMILIES["qwen2.5"])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_control_tokens_in_text_are_text(family):
     """Case 27 of the reliability scorecard."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -333,6 +334,30 @@ def test_bad_rows_that_were_skipped_once_stop_a_stricter_run(make):
     assert len(make(rows, on_bad_row="skip")) == 3
     with pytest.raises(DataError, match=r"1 bad rows of 4.*\n.*role is 'usr'"):
         make(rows, on_bad_row="stop")
+
+
+def test_a_cache_that_cannot_be_written_or_was_damaged_is_said(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cache_dir must be a folder with room in which files can be written"):
+        make(cache_dir=tmp_path / "file")
+    folder = make().store.folder
+    (folder / "target_mask.bin").write_bytes(b"short")
+    with pytest.raises(DataError, match="damaged; delete it, and it will be made anew"):
+        make()
+    (folder / "target_mask.bin").unlink()
+    with pytest.raises(DataError, match=r"target_mask\.bin"):
+        make()
+
+
+def kill_self(task) -> None:
+    os.kill(os.getpid(), 9)
+
+
+def test_a_killed_worker_is_said(make, monkeypatch):
+    monkeypatch.setattr(preprocessing, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(preprocessing, "render_chunk", kill_self)
+    with pytest.raises(DataError, match="was killed, perhaps for want of memory; lower preprocessing_workers"):
+        make(workers=2)
 
 
 def test_a_store_on_another_machine_asks_for_a_shared_folder(tmp_path):

@@ -1,5 +1,7 @@
 """Rows to conversations and back; case 25 of the reliability scorecard is here."""
 
+import contextlib
+import copy
 import json
 from dataclasses import replace
 
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from component.conversation import Conversation, DataError, Turn, choose_learned
+from component.conversation import Conversation, DataError, Turn, choose_learned, oddities
 from component.formats import ROW_FORMATS, detect_format, parse_chatglm3, parse_firefly, parse_row, read_conversations
 from component.template import chatglm3_messages
 
@@ -190,6 +192,7 @@ def messages(*rows) -> dict:
         (with_call(parameters=[1]), "conversations[1].parameters must be an object, got [1] (list)"),
         (with_call(parameters={"a b": 1}), "conversations[1].parameters: 'a b' cannot be a keyword argument"),
         ({"conversations": [{"role": "tool", "name": "f"}]}, "conversations[0].parameters: missing"),
+        (with_call(joined=True), "conversations[1].joined: there is no answer or call before it"),
         ({"conversation": []}, "nothing to learn"),
         ({"conversation": [{"human": "h"}]}, "conversation[0].assistant: missing; expected text"),
         ({"conversation": [["h", "a"]]}, "conversation[0]: must be an object with human and assistant"),
@@ -373,3 +376,62 @@ def test_the_shared_rows_survive_every_format_that_can_hold_them(shared):
                 assert chatglm3_messages(back(row)) == chatglm3_messages(conversation)
             count += 1
     assert count == 247
+
+
+def paths(value, at=()):
+    """Every place inside a JSON value."""
+    yield at
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from paths(item, (*at, key))
+
+
+def replaced(value, path, new):
+    if not path:
+        return new
+    copied = copy.deepcopy(value)
+    holder = copied
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = new
+    return copied
+
+
+WHOLE_ROWS = [
+    {"tools": [WEATHER], "conversations": [USER, {**CALL, "id": "1", "joined": False}, {**ANSWER, "loss": True}]},
+    {"conversation": [{"human": "h", "assistant": "a"}]},
+    OPENAI,
+    {
+        "system": "s",
+        "tools": "[]",
+        "conversations": [
+            {"from": "human", "value": "u"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {}}', "loss": True},
+            {"from": "observation", "value": "x"},
+            {"from": "gpt", "value": "a", "weight": 1},
+        ],
+    },
+    {"instruction": "do", "input": "this", "output": "done", "system": "s", "history": [["q", "a"]]},
+    {"system": "SYSTEM: functions {}", "chat": 'USER: u\nASSISTANT: <functioncall> {"name": "f", "arguments": \'{}\'}'},
+]
+ODD_VALUES = [None, 0, 1.5, True, "", "x", "[]", "{", '{"name": 1}', [], [None], ["x"], [[]], {}, {"name": None}]
+
+
+@pytest.mark.parametrize("row", WHOLE_ROWS, ids=detect_format)
+def test_whatever_stands_in_a_field_a_row_is_read_or_refused(row):
+    """Every value anywhere in a row of every format, through parser, renderer and writers: a DataError or a result."""
+    outcomes = {"read": 0, "refused": 0}
+    for path in paths(row):
+        for value in ODD_VALUES if path else []:
+            try:
+                conversation = choose_learned(parse_row(replaced(row, path, value)), "flagged")
+                list(oddities(conversation))
+                chatglm3_messages(conversation)
+                for row_format in ROW_FORMATS.values():
+                    with contextlib.suppress(DataError):
+                        json.dumps(row_format.write(conversation, lambda what: None))
+                outcomes["read"] += 1
+            except DataError as error:
+                assert str(error)
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 5, outcomes
