@@ -133,24 +133,28 @@ def test_four_accumulated_batches_of_one_equal_one_batch_of_four(job):
     assert max(weight.abs().max() for name, weight in adapter(whole / "final").items() if "lora_B" in name) > 1e-4
 
 
-def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
-    whole = job("whole", per_device_train_batch_size=4, optim="sgd")
-    settings = json.loads((tmp_path / "whole.json").read_text())
-    settings |= {
-        "output_dir": str(tmp_path / "ranks"),
-        "per_device_train_batch_size": 2,
-        "eval_file": settings["train_file"],
-    }
-    (tmp_path / "ranks.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_qlora.py"]
+def run_on_two_ranks(tmp_path: Path, settings: dict, program: str = "train_qlora.py") -> subprocess.CompletedProcess:
+    """The command under torchrun; its output folder is tmp_path / "ranks"."""
+    file = tmp_path / "ranks.json"
+    file.write_text(json.dumps(settings | {"output_dir": str(tmp_path / "ranks")}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
     done = subprocess.run(
-        [*command, "--train_args_file", str(tmp_path / "ranks.json")],
+        [*command, "--train_args_file", str(file)],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
+    whole = job("whole", per_device_train_batch_size=4, optim="sgd")
+    settings = json.loads((tmp_path / "whole.json").read_text())
+    settings |= {"per_device_train_batch_size": 2, "eval_file": settings["train_file"]}
+    done = run_on_two_ranks(tmp_path, settings)
     assert losses(whole) == pytest.approx(losses(tmp_path / "ranks"), abs=1e-5)
     assert largest_difference(whole, tmp_path / "ranks") <= 1e-5
     assert done.stderr.count("training from the base model") == 1  # rank 0 alone speaks
@@ -159,9 +163,8 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
 SLOW_RENDERING = """if True:
     import sys, time
     import component.preprocessing as preprocessing, train_qlora
-    prompt = preprocessing.RowRenderer.fit
-    preprocessing.RowRenderer.fit = lambda *args: (time.sleep(1), prompt(*args))[1]
-    sys.argv = ["train_qlora.py", "--train_args_file", sys.argv[1]]
+    fit = preprocessing.RowRenderer.fit
+    preprocessing.RowRenderer.fit = lambda *args: (time.sleep(1), fit(*args))[1]
     train_qlora.main()
 """
 
@@ -170,20 +173,9 @@ def test_ranks_wait_for_slow_data_longer_than_a_collective_may_take(job, tmp_pat
     """Case 39 of the reliability scorecard, with its numbers made small: 12 s of rendering, 4 s of timeout."""
     job("written", dry_run=True)
     settings = json.loads((tmp_path / "written.json").read_text())
-    settings |= {"output_dir": str(tmp_path / "ranks"), "ddp_timeout": 4, "max_steps": 1, "lora_rank": 3}
-    settings |= {"cache_dir": str(tmp_path / "cache")}
-    (tmp_path / "ranks.json").write_text(json.dumps(settings))
+    settings |= {"ddp_timeout": 4, "max_steps": 1, "cache_dir": str(tmp_path / "cache")}
     (tmp_path / "slow.py").write_text(SLOW_RENDERING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "slow.py"), str(tmp_path / "ranks.json")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(tmp_path, settings, str(tmp_path / "slow.py"))
     assert (tmp_path / "ranks/final/adapter_model.safetensors").exists()
 
 
@@ -192,17 +184,7 @@ def test_a_stream_trains_on_one_process_and_on_two(job, tmp_path):
     whole = job("whole", **settings)
     assert len(losses(whole)) == 3
     written = json.loads((tmp_path / "whole.json").read_text())
-    written |= {"output_dir": str(tmp_path / "ranks"), "per_device_train_batch_size": 2}
-    (tmp_path / "ranks.json").write_text(json.dumps(written))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_qlora.py"]
-    done = subprocess.run(
-        [*command, "--train_args_file", str(tmp_path / "ranks.json")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(tmp_path, written | {"per_device_train_batch_size": 2})
     assert losses(whole) == pytest.approx(losses(tmp_path / "ranks"), abs=1e-5)
 
 
