@@ -39,13 +39,15 @@ def train(cli: argparse.Namespace) -> None:
     from transformers import set_seed
 
     from component.checkpoint import FINAL, find_resume_point, prepare_output_dir
-    from component.collator import SFTDataCollator
+    from component.collator import PackingCollator, SFTDataCollator
     from component.dataset import DATA_FORMATS, load_datasets, select_format
     from component.distributed import on_rank_zero
+    from component.kernel.memory import fit, optimizer_bytes, table
+    from component.kernel.model import PackedForward
     from component.loss import TargetLMLoss
-    from component.model import attach_lora, load_model, load_tokenizer
+    from component.model import attach_lora, load_model, load_tokenizer, sketch_model
     from component.report import parameter_table, plot_loss, render_sample
-    from component.trainer import LoRATrainer
+    from component.trainer import LoRATrainer, take_updates_whole
 
     # 1. Settings
     args, training_args = load_arguments(cli.train_args_file, cli.overrides)
@@ -70,6 +72,9 @@ def train(cli: argparse.Namespace) -> None:
         show_settings(args, training_args)
         print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")
         steps = training_args.max_steps if args.streaming else count_steps(len(train_dataset), training_args)
+        forward = PackedForward(sketch_model(args), args.max_seq_length)
+        if forward.layers:
+            print(table(forward, args.pack_to or max(8192, args.max_seq_length), optimizer_bytes(training_args.optim)))
         print(f"{steps} steps. No weights were loaded.")
         return
 
@@ -80,6 +85,18 @@ def train(cli: argparse.Namespace) -> None:
     set_seed(training_args.seed)
     model = attach_lora(load_model(args, training_args), args)
     logger.info(f"parameters\n{parameter_table(model)}")
+    forward = PackedForward(model, args.max_seq_length, fuses=args.pack_to != 0)
+    plan = fit(
+        forward,
+        args.pack_to,
+        args.activation_checkpointing,
+        args.max_seq_length,
+        optimizer_bytes(training_args.optim),
+    )
+    collator = SFTDataCollator(tokenizer, args.max_seq_length)
+    if plan.tokens:
+        collator = PackingCollator(plan.tokens)
+        take_updates_whole(training_args)
 
     # 4. Training
     trainer = LoRATrainer(
@@ -87,7 +104,7 @@ def train(cli: argparse.Namespace) -> None:
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=SFTDataCollator(tokenizer, args.max_seq_length),
+        data_collator=collator,
         processing_class=tokenizer,
         loss=TargetLMLoss(),
     )

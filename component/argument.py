@@ -94,6 +94,19 @@ class QLoRAArguments:
         lambda value: value is None or value > 0,
         "a positive integer",
     )
+    pack_to: int | None = setting(
+        None,
+        "Tokens of a packed row: whole samples one after another, none of which sees another. 0: pad batches instead. "
+        "Default: 8192, or less where the card's memory asks for it.",
+        lambda value: value is None or value >= 0,
+        "0 or a positive integer",
+    )
+    activation_checkpointing: str = setting(
+        "auto",
+        "What layers keep for their backward: none (all that is dear to make anew), selective (not the MLP's wide "
+        "activations), full (their input alone), offload (that in the host's memory). auto: the fastest that fits.",
+        *one_of("auto", "none", "selective", "full", "offload"),
+    )
     lora_rank: int = setting(64, "Rank of the low-rank update.", is_positive, "a positive integer")
     lora_alpha: float = setting(
         16, "Scale of the update, which is multiplied by lora_alpha / lora_rank.", is_positive, "a positive number"
@@ -122,6 +135,11 @@ class QLoRAArguments:
             check, value = item.metadata["check"], getattr(self, item.name)
             if check and not check(value):
                 raise ValueError(f"{item.name} must be {item.metadata['expected']}, got {show(value)}")
+        if self.pack_to and self.pack_to < self.max_seq_length:
+            raise ValueError(
+                f"pack_to must be 0 or at least max_seq_length={self.max_seq_length}, so that every sample fits a row, "
+                f"got {show(self.pack_to)}"
+            )
 
 
 # Keys of older transformers: to their new name, or to None where nothing depends on them any more.
@@ -151,7 +169,10 @@ RENAMED_KEYS = {
     "include_inputs_for_metrics": None,
     "include_tokens_per_second": None,  # always reported
     "deepspeed": None,  # a 4-bit base with LoRA needs no sharding
+    "gradient_checkpointing_kwargs": None,
+    "activation_checkpointing_kwargs": None,
 }
+CHECKPOINTING_KEYS = ("activation_checkpointing", "gradient_checkpointing")
 RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch"}
 
 # Bounds that TrainingArguments itself does not check.
@@ -189,10 +210,9 @@ def load_arguments(
     from transformers import TrainingArguments
 
     source = str(train_args_file or "command line")
-    known = typing.get_type_hints(QLoRAArguments) | typing.get_type_hints(TrainingArguments)
-    known = {key: hint for key, hint in known.items() if key in QLoRAArguments.__dataclass_fields__} | {
-        item.name: known[item.name] for item in fields(TrainingArguments) if item.init
-    }
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {item.name: hints[item.name] for item in fields(TrainingArguments) if item.init}
+    known |= typing.get_type_hints(QLoRAArguments)
     known["resume_from_checkpoint"] = str | bool | None
 
     values = translate(read_json_object(source) if train_args_file else {}, known, source) | translate(
@@ -264,19 +284,17 @@ def parse_overrides(overrides: typing.Sequence[str]) -> dict[str, Any]:
 
 def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> dict[str, Any]:
     """Old keys to their replacements, each logged. A key that says two things is an error."""
-    # One setting, called activation_checkpointing from transformers 5.2x on and gradient_checkpointing before.
-    old, new = "gradient_checkpointing", "activation_checkpointing"
-    aliases = {old: new, f"{old}_kwargs": f"{new}_kwargs"}
-    aliases = aliases if new in known else {new: old for old, new in aliases.items()}
     origins: dict[str, str] = {}
     translated = {}
     for key, value in values.items():
         if key == "group_by_length" and isinstance(value, bool):
             target, value = "train_sampling_strategy", "group_by_length" if value else "random"
+        elif key in CHECKPOINTING_KEYS and isinstance(value, bool):  # transformers' setting, under both its names
+            target, value = CHECKPOINTING_KEYS[0], "full" if value else "none"
         elif key in RENAMED_KEYS and (key not in known or RENAMED_KEYS[key] is None):
             target = RENAMED_KEYS[key]
         else:
-            target = aliases.get(key, key)
+            target = key
         if key == "optim" and isinstance(value, str):
             value = RENAMED_OPTIMIZERS.get(value, value)
         if target is None:
@@ -287,7 +305,7 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> dic
         elif target in origins:
             raise ArgumentError(f"{source}: {origins[target]} and {key} are one setting; keep one")
         else:
-            if target != key and key not in aliases:
+            if target != key:
                 logger.info(f"{source}: {key} is now called {target}")
             origins[target], translated[target] = key, value
     return translated
@@ -346,8 +364,6 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
     adapted.setdefault("ddp_find_unused_parameters", False)
     if args.streaming:  # every rank reads the stream and takes its share; padded batches cannot be handed out
         adapted["accelerator_config"] = {"dispatch_batches": False}
-    kwargs = next(key for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if is_field(key))
-    adapted.setdefault(kwargs, {"use_reentrant": False})
     return adapted
 
 
@@ -376,12 +392,6 @@ def choose_compute_dtype(requested: str, values: dict[str, Any], has_cuda: bool)
     if has_bf16 and values.get("fp16"):
         logger.info("fp16 is true, but this card has bfloat16: using that (compute_dtype=float16 forces fp16)")
     return "bfloat16" if has_bf16 else "float16"
-
-
-def is_field(key: str) -> bool:
-    from transformers import TrainingArguments
-
-    return key in TrainingArguments.__dataclass_fields__
 
 
 def is_a(value: Any, hint: Any) -> bool:

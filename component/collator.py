@@ -1,6 +1,12 @@
-"""Samples to a padded batch."""
+"""Samples to a padded batch, or to packed rows."""
+
+import heapq
 
 import torch
+
+from .loss import learned_positions
+
+Sample = dict[str, list[int]]
 
 
 class SFTDataCollator:
@@ -15,9 +21,65 @@ class SFTDataCollator:
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.padding = {"input_ids": padding, "attention_mask": 0, "target_mask": 0}
 
-    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         length = min(max(len(sample["input_ids"]) for sample in samples), self.max_seq_length)
         return {
             key: torch.tensor([(sample[key] + [padding] * (length - len(sample[key])))[:length] for sample in samples])
             for key, padding in self.padding.items()
         }
+
+
+class PackingCollator:
+    """Lays whole samples one after another in as few rows of at most `tokens` as hold them, about equally full.
+
+    Returns `{"rows": [row, …]}`. A row is flat: `input_ids` and `position_ids` (length,), which restart with each
+    sample; `ends` (samples + 1,) int32, where samples end, from 0; `longest`, of a sample; `learned` (n,), positions
+    that predict a learned token, and `targets` (n,), those tokens. No sample's first token is learned.
+    """
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def __call__(self, samples: list[Sample]) -> dict[str, list[dict]]:
+        rows = pack([len(sample["input_ids"]) for sample in samples], self.tokens)
+        return {"rows": [self.row([samples[i] for i in row]) for row in rows]}
+
+    def row(self, samples: list[Sample]) -> dict[str, torch.Tensor | int]:
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        input_ids = torch.tensor([token for sample in samples for token in sample["input_ids"]])
+        learned = learned_positions(
+            torch.tensor([bit for sample in samples for bit in [0, *sample["target_mask"][1:]]])
+        )
+        return {
+            "input_ids": input_ids,
+            "position_ids": torch.cat([torch.arange(length) for length in lengths]),
+            "ends": torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
+            "longest": max(lengths),
+            "learned": learned,
+            "targets": input_ids[learned + 1],
+        }
+
+
+def pack(lengths: list[int], limit: int) -> list[list[int]]:
+    """Places in `lengths`, by row: each in one row, none of which is above `limit`; the same for the same lengths.
+
+    The longest first, each to the emptiest row, with one row more where that overflows.
+
+    Raises:
+        ValueError: one alone is above the limit.
+    """
+    if max(lengths) > limit:
+        raise ValueError(f"a sample of {max(lengths)} tokens does not fit rows of {limit}; raise pack_to")
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for count in range(-(-sum(lengths) // limit), len(lengths) + 1):
+        heap = [(0, row) for row in range(count)]
+        rows: list[list[int]] = [[] for _ in range(count)]
+        for i in order:
+            filled, row = heap[0]
+            if filled + lengths[i] > limit:
+                break
+            heapq.heapreplace(heap, (filled + lengths[i], row))
+            rows[row].append(i)
+        else:
+            return rows
+    raise AssertionError("a row for each sample always fits")

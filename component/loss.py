@@ -4,6 +4,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 
+def learned_positions(target_mask: torch.Tensor) -> torch.Tensor:
+    """Positions of one sequence (length,) that predict a learned token: the one after them."""
+    return target_mask[1:].nonzero()[:, 0]
+
+
 class TargetLMLoss:
     """Cross-entropy of learned tokens, in float32."""
 

@@ -6,6 +6,7 @@ from loguru import logger
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -56,6 +57,13 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
             # that training after the first evaluation fails or, in layers without a bias, silently learns nothing.
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def sketch_model(args: QLoRAArguments) -> PeftModel:
+    """The model with its adapter on the meta device: every shape, no weights. In half precision, as on a card."""
+    config = from_pretrained(AutoConfig, args)
+    with torch.device("meta"):
+        return attach_lora(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), args)
 
 
 def from_pretrained(auto_class: type, args: QLoRAArguments, **kwargs):

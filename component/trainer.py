@@ -1,19 +1,23 @@
 """Trainer for an adapter: the loss over learned tokens, exact under accumulation and ranks; adapter-only saves."""
 
+import random
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
 from loguru import logger
+from torch.utils.data import DataLoader, Sampler, Subset
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .loss import TargetLMLoss
 
 
 class LoRATrainer(Trainer):
-    """transformers' Trainer over batches of `input_ids`, `attention_mask` and `target_mask`.
+    """transformers' Trainer over what component.collator makes: padded batches, or all packed rows of an update.
 
     An update's loss is the sum over its learned tokens, of all accumulated batches and ranks, divided by their number,
     so that 4 batches of 1 weigh every token as 1 batch of 4 does.
@@ -30,20 +34,47 @@ class LoRATrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """Learned tokens of one update, over all its batches and all ranks."""
-        count = sum(self.loss.count(batch["target_mask"]).sum() for batch in batch_samples).to(device)
-        return self.accelerator.reduce(count, "sum")
+        count = sum(self.count(part) for batch in batch_samples for part in parts_of(batch))
+        return self.accelerator.reduce(torch.as_tensor(count, device=device), "sum")
+
+    def count(self, part: dict) -> torch.Tensor | int:
+        """Learned tokens of a padded batch or a packed row."""
+        return len(part["targets"]) if "targets" in part else self.loss.count(part["target_mask"]).sum()
+
+    def summed_loss(self, model, part: dict) -> torch.Tensor:
+        """Over the learned tokens of a padded batch or a packed row, whose forward computes it (PackedForward)."""
+        if "targets" in part:
+            return model(**part)
+        logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
+        return self.loss(logits, part["input_ids"], part["target_mask"], num_targets=1)
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        loss = self.loss(outputs.logits, inputs["input_ids"], inputs["target_mask"], num_items_in_batch)
+        loss = self.summed_loss(model, inputs) / (
+            self.count(inputs) if num_items_in_batch is None else num_items_in_batch
+        )
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # ranks average their gradients; the sum is wanted
-        return (loss, outputs) if return_outputs else loss
+        return (loss, None) if return_outputs else loss
 
     def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
-        return loss
+        """Forward and backward of a padded batch, or of all packed rows of an update; ranks meet in the last row."""
+        parts = parts_of(inputs)
+        losses = []
+        for part in parts:
+            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+            seen = part["attention_mask"].sum() if "attention_mask" in part else len(part["input_ids"])
+            self.tokens_seen += seen if isinstance(seen, int) else seen.to(self.tokens_seen.device)
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        return 0  # the estimate is of no use to us, and knows no rows
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(self.train_dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(self.train_dataset.lengths, batch, self.args.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -52,14 +83,17 @@ class LoRATrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss per learned token over the whole of `eval_dataset`, each row counted once on any number of ranks."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        own = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        batches = DataLoader(own, self.args.eval_batch_size, collate_fn=self.data_collator)
         self.model.eval()
         totals = torch.zeros(2, device=self.args.device)
-        for batch in self.get_eval_dataloader(eval_dataset):
-            with torch.no_grad():
-                logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            losses = self.loss.by_row(logits, batch["input_ids"], batch["target_mask"])
-            losses, counts = self.accelerator.gather_for_metrics((losses, self.loss.count(batch["target_mask"])))
-            totals += torch.stack((losses.sum(), counts.sum()))
+        with torch.no_grad():
+            for part in (part for batch in batches for part in parts_of(self._prepare_inputs(batch))):
+                totals += torch.stack(
+                    (self.summed_loss(self.model, part), torch.as_tensor(self.count(part)).to(totals))
+                )
+        totals = self.accelerator.reduce(totals, "sum")
         metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -72,6 +106,44 @@ class LoRATrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
         self.processing_class.save_pretrained(output_dir)
+
+
+def take_updates_whole(training_args: TrainingArguments) -> None:
+    """Have the collator see all samples of an update, which it lays out in rows: batches of the same global size,
+    nothing accumulated between them."""
+    training_args.per_device_train_batch_size *= training_args.gradient_accumulation_steps
+    training_args.gradient_accumulation_steps = 1
+
+
+def parts_of(batch: dict) -> list[dict]:
+    """What goes through the model at a time: the packed rows of an update, or a padded batch as it is."""
+    return batch.get("rows", [batch])
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Shuffles, then sorts stretches of 50 batches by length, the longest sample first of all, so that batches are of
+    like samples and memory runs out at once or never. The order follows from seed and epoch alone."""
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int):
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        order = draw.sample(range(len(self)), len(self))
+        stretch = 50 * self.batch
+        groups = [sorted(order[i : i + stretch], key=lambda i: -self.lengths[i]) for i in range(0, len(order), stretch)]
+        batches = [group[i : i + self.batch] for group in groups for i in range(0, len(group), self.batch)]
+        last = batches.pop() if len(batches[-1]) < self.batch and len(batches) > 1 else []  # the short one stays last
+        draw.shuffle(batches)
+        first = max(range(len(batches)), key=lambda i: max(self.lengths[j] for j in batches[i]))
+        batches[0], batches[first] = batches[first], batches[0]
+        return iter([i for batch in batches for i in batch] + last)
 
 
 class ProgressReport(TrainerCallback):

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "trainer": {"loss", "checkpoint", "report"},
+    "kernel": {"chatglm"},
     "model": {"argument", "chatglm", "kernel"},
     "inspection": {"dataset", "preprocessing", "reader", "conversation"},
     "dataset": {"preprocessing", "cache", "formats", "reader", "template", "conversation"},
@@ -21,7 +22,7 @@ ALLOWED = {
     "argument": set(),
     "chatglm": set(),
     "checkpoint": set(),
-    "collator": set(),
+    "collator": {"loss"},
     "conversation": set(),
     "distributed": set(),
     "loss": set(),

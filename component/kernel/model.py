@@ -1,0 +1,241 @@
+"""The training forward of a causal LM over packed rows: fused where the family is known, plain elsewhere."""
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from loguru import logger
+from peft import PeftModel
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from . import plain
+from .attention import FLASH, Bounds, choose_attention
+from .head import HeadLoss
+from .layer import NONE, OFFLOAD, HostMemory, Layer, LayerFunction, Row
+from .projection import Projection
+
+ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the batch
+
+
+class Unfused(ValueError):
+    """Why a model has no fused layers."""
+
+
+class PackedForward:
+    """Replaces a model's forward for packed rows; a call without `targets` is the model's own.
+
+    A call returns the summed cross-entropy of a row's learned tokens, a float32 scalar, and takes what
+    component.collator.pack makes: input_ids, position_ids (tokens,), ends (samples + 1,), longest, learned, targets.
+
+    Args:
+        model: with its adapter. Its causal LM's `forward` is replaced on the instance.
+        max_length: of a sample.
+        fuses: False: use the model's own layers, for comparison.
+    """
+
+    def __init__(self, model: PeftModel, max_length: int, fuses: bool = True):
+        self.model: PreTrainedModel = model.get_base_model()
+        self.own_forward = self.model.forward
+        self.host: HostMemory | None = None
+        try:
+            if not fuses:
+                raise Unfused("asked for by pack_to=0")
+            self.layers = find_layers(self.model, max_length)
+        except Unfused as reason:
+            self.layers = []
+            logger.warning(f"plain layers, which are slower: {reason}")
+        self.model.forward = self
+        self.use(NONE)
+
+    @property
+    def vocab(self) -> int:
+        return len(self.model.get_output_embeddings().weight)
+
+    def use(self, checkpointing: str) -> None:
+        """Have layers keep what layer.CHECKPOINTING says; a model's own layers know all or nothing."""
+        if not self.layers and checkpointing != NONE:
+            name = "activation_checkpointing_enable"  # its name from transformers 5.2x on
+            enable = getattr(self.model, name, self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        for layer in self.layers:
+            layer.checkpointing = checkpointing
+        self.host = HostMemory(self.model.device) if checkpointing == OFFLOAD and self.on_cuda else None
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.model.device.type == "cuda"
+
+    def probe(self, tokens: int) -> bool:
+        """Whether a row of so many tokens goes forward and backward without running out of memory."""
+        device = self.model.device
+        places = torch.arange(tokens, device=device)
+        ids = places % self.vocab
+        row = {"input_ids": ids, "position_ids": places, "longest": tokens, "learned": places[:-1], "targets": ids[1:]}
+        row["ends"] = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self(**row).backward()
+            return True
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            for weight in self.model.parameters():
+                weight.grad = None
+            torch.cuda.empty_cache()
+
+    def __call__(self, *args, targets: torch.Tensor | None = None, **row):
+        if targets is None:
+            return self.own_forward(*args, **row)
+        if not self.layers:
+            return self.plain(targets, **row)
+        with torch.autocast(self.model.device.type, enabled=False):
+            return self.fused(targets, **row)
+
+    def fused(self, targets, *, input_ids, position_ids, ends, longest, learned, **_) -> torch.Tensor:
+        hidden = self.model.get_input_embeddings()(input_ids)
+        cos, sin = rotary_angles(self.model, position_ids)
+        seed = int(torch.randint(1 << 31, ())) if self.model.training else None
+        row = Row(Bounds(ends, longest), cos, sin, seed)
+        for layer in self.layers:
+            hidden = LayerFunction.apply(hidden, layer, row, self.host, *layer.adapters)
+        norm, eps = norm_of(final_norm(self.model))
+        head, ops = self.model.get_output_embeddings().weight, self.layers[0].ops
+        return HeadLoss.apply(hidden, learned, targets, norm, eps, head, ops, torch.is_grad_enabled())
+
+    def plain(self, targets, *, input_ids, position_ids, learned, **_) -> torch.Tensor:
+        """By the model's own modules: positions that restart tell its attention where samples end."""
+        logits = self.own_forward(
+            input_ids=input_ids[None], position_ids=position_ids[None], logits_to_keep=learned, use_cache=False
+        ).logits[0]
+        return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
+    """The fused layers of a model.
+
+    Raises:
+        Unfused: it is of no family that is known, or uses something that fused layers do not have.
+    """
+    config, name = model.config, type(model).__name__
+    if name not in FAMILIES:
+        raise Unfused(f"{name} is not one of {', '.join(FAMILIES)}")
+    check(config, max_length)
+    device, dtype = model.device, model.get_input_embeddings().weight.dtype
+    attention, ops = choose_attention(device, dtype, config.head_dim), choose_ops(device)
+    if device.type == "cuda" and attention is not FLASH:
+        logger.warning(f"attention {attention.name}: flash attention needs Ampere or newer and half precision")
+    layers = []
+    for number, parts in enumerate(FAMILIES[name](model)):
+        norm, eps = norm_of(parts.pop("norm"))
+        second_norm, _ = norm_of(parts.pop("second_norm"))
+        head_norms = parts.pop("head_norms", None)
+        projections = {
+            key: Projection(parts.pop(key), dtype, ops, 4 * number + at)
+            for at, key in enumerate(("qkv", "out", "gate_up", "down"))
+        }
+        layers.append(
+            Layer(
+                number=number,
+                norm=norm,
+                second_norm=second_norm,
+                eps=eps,
+                **projections,
+                heads=config.num_attention_heads,
+                groups=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                scaling=config.head_dim**-0.5,
+                interleaved=name in INTERLEAVED,
+                attention=attention,
+                ops=ops,
+                head_norms=head_norms and tuple(norm_of(part)[0] for part in head_norms),
+            )
+        )
+    return layers
+
+
+def check(config, max_length: int) -> None:
+    """Raise Unfused for a setting that the fused layers do not have."""
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise Unfused(f"hidden_act is {config.hidden_act}")
+    for key in ("attention_dropout", "hidden_dropout", "apply_residual_connection_post_layernorm"):
+        if getattr(config, key, None):
+            raise Unfused(f"{key} is {getattr(config, key)}")
+    for key in ("rmsnorm", "multi_query_attention"):
+        if not getattr(config, key, True):
+            raise Unfused(f"{key} is false")
+    window = getattr(config, "sliding_window", None)
+    if window and window < max_length and "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"]):
+        raise Unfused(f"sliding_window={window} is shorter than max_seq_length={max_length}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPES:
+        raise Unfused(f"rope_type is {rope}")
+
+
+def choose_ops(device: torch.device) -> ModuleType:
+    """Triton's kernels on CUDA, if Triton is there and knows the card."""
+    if device.type == "cuda":
+        try:
+            if torch.cuda.get_device_capability(device) < (7, 5):
+                raise ImportError("Triton needs a Turing card or a newer one")
+            from . import triton_kernels
+
+            return triton_kernels
+        except ImportError as error:
+            logger.warning(f"plain operations, which are slower: {error}")
+    return plain
+
+
+def chatglm_layers(model: PreTrainedModel) -> Iterator[dict]:
+    for layer in model.transformer.encoder.layers:
+        yield {
+            "norm": layer.input_layernorm,
+            "qkv": [layer.self_attention.query_key_value],
+            "out": [layer.self_attention.dense],
+            "second_norm": layer.post_attention_layernorm,
+            "gate_up": [layer.mlp.dense_h_to_4h],
+            "down": [layer.mlp.dense_4h_to_h],
+        }
+
+
+def llama_layers(model: PreTrainedModel) -> Iterator[dict]:
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        parts = {
+            "norm": layer.input_layernorm,
+            "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+            "out": [attention.o_proj],
+            "second_norm": layer.post_attention_layernorm,
+            "gate_up": [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj],
+            "down": [mlp.down_proj],
+        }
+        yield parts | ({"head_norms": (attention.q_norm, attention.k_norm)} if hasattr(attention, "q_norm") else {})
+
+
+FAMILIES = {"ChatGLMForConditionalGeneration": chatglm_layers} | dict.fromkeys(
+    ("GlmForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), llama_layers
+)
+INTERLEAVED = ("ChatGLMForConditionalGeneration", "GlmForCausalLM")
+
+
+def norm_of(norm: nn.Module | None) -> tuple[torch.Tensor | None, float]:
+    """(weight, eps) of an RMSNorm."""
+    return (None, 0.0) if norm is None else (norm.weight, getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    body = model.base_model
+    return getattr(body.encoder, "final_layernorm", None) if hasattr(body, "encoder") else body.norm
+
+
+def rotary_angles(model: PreTrainedModel, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, float32 (tokens, angles), by the model's own rule."""
+    if hasattr(model.base_model, "rotary_emb"):
+        wide = torch.empty(0, device=position_ids.device)  # float32 in, float32 out
+        cos, sin = model.base_model.rotary_emb(wide, position_ids[None])
+        return tuple(part[0, :, : part.shape[-1] // 2].contiguous() for part in (cos, sin))
+    from ..chatglm.modeling_chatglm import rotary_embedding
+
+    cos, sin = rotary_embedding(model.config, position_ids[None], torch.float32)
+    return cos[0, 0].contiguous(), sin[0, 0].contiguous()

@@ -1,0 +1,142 @@
+"""Every operation of a fused layer in plain torch: what runs without Triton, and what the Triton kernels must equal.
+
+`tokens` is the length of a packed row. Operations whose name ends in `_` overwrite their first argument. Gradients of
+adapters are float32, everything else has its input's dtype; norms and rotations are computed in float32. `room` asks
+for an output that is a view of a wider matrix, with that many columns to spare after each row.
+"""
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from torch.nn.functional import silu
+
+
+def dequantize_(out: torch.Tensor, packed: torch.Tensor, state: QuantState) -> torch.Tensor:
+    """Fill `out` (out_features, in_features), whose rows may stand apart, from 4-bit values, two a byte."""
+    return out.copy_(dequantize_4bit(packed, state))
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, update: torch.Tensor | None = None, room: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm of x + update, x + update), both (tokens, width); the sum is `x` itself where there is no update."""
+    total = x if update is None else x + update
+    return empty_with_room(*x.shape, room, x).copy_(normalise(total, eps) * weight.float()), total
+
+
+def rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of the norm's input plus `residual`, the norm's output once more), both (tokens, width)."""
+    normed = normalise(x, eps)
+    scaled = grad.float() * weight.float()
+    inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    inner = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * inverse
+    inner = inner if residual is None else inner + residual.float()
+    return inner.to(x.dtype), (normed * weight.float()).to(x.dtype)
+
+
+def normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def rotate_(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, inverse: bool = False
+) -> torch.Tensor:
+    """Rotate the first 2 * angles dimensions of every head.
+
+    Args:
+        states: (tokens, heads, head_dim), a view whose last dimension is dense.
+        cos, sin: float32 (tokens, angles).
+        interleaved: pairs are (0, 1), (2, 3), … as in GLM; else (0, angles), (1, angles + 1), … as in Llama.
+        inverse: turn back, which is also the gradient.
+    """
+    angles = cos.shape[-1]
+    cos, sin = cos[:, None], -sin[:, None] if inverse else sin[:, None]
+    if interleaved:
+        first, second = states[..., 0 : 2 * angles : 2], states[..., 1 : 2 * angles : 2]
+    else:
+        first, second = states[..., :angles], states[..., angles : 2 * angles]
+    one, two = first.float(), second.float()
+    one, two = one * cos - two * sin, two * cos + one * sin
+    first.copy_(one)
+    second.copy_(two)
+    return states
+
+
+def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
+    """(tokens, 2 * width) to silu(gate) * up, (tokens, width)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return empty_with_room(*gate.shape, room, gate_up).copy_(silu(gate.float()) * up.float())
+
+
+def empty_with_room(tokens: int, width: int, room: int, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(tokens, width + room)[:, :width]
+
+
+def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
+    """Turn `gate_up` (tokens, 2 * width) into its gradient, and `grad` (tokens, width) into swiglu(gate_up)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    wide_gate, wide_up, wide_grad = gate.float(), up.float(), grad.float()
+    sigmoid = wide_gate.sigmoid()
+    activated = wide_gate * sigmoid
+    grad_up, grad_gate = wide_grad * activated, wide_grad * wide_up * sigmoid * (1 + wide_gate * (1 - sigmoid))
+    grad.copy_(activated * wide_up)
+    up.copy_(grad_up)
+    gate.copy_(grad_gate)
+
+
+def dropout_mask(tokens: int, width: int, dropout: float, seed: int, device: torch.device) -> torch.Tensor:
+    """(tokens, width) bool, True where an element is kept: a hash of its place and the seed, the same on any device."""
+    x = torch.arange(tokens * width, dtype=torch.int64, device=device)
+    x = (x * 0x9E3779B1 + seed) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return ((x ^ (x >> 16)) >= threshold(dropout)).view(tokens, width)
+
+
+def threshold(dropout: float) -> int:
+    return round(dropout * 2**32)
+
+
+def dropped(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    if not dropout:
+        return x
+    return x * dropout_mask(*x.shape, dropout, seed, x.device) / (1 - dropout)
+
+
+def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    """dropout(x) @ down.T into `out` (tokens, rank), from x (tokens, width) and down (rank, width)."""
+    return torch.mm(dropped(x, dropout, seed), down.t(), out=out)
+
+
+def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    """The gradient of `down`: grad.T @ dropout(x), float32 (rank, width), from grad (tokens, rank)."""
+    return matmul_float32(grad.t(), dropped(x, dropout, seed))
+
+
+def lora_input_grad_(
+    total: torch.Tensor, grad: torch.Tensor, down: torch.Tensor, dropout: float, seed: int
+) -> torch.Tensor:
+    """Add the low-rank path's share, dropout's gradient of grad @ down, to `total` (tokens, width)."""
+    if not dropout:
+        return total.addmm_(grad, down)
+    return total.add_(dropped(grad @ down, dropout, seed))
+
+
+def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed loss, float32; `logits` (learned, vocab) become its gradient."""
+    wide = logits.float()
+    log_total = wide.logsumexp(-1)
+    loss = (log_total - wide.gather(1, targets[:, None])[:, 0]).sum()
+    logits.copy_((wide - log_total[:, None]).exp_())
+    rows = torch.arange(len(targets), device=logits.device)
+    logits[rows, targets] -= 1
+    return loss
+
+
+def matmul_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, float32, accumulated in float32 whatever the operands are."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

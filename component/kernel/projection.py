@@ -1,0 +1,159 @@
+"""Linear layers that read one input, run as one: their 4-bit bases, biases and low-rank paths."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+
+
+class Path(NamedTuple):
+    """A layer's low-rank update: `scaling * up(down(dropout(x)))`, added to some columns of the output."""
+
+    down: nn.Parameter  # (rank, in_features), float32
+    up: nn.Parameter  # (out_features, rank), float32
+    scaling: float
+    columns: slice  # of the output
+    ranks: slice  # of all the paths' ranks
+
+
+class Projection:
+    """Layers of one input, their outputs side by side. `width` is that of all, `number` tells dropouts apart.
+
+    The dropout before the low-rank paths is one mask for all layers of a projection.
+
+    Args:
+        layers: nn.Linear, bitsandbytes' Linear4bit, or peft's LoRA layer around one.
+        dtype: of the arithmetic; adapters are kept in float32 and rounded to it.
+        ops: plain or triton_kernels.
+    """
+
+    def __init__(self, layers: list[nn.Module], dtype: torch.dtype, ops: ModuleType, number: int):
+        self.bases = [getattr(layer, "base_layer", layer) for layer in layers]
+        self.dtype, self.ops, self.number = dtype, ops, number
+        self.in_features = self.bases[0].in_features
+        self.width = sum(base.out_features for base in self.bases)
+        self.paths: list[Path] = []
+        self.dropout = 0.0
+        column = rank = 0
+        for layer, base in zip(layers, self.bases, strict=True):
+            if hasattr(layer, "lora_A"):
+                (name,) = layer.active_adapters
+                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+                columns, ranks = slice(column, column + base.out_features), slice(rank, rank + len(down))
+                self.paths.append(Path(down, up, layer.scaling[name], columns, ranks))
+                self.dropout = getattr(layer.lora_dropout[name], "p", 0.0)
+                rank = ranks.stop
+            column += base.out_features
+        self.bias = None
+        if any(base.bias is not None for base in self.bases):
+            biases = [
+                base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases
+            ]
+            self.bias = torch.cat([bias.detach().to(dtype) for bias in biases])
+
+    @property
+    def adapters(self) -> list[nn.Parameter]:
+        return [weight for path in self.paths for weight in (path.down, path.up)]
+
+    @property
+    def rank(self) -> int:
+        """Of all low-rank paths together."""
+        return self.paths[-1].ranks.stop if self.paths else 0
+
+    @property
+    def room(self) -> int:
+        """Columns to spare that `forward` can use: `rank`, where rows of that width stay aligned."""
+        return self.rank if self.rank % 16 == 0 else 0
+
+    def weight(self, room: int = 0) -> torch.Tensor:
+        """The bases as one matrix (width, in_features + room), whose last columns are not filled."""
+        if not room and len(self.bases) == 1 and not isinstance(self.bases[0], Linear4bit):
+            return self.bases[0].weight
+        device = self.bases[0].weight.device
+        whole = torch.empty(self.width, self.in_features + room, dtype=self.dtype, device=device)
+        parts = whole[:, : self.in_features].split([base.out_features for base in self.bases])
+        for base, part in zip(self.bases, parts, strict=True):
+            if isinstance(base, Linear4bit):
+                self.ops.dequantize_(part, base.weight.data, base.weight.quant_state)
+            else:
+                part.copy_(base.weight)
+        return whole
+
+    def down(self) -> torch.Tensor:
+        """All low-rank paths' first halves, (rank, in_features)."""
+        return joined([path.down.detach().to(self.dtype) for path in self.paths])
+
+    def forward(self, x: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(output (tokens, width), what the low-rank paths hold between their halves (tokens, rank)).
+
+        An input with `room` columns to spare takes the low-rank paths there, and their second halves stand beside the
+        bases, so that one product makes the whole output.
+
+        Args:
+            seed: of the row's dropout; None: none.
+        """
+        low = self.low(x, seed)
+        if x.stride(0) == self.in_features:
+            weight = self.weight()
+            out = x @ weight.t() if self.bias is None else torch.addmm(self.bias, x, weight.t())
+            for path in self.paths:
+                up = path.up.detach().to(self.dtype)
+                out[:, path.columns].addmm_(low[:, path.ranks], up.t(), alpha=path.scaling)
+            return out, low
+        weight = self.weight(self.rank)
+        ups = weight[:, self.in_features :]
+        if len(self.bases) > 1:  # a path is only in its own columns and ranks
+            ups.zero_()
+        for path in self.paths:
+            torch.mul(path.up.detach(), path.scaling, out=ups[path.columns, path.ranks])
+        wide = x.as_strided((len(x), weight.shape[1]), (x.stride(0), 1))
+        out = wide @ weight.t() if self.bias is None else torch.addmm(self.bias, wide, weight.t())
+        return out, low.clone()  # the wide input need not live on
+
+    def low(self, x: torch.Tensor, seed: int | None) -> torch.Tensor | None:
+        if not self.paths:
+            return None
+        if x.stride(0) == self.in_features:
+            out = x.new_empty(len(x), self.rank)
+        else:
+            out = x.as_strided((len(x), self.rank), (x.stride(0), 1), x.storage_offset() + self.in_features)
+        return self.ops.lora_down_(out, x, self.down(), *self.drop(seed))
+
+    def input_grad(self, grad: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(gradient of the input, gradient between the halves of the low-rank paths)."""
+        total, low_grad = grad @ self.weight(), self.low_grad(grad)
+        if low_grad is not None:
+            self.ops.lora_input_grad_(total, low_grad, self.down(), *self.drop(seed))
+        return total, low_grad
+
+    def low_grad(self, grad: torch.Tensor) -> torch.Tensor | None:
+        parts = [grad[:, path.columns] @ (path.up.detach() * path.scaling).to(self.dtype) for path in self.paths]
+        return joined(parts, dim=1) if parts else None
+
+    def adapter_grads(
+        self,
+        grad: torch.Tensor,
+        low_grad: torch.Tensor | None,
+        x: torch.Tensor,
+        low: torch.Tensor | None,
+        seed: int | None,
+    ) -> list[torch.Tensor]:
+        """Float32 gradients in the order of `adapters`."""
+        if not self.paths:
+            return []
+        downs = self.ops.lora_down_grad(low_grad, x, *self.drop(seed))
+        grads = []
+        for path in self.paths:
+            up = self.ops.matmul_float32(grad[:, path.columns].t(), low[:, path.ranks])
+            grads += [downs[path.ranks], up.mul_(path.scaling)]
+        return grads
+
+    def drop(self, seed: int | None) -> tuple[float, int]:
+        """Share that is dropped, and the seed of this projection's mask."""
+        return (0.0, 0) if seed is None else (self.dropout, (seed + 0x9E3779B9 * self.number) & 0xFFFFFFFF)
+
+
+def joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -1,0 +1,366 @@
+"""The operations of plain.py as Triton kernels, for CUDA. Same names, same arguments, same results up to rounding."""
+
+import torch
+import triton
+import triton.language as tl
+from bitsandbytes.functional import QuantState
+
+from . import plain
+from .plain import empty_with_room, matmul_float32, threshold
+
+BLOCK = 1024  # elements that one program of an elementwise kernel handles
+
+
+def dequantize_(out: torch.Tensor, packed: torch.Tensor, state: QuantState) -> torch.Tensor:
+    nested = state.state2
+    scales, steps, offset = (nested.absmax, nested.code, state.offset) if nested else (state.absmax,) * 3
+    rows, width = out.shape
+    dequantize_kernel[(rows, triton.cdiv(width, 2 * BLOCK))](
+        packed, state.absmax, scales, steps, offset, state.code, out, width, out.stride(0), state.blocksize,
+        nested.blocksize if nested else 1, nested is not None, BLOCK, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def dequantize_kernel(
+    packed_ptr, absmax_ptr, scales_ptr, steps_ptr, offset_ptr, code_ptr, out_ptr, width, stride,
+    GROUP: tl.constexpr, OUTER: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1) * SIZE + tl.arange(0, SIZE)  # a byte is two values of one group
+    inside = pair < width // 2
+    places = row * (width // 2) + pair
+    group = places * 2 // GROUP
+    absmax = tl.load(absmax_ptr + group, inside)
+    if NESTED:
+        absmax = tl.load(steps_ptr + absmax) * tl.load(scales_ptr + group // OUTER, inside) + tl.load(offset_ptr)
+    packed = tl.load(packed_ptr + places, inside, 0)
+    values = tl.interleave(tl.load(code_ptr + (packed >> 4)) * absmax, tl.load(code_ptr + (packed & 15)) * absmax)
+    columns = tl.program_id(1) * 2 * SIZE + tl.arange(0, 2 * SIZE)
+    tl.store(out_ptr + row * stride + columns, values.to(out_ptr.dtype.element_ty), columns < width)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, update: torch.Tensor | None = None, room: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, width = x.shape
+    out = empty_with_room(tokens, width, room, x)
+    total = x if update is None else torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    rms_norm_kernel[(tokens,)](
+        x, x if update is None else update, weight, out, total, width, out.stride(0), eps, update is not None, block,
+        num_warps=8,
+    )  # fmt: skip
+    return out, total
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, update_ptr, weight_ptr, out_ptr, total_ptr, width, stride, eps, ADDS: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, WIDTH)
+    inside = columns < width
+    x = tl.load(x_ptr + row + columns, inside, 0.0)
+    if ADDS:
+        # Rounded as the sum that is kept, so that the norm is of just that.
+        x = (x.to(tl.float32) + tl.load(update_ptr + row + columns, inside, 0.0).to(tl.float32)).to(x.dtype)
+        tl.store(total_ptr + row + columns, x, inside)
+    wide = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    weight = tl.load(weight_ptr + columns, inside, 0.0).to(tl.float32)
+    out = out_ptr + tl.program_id(0).to(tl.int64) * stride
+    tl.store(out + columns, (wide * inverse * weight).to(x.dtype), inside)
+
+
+def rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, width = x.shape
+    out, again = torch.empty_like(x), torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    adds = residual is not None
+    rms_norm_backward_kernel[(tokens,)](
+        grad, x, weight, residual if adds else x, out, again, width, eps, adds, block, num_warps=8
+    )
+    return out, again
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    grad_ptr, x_ptr, weight_ptr, residual_ptr, out_ptr, again_ptr, width, eps, ADDS: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, WIDTH)
+    inside = columns < width
+    x = tl.load(x_ptr + row + columns, inside, 0.0)
+    wide = x.to(tl.float32)
+    weight = tl.load(weight_ptr + columns, inside, 0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    normed = wide * inverse
+    scaled = tl.load(grad_ptr + row + columns, inside, 0.0).to(tl.float32) * weight
+    inner = (scaled - normed * (tl.sum(scaled * normed, 0) / width)) * inverse
+    if ADDS:
+        inner += tl.load(residual_ptr + row + columns, inside, 0.0).to(tl.float32)
+    tl.store(out_ptr + row + columns, inner.to(x.dtype), inside)
+    tl.store(again_ptr + row + columns, (normed * weight).to(x.dtype), inside)
+
+
+def rotate_(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, inverse: bool = False
+) -> torch.Tensor:
+    tokens, heads, _ = states.shape
+    angles = cos.shape[-1]
+    rotate_kernel[(tokens, triton.cdiv(heads, 8))](
+        states,
+        cos,
+        sin,
+        states.stride(0),
+        states.stride(1),
+        heads,
+        angles,
+        -1.0 if inverse else 1.0,
+        interleaved,
+        8,
+        triton.next_power_of_2(angles),
+        num_warps=4,
+    )
+    return states
+
+
+@triton.jit
+def rotate_kernel(
+    states_ptr,
+    cos_ptr,
+    sin_ptr,
+    token_stride,
+    head_stride,
+    heads,
+    angles,
+    sign,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    ANGLES: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    angle = tl.arange(0, ANGLES)[None, :]
+    inside = (head < heads) & (angle < angles)
+    cos = tl.load(cos_ptr + token * angles + angle, angle < angles, 0.0)
+    sin = tl.load(sin_ptr + token * angles + angle, angle < angles, 0.0) * sign
+    base = states_ptr + token * token_stride + head * head_stride
+    if INTERLEAVED:  # both of a pair in one read and one write
+        column = tl.arange(0, 2 * ANGLES)[None, :]
+        whole = (head < heads) & (column < 2 * angles)
+        pairs = tl.load(base + column, whole, 0.0)
+        one, two = tl.split(tl.reshape(pairs.to(tl.float32), (HEADS, ANGLES, 2)))
+        turned = tl.join(one * cos - two * sin, two * cos + one * sin)
+        tl.store(base + column, tl.reshape(turned, (HEADS, 2 * ANGLES)).to(pairs.dtype), whole)
+    else:
+        first = tl.load(base + angle, inside, 0.0)
+        one, two = first.to(tl.float32), tl.load(base + angles + angle, inside, 0.0).to(tl.float32)
+        tl.store(base + angle, (one * cos - two * sin).to(first.dtype), inside)
+        tl.store(base + angles + angle, (two * cos + one * sin).to(first.dtype), inside)
+
+
+def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = empty_with_room(tokens, width, room, gate_up)
+    swiglu_kernel[(tokens, triton.cdiv(width, BLOCK))](gate_up, out, width, out.stride(0), BLOCK, num_warps=4)
+    return out
+
+
+@triton.jit
+def swiglu_kernel(gate_up_ptr, out_ptr, width, stride, SIZE: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = columns < width
+    gate = tl.load(gate_up_ptr + token * 2 * width + columns, inside, 0.0)
+    up = tl.load(gate_up_ptr + token * 2 * width + width + columns, inside, 0.0).to(tl.float32)
+    wide = gate.to(tl.float32)
+    tl.store(out_ptr + token * stride + columns, (wide * tl.sigmoid(wide) * up).to(gate.dtype), inside)
+
+
+def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
+    tokens, width = grad.shape
+    swiglu_backward_kernel[(tokens, triton.cdiv(width, BLOCK))](grad, gate_up, width, BLOCK, num_warps=4)
+
+
+@triton.jit
+def swiglu_backward_kernel(grad_ptr, gate_up_ptr, width, SIZE: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = columns < width
+    gates = gate_up_ptr + token * 2 * width + columns
+    gate = tl.load(gates, inside, 0.0)
+    wide = gate.to(tl.float32)
+    up = tl.load(gates + width, inside, 0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + token * width + columns, inside, 0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(wide)
+    activated = wide * sigmoid
+    tl.store(grad_ptr + token * width + columns, (activated * up).to(gate.dtype), inside)
+    tl.store(gates + width, (grad * activated).to(gate.dtype), inside)
+    tl.store(gates, (grad * up * sigmoid * (1 + wide * (1 - sigmoid))).to(gate.dtype), inside)
+
+
+@triton.jit
+def kept(rows, columns, width, seed, limit):
+    """plain.dropout_mask at these places."""
+    x = (rows * width + columns).to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return (x ^ (x >> 16)) >= limit.to(tl.uint32)
+
+
+def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    if not dropout:
+        return torch.mm(x, down.t(), out=out)
+    tokens, width = x.shape
+    rank = down.shape[0]
+    ranks = min(max(triton.next_power_of_2(rank), 16), 128)
+    grid = (triton.cdiv(tokens, 64), triton.cdiv(rank, ranks))
+    lora_down_kernel[grid](
+        x, down, out, tokens, width, rank, x.stride(0), out.stride(0), seed, threshold(dropout), 1 / (1 - dropout),
+        64, 64, ranks, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens", "seed", "limit"])
+def lora_down_kernel(
+    x_ptr, down_ptr, out_ptr, tokens, width, rank, x_stride, out_stride, seed, limit, scale,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    ranks = tl.program_id(1) * RANK + tl.arange(0, RANK)
+    x_rows = x_ptr + rows[:, None].to(tl.int64) * x_stride
+    total = tl.zeros((TOKENS, RANK), tl.float32)
+    for start in range(0, width, WIDTH):
+        columns = start + tl.arange(0, WIDTH)
+        x = tl.load(x_rows + columns[None, :], (rows[:, None] < tokens) & (columns[None, :] < width), 0.0)
+        x = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), x, 0.0).to(x.dtype)
+        down = tl.load(
+            down_ptr + ranks[None, :] * width + columns[:, None],
+            (ranks[None, :] < rank) & (columns[:, None] < width),
+            0.0,
+        )
+        total += tl.dot(x, down, input_precision="ieee")
+    places = out_ptr + rows[:, None].to(tl.int64) * out_stride + ranks[None, :]
+    tl.store(places, (total * scale).to(out_ptr.dtype.element_ty), (rows[:, None] < tokens) & (ranks[None, :] < rank))
+
+
+def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    if not dropout:
+        return matmul_float32(grad.t(), x)
+    tokens, width = x.shape
+    rank = grad.shape[1]
+    ranks = min(max(triton.next_power_of_2(rank), 16), 128)
+    columns, parts = triton.cdiv(width, 64), max(1, min(triton.cdiv(tokens, 1024), 8))
+    share = triton.cdiv(triton.cdiv(tokens, parts), 64) * 64  # tokens that one program sums over
+    sums = grad.new_empty(parts, rank, width, dtype=torch.float32)  # added up in order, so that runs are repeatable
+    lora_down_grad_kernel[(columns, parts, triton.cdiv(rank, ranks))](
+        grad, x, sums, tokens, width, rank, seed, threshold(dropout), 1 / (1 - dropout), share, 64, 64, ranks,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return sums.sum(0)
+
+
+@triton.jit(do_not_specialize=["tokens", "seed", "limit", "share"])
+def lora_down_grad_kernel(
+    grad_ptr, x_ptr, sums_ptr, tokens, width, rank, seed, limit, scale, share,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    first = tl.program_id(1) * share
+    total = tl.zeros((RANK, WIDTH), tl.float32)
+    for start in range(first, tl.minimum(first + share, tokens), TOKENS):
+        rows = start + tl.arange(0, TOKENS)
+        inside = rows < tl.minimum(first + share, tokens)
+        x = tl.load(
+            x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :],
+            inside[:, None] & (columns[None, :] < width),
+            0.0,
+        )
+        x = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), x, 0.0).to(x.dtype)
+        grad = tl.load(
+            grad_ptr + rows[None, :].to(tl.int64) * rank + ranks[:, None],
+            inside[None, :] & (ranks[:, None] < rank),
+            0.0,
+        )
+        total += tl.dot(grad, x, input_precision="ieee")
+    places = sums_ptr + tl.program_id(1).to(tl.int64) * rank * width + ranks[:, None] * width + columns[None, :]
+    tl.store(places, total * scale, (ranks[:, None] < rank) & (columns[None, :] < width))
+
+
+def lora_input_grad_(
+    total: torch.Tensor, grad: torch.Tensor, down: torch.Tensor, dropout: float, seed: int
+) -> torch.Tensor:
+    if not dropout:
+        return total.addmm_(grad, down)
+    tokens, width = total.shape
+    rank = down.shape[0]
+    ranks = max(triton.next_power_of_2(rank), 16)
+    if ranks > 256:  # a block of that many does not fit the registers
+        return plain.lora_input_grad_(total, grad, down, dropout, seed)
+    grid = (triton.cdiv(tokens, 64), triton.cdiv(width, 128))
+    lora_input_grad_kernel[grid](
+        total, grad, down, tokens, width, rank, seed, threshold(dropout), 1 / (1 - dropout), 64, 128, ranks,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return total
+
+
+@triton.jit(do_not_specialize=["tokens", "seed", "limit"])
+def lora_input_grad_kernel(
+    total_ptr, grad_ptr, down_ptr, tokens, width, rank, seed, limit, scale,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    ranks = tl.arange(0, RANK)
+    grad = tl.load(
+        grad_ptr + rows[:, None].to(tl.int64) * rank + ranks[None, :],
+        (rows[:, None] < tokens) & (ranks[None, :] < rank),
+        0.0,
+    )
+    down = tl.load(
+        down_ptr + ranks[:, None] * width + columns[None, :], (ranks[:, None] < rank) & (columns[None, :] < width), 0.0
+    )
+    share = tl.dot(grad, down, input_precision="ieee") * scale
+    share = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), share, 0.0)
+    places = total_ptr + rows[:, None].to(tl.int64) * width + columns[None, :]
+    inside = (rows[:, None] < tokens) & (columns[None, :] < width)
+    total = tl.load(places, inside, 0.0)
+    tl.store(places, (total.to(tl.float32) + share).to(total.dtype), inside)
+
+
+def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    learned, vocab = logits.shape
+    losses = logits.new_empty(learned, dtype=torch.float32)
+    cross_entropy_kernel[(learned,)](logits, targets, losses, vocab, logits.stride(0), 4096, num_warps=16)
+    return losses.sum()
+
+
+@triton.jit
+def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, vocab, stride, SIZE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    target = tl.load(targets_ptr + row)
+    highest = -float("inf")
+    total = 0.0
+    for start in range(0, vocab, SIZE):  # the sum of exponentials, rescaled whenever a higher logit comes
+        columns = start + tl.arange(0, SIZE)
+        logits = tl.load(logits_ptr + columns, columns < vocab, -float("inf")).to(tl.float32)
+        new = tl.maximum(highest, tl.max(logits, 0))
+        total = total * tl.exp(highest - new) + tl.sum(tl.exp(logits - new), 0)
+        highest = new
+    log_total = highest + tl.log(total)
+    tl.store(losses_ptr + row, log_total - tl.load(logits_ptr + target).to(tl.float32))
+    tl.debug_barrier()
+    for start in range(0, vocab, SIZE):
+        columns = start + tl.arange(0, SIZE)
+        logits = tl.load(logits_ptr + columns, columns < vocab, -float("inf"))
+        grad = tl.exp(logits.to(tl.float32) - log_total) - tl.where(columns == target, 1.0, 0.0)
+        tl.store(logits_ptr + columns, grad.to(logits.dtype), columns < vocab)

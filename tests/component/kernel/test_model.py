@@ -1,0 +1,207 @@
+"""Packed rows through fused layers equal padded batches through the model's own, in loss and every gradient."""
+
+import pytest
+import torch
+
+from component.collator import PackingCollator, SFTDataCollator
+from component.kernel import attention, plain
+from component.kernel.attention import Bounds, choose_attention
+from component.kernel.layer import CHECKPOINTING
+from component.kernel.model import PackedForward, choose_ops
+from component.loss import TargetLMLoss
+
+from .conftest import gradients, make_model, make_samples
+
+
+def padded(model, samples):
+    """(summed loss, gradients) of a padded batch by the model's own forward, peft's layers and the plain loss."""
+
+    class Padding:
+        pad_token_id = 0
+
+    batch = SFTDataCollator(Padding, 1024)(samples)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = TargetLMLoss()(logits, batch["input_ids"], batch["target_mask"], num_targets=1)
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def packed(model, samples, tokens=64):
+    total = 0.0
+    for row in PackingCollator(tokens)(samples)["rows"]:
+        loss = model(**row)
+        loss.backward()
+        total += loss.item()
+    return total, gradients(model)
+
+
+def assert_equal(one, other, tolerance=1e-5):
+    """Of losses and gradients, relative to the largest of each."""
+    assert one[0] == pytest.approx(other[0], rel=tolerance)
+    assert one[1].keys() == other[1].keys()
+    for name, grad in other[1].items():
+        assert (one[1][name] - grad).abs().max() <= tolerance * max(grad.abs().max(), 1), name
+
+
+@pytest.mark.parametrize("tokens", [64, 13], ids=["one row", "two rows"])
+def test_packed_and_fused_equals_padded_and_plain(family, tokens):
+    model, samples = make_model(family), make_samples()
+    expected = padded(model, samples)
+    assert len(expected[1]) == sum(2 for name, _ in model.named_modules() if name.endswith("lora_A.default"))
+    forward = PackedForward(model, 64)
+    assert len(forward.layers) == 2
+    assert_equal(packed(model, samples, tokens), expected)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_what_layers_keep_changes_no_gradient(family, checkpointing):
+    model, samples = make_model(family, dropout=0.3, rank=16), make_samples()
+    forward = PackedForward(model, 64)
+    torch.manual_seed(3)
+    expected = packed(model, samples)
+    forward.use(checkpointing)
+    torch.manual_seed(3)
+    assert_equal(packed(model, samples), expected, 1e-6)
+
+
+def test_packed_and_plain_equals_padded(family):
+    """The path of models that have no fused layers."""
+    model, samples = make_model(family), make_samples()
+    expected = padded(model, samples)
+    assert PackedForward(model, 64, fuses=False).layers == []
+    assert_equal(packed(model, samples), expected)
+
+
+def test_a_rank_that_fits_the_wide_product_equals_one_that_does_not(family):
+    model, samples = make_model(family, rank=16), make_samples()
+    expected = padded(model, samples)
+    assert PackedForward(model, 64).layers[0].down.room == 16
+    assert_equal(packed(model, samples), expected)
+
+
+def test_some_layers_may_have_no_adapter():
+    model, samples = make_model("llama", targets=["q_proj", "down_proj"]), make_samples()
+    expected = padded(model, samples)
+    PackedForward(model, 64)
+    assert_equal(packed(model, samples), expected)
+
+
+def test_no_sample_sees_another():
+    model = make_model("chatglm")
+    PackedForward(model, 64)
+    first, second, _, third = make_samples()
+    alone = packed(model, [first])[0] + packed(model, [third])[0]
+    assert packed(model, [first, third])[0] == pytest.approx(alone, rel=1e-6)
+    changed = {**third, "input_ids": [1] * len(third["input_ids"]), "target_mask": [0] * len(third["input_ids"])}
+    assert packed(model, [first, changed])[0] == pytest.approx(packed(model, [first])[0], rel=1e-6)
+    assert second["target_mask"][1:] == []
+
+
+def test_dropout_is_peft_s_in_distribution_and_off_in_evaluation():
+    model, samples = make_model("llama", dropout=0.5), make_samples()
+    PackedForward(model, 64)
+    assert packed(model, samples)[0] != packed(model, samples)[0]
+    model.eval()
+    with torch.no_grad():
+        losses = {model(**PackingCollator(64)(samples)["rows"][0]).item() for _ in range(2)}
+    expected = padded(model, samples)[0]
+    assert len(losses) == 1
+    assert losses.pop() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_under_dropout_are_those_of_the_loss():
+    """The same masks at two points of a line through the weights: the slope between them is the gradient's."""
+    model, samples = make_model("chatglm", dropout=0.4), make_samples()
+    PackedForward(model, 64)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    directions = [torch.randn_like(weight) for weight in weights]
+    (row,) = PackingCollator(64)(samples)["rows"]
+
+    def loss_at(step: float) -> torch.Tensor:
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for weight, direction in zip(weights, directions, strict=True):
+                weight += step * direction
+        return model(**row)
+
+    loss_at(0).backward()
+    slope = sum((weight.grad * direction).sum() for weight, direction in zip(weights, directions, strict=True))
+    step = 2e-4
+    with torch.no_grad():
+        measured = (loss_at(step) - loss_at(-2 * step)) / (2 * step)
+    assert measured.item() == pytest.approx(slope.item(), rel=2e-2)
+
+
+def test_logits_come_in_chunks(monkeypatch):
+    model, samples = make_model("llama"), make_samples()
+    expected = padded(model, samples)
+    sizes = []
+    cross_entropy = plain.cross_entropy_
+    monkeypatch.setattr(
+        plain, "cross_entropy_", lambda logits, wanted: sizes.append(len(logits)) or cross_entropy(logits, wanted)
+    )
+    monkeypatch.setattr("component.kernel.head.LOGITS", 97 * 4)
+    PackedForward(model, 64)
+    assert_equal(packed(model, samples), expected)
+    assert max(sizes) == 4
+    assert len(sizes) > 2
+
+
+def test_without_targets_a_model_is_itself():
+    model = make_model("chatglm").eval()
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=ids).logits
+    PackedForward(model, 64)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ("mistral", {"sliding_window": 8}, "sliding_window=8 is shorter than max_seq_length=64"),
+        ("chatglm", {"multi_query_attention": False}, "multi_query_attention is false"),
+        ("chatglm", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+    ],
+)
+def test_what_fused_layers_do_not_have_goes_the_plain_way_and_is_said(family, changes, reason, log):
+    model = make_model(family, **changes).eval()
+    samples = make_samples()
+    expected = padded(model, samples)
+    assert PackedForward(model, 64).layers == []
+    assert reason in "".join(log)
+    if "sliding_window" not in changes:
+        assert_equal(packed(model, samples), expected)
+
+
+def test_flash_is_for_ampere_and_half_precision_and_others_are_named(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    device = torch.device("cuda")
+    for capability, dtype, width, expected in (
+        ((9, 0), torch.bfloat16, 128, attention.FLASH),
+        ((8, 0), torch.float16, 128, attention.FLASH),
+        ((7, 5), torch.float16, 128, attention.SAMPLE_BY_SAMPLE),
+        ((9, 0), torch.float32, 128, attention.SAMPLE_BY_SAMPLE),
+        ((9, 0), torch.bfloat16, 288, attention.SAMPLE_BY_SAMPLE),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert choose_attention(device, dtype, width) is expected
+
+
+def test_without_triton_the_plain_operations_are_used_and_said(monkeypatch, log):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert choose_ops(torch.device("cuda")) is plain
+    assert "plain operations, which are slower: Triton needs a Turing card" in "".join(log)
+    assert choose_ops(torch.device("cpu")) is plain
+
+
+def test_attention_sample_by_sample_is_causal_attention_of_each():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    context, _ = attention.SAMPLE_BY_SAMPLE.forward(query, key, value, Bounds(torch.tensor([0, 4, 9]), 5), 0.5)
+    for head in range(4):
+        for at in range(9):
+            seen = slice(0 if at < 4 else 4, at + 1)
+            weights = (0.5 * key[seen, head // 2] @ query[at, head]).softmax(0)
+            assert torch.allclose(context[at, head], weights @ value[seen, head // 2], atol=1e-6)

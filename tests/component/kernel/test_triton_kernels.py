@@ -1,0 +1,120 @@
+"""Triton's kernels against their plain twins: on the card where there is one, else in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+
+ON_CARD = torch.cuda.is_available()
+if not ON_CARD:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+pytest.importorskip("triton")
+from component.kernel import plain, triton_kernels  # noqa: E402
+
+pytestmark = pytest.mark.gpu if ON_CARD else pytest.mark.slow  # `make test-slow` installs Triton
+DEVICE = "cuda" if ON_CARD else "cpu"
+TOKENS, WIDTH, RANK, SEED = 70, 96, 8, 2**32 - 5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_CARD else [torch.float32]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def same_draw():
+    torch.manual_seed(0)
+
+
+def draw(*shape, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def assert_close(one, other):
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (one, other)), strict=True):
+        assert a.dtype == b.dtype
+        half = b.dtype != torch.float32
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert error < (1e-2 if half else 5e-3 if ON_CARD and b.numel() > 1e6 else 1e-5), error
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("room", [0, 16])
+def test_rms_norm(dtype, adds, room):
+    x, weight = draw(TOKENS, WIDTH, dtype=dtype), draw(WIDTH, dtype=dtype)
+    update = draw(TOKENS, WIDTH, dtype=dtype) if adds else None
+    ours = triton_kernels.rms_norm(x, weight, 1e-5, update, room)
+    assert ours[0].stride(0) == WIDTH + room
+    assert_close(ours, plain.rms_norm(x, weight, 1e-5, update, room))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_rms_norm_backward(dtype, adds):
+    grad, x, weight = draw(TOKENS, WIDTH, dtype=dtype), draw(TOKENS, WIDTH, dtype=dtype), draw(WIDTH, dtype=dtype)
+    residual = draw(TOKENS, WIDTH, dtype=dtype) if adds else None
+    inputs = (grad, x, weight, 1e-5, residual)
+    assert_close(triton_kernels.rms_norm_backward(*inputs), plain.rms_norm_backward(*inputs))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("angles", [4, 8], ids=["half a head", "whole heads"])
+def test_rotate(dtype, interleaved, inverse, angles):
+    states = draw(TOKENS, 11 * 16, dtype=dtype).unflatten(1, (11, 16))
+    cos, sin = draw(TOKENS, angles), draw(TOKENS, angles)
+    ours, theirs = states.clone(), states.clone()
+    triton_kernels.rotate_(ours[:, :9], cos, sin, interleaved=interleaved, inverse=inverse)
+    plain.rotate_(theirs[:, :9], cos, sin, interleaved=interleaved, inverse=inverse)
+    assert_close(ours, theirs)
+    assert torch.equal(ours[:, 9:], states[:, 9:])
+
+
+def test_swiglu(dtype):
+    gate_up = draw(TOKENS, 2 * WIDTH, dtype=dtype)
+    assert_close(triton_kernels.swiglu(gate_up, 16), plain.swiglu(gate_up))
+
+
+def test_swiglu_backward(dtype):
+    gate_up, grad = draw(TOKENS, 2 * WIDTH, dtype=dtype), draw(TOKENS, WIDTH, dtype=dtype)
+    ours, theirs = (gate_up.clone(), grad.clone()), (gate_up.clone(), grad.clone())
+    triton_kernels.swiglu_backward_(ours[1], ours[0])
+    plain.swiglu_backward_(theirs[1], theirs[0])
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("rank", [RANK, 200])
+def test_low_rank_path(dtype, dropout, rank):
+    x, down, grad = draw(TOKENS, WIDTH, dtype=dtype), draw(rank, WIDTH, dtype=dtype), draw(TOKENS, rank, dtype=dtype)
+    wide = torch.cat((x, x), 1)[:, :WIDTH]
+    ours = triton_kernels.lora_down_(x.new_empty(TOKENS, rank + 8)[:, :rank], wide, down, dropout, SEED)
+    assert_close(ours, plain.lora_down_(x.new_empty(TOKENS, rank), x, down, dropout, SEED))
+    assert_close(triton_kernels.lora_down_grad(grad, x, dropout, SEED), plain.lora_down_grad(grad, x, dropout, SEED))
+    ours = triton_kernels.lora_input_grad_(x.clone(), grad, down, dropout, SEED)
+    assert_close(ours, plain.lora_input_grad_(x.clone(), grad, down, dropout, SEED))
+
+
+def test_cross_entropy(dtype):
+    logits, targets = draw(9, 5000, dtype=dtype), torch.randint(5000, (9,), device=DEVICE)
+    ours, theirs = logits.clone(), logits.clone()
+    assert_close(triton_kernels.cross_entropy_(ours, targets), plain.cross_entropy_(theirs, targets))
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_dequantize(dtype, nested, kind):
+    packed, state = quantize_4bit(draw(96, 576, dtype=dtype), quant_type=kind, compress_statistics=nested, blocksize=64)
+    ours = triton_kernels.dequantize_(draw(96, 600, dtype=dtype)[:, :576], packed, state)
+    assert_close(ours, plain.dequantize_(draw(96, 576, dtype=dtype), packed, state))
+
+
+def test_the_mask_drops_its_share_and_no_two_seeds_agree():
+    masks = [plain.dropout_mask(1000, 1000, 0.05, seed, torch.device("cpu")) for seed in (77, 78)]
+    for mask in masks:
+        assert mask.float().mean().item() == pytest.approx(0.95, abs=1e-3)
+        assert (mask[:, 1:] & mask[:, :-1]).float().mean().item() == pytest.approx(0.95**2, abs=1e-3)
+        assert (mask[1:] & mask[:-1]).float().mean().item() == pytest.approx(0.95**2, abs=1e-3)
+    assert (masks[0] & masks[1]).float().mean().item() == pytest.approx(0.95**2, abs=1e-3)
