@@ -89,7 +89,7 @@ class Run:
     updates: int
     folder: Path
     settings: dict[str, str] = field(default_factory=dict)
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device: torch.device = field(default_factory=lambda: torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,6 +163,7 @@ def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int 
     model.is_loaded_in_4bit = model.is_quantized = True
     model.quantization_method = model.hf_quantizer.quantization_config.quant_method
     model.config.quantization_config = model.hf_quantizer.quantization_config
+    model.hf_device_map = {"": device}
     model.config.use_cache = False
     return model.train()
 

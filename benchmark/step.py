@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(ROOT))
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "liger-kernel", "trl", "unsloth")
 CEILING, CHECKPOINT = "ceiling", "checkpoint"  # tasks beside the variants
@@ -100,10 +100,10 @@ def start(task: str, shape: str, cli: argparse.Namespace, folder: Path) -> dict:
 
 def run_one(cli: argparse.Namespace) -> None:
     """The child: do the task, leave its figures as JSON in the folder."""
-    if cli.one.startswith("unsloth"):
-        import unsloth  # noqa: F401  it must come before transformers and whatever imports that
     folder = Path(cli.folder)
     try:
+        if cli.one.startswith("unsloth"):
+            import unsloth  # noqa: F401  it must come before transformers and whatever imports that
         result = do(cli, folder)
     except Exception as error:
         traceback.print_exc()

@@ -115,7 +115,11 @@ def trl(run: Run, checkpointing: bool) -> dict:
 def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
     """Unsloth's loader and adapter under TRL's SFTTrainer, which it replaces when imported; no checkpointing.
 
-    step.py imports it before anything of transformers, as it asks for, and saves the checkpoint.
+    step.py imports it before anything of transformers, as it asks for, and saves the checkpoint. With packing, a row
+    is as many samples as fit in the longest one's length, and the batches of 8 rows still make one update.
+
+    Raises:
+        ValueError: it fell back to padding.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -150,6 +154,8 @@ def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
         train_dataset=Dataset.from_list(samples),
         processing_class=tokenizer,
     )
+    if not getattr(trainer.data_collator, "padding_free", False):  # it falls back to padding with no more than a note
+        raise ValueError(f"Unsloth pads here: its collator is {trainer.data_collator}")
     return measure(run, trainer, clock, checkpointing=False)
 
 
