@@ -1,0 +1,308 @@
+"""What the variants of benchmark/step.py share: shapes, random 4-bit models made in place, the samples, the clock."""
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GlmConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.quantizers import AutoHfQuantizer
+
+from component.chatglm import ChatGLMConfig
+
+BATCH, ACCUMULATION = 8, 8
+SAMPLES = BATCH * ACCUMULATION  # all of them are one update
+MEDIAN_LENGTH, LENGTH_SPREAD = 0.38, 0.7  # of the log-normal, the median as a share of the longest: a mean of 456
+LEARNED_SHARE = 0.6
+LORA_RANK, LORA_ALPHA = 64, 16
+INITIAL_STD = 0.02
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def glm_config(**changes) -> GlmConfig:
+    """transformers' GLM in ChatGLM3-6B's dimensions."""
+    sizes = {"vocab_size": 65024, "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
+    tokens = {"pad_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
+    return GlmConfig(**(sizes | heads | tokens | changes))
+
+
+def llama_config(**changes) -> LlamaConfig:
+    """Llama-3.1-8B with 16 of its 32 layers."""
+    sizes = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 16}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": LLAMA_3_ROPE}
+    tokens = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 131_072}
+    return LlamaConfig(**(sizes | heads | tokens | {"rms_norm_eps": 1e-5} | changes))
+
+
+TINY = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
+TINY_HF = TINY | {"intermediate_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+TINY_CHATGLM = {"hidden_size": 64, "ffn_hidden_size": 128, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 16}
+
+# Name to (configuration, longest sample in tokens).
+SHAPES: dict[str, tuple[Callable[[], PreTrainedConfig], int]] = {
+    "chatglm3-6b": (ChatGLMConfig, 1024),
+    "glm-6b": (glm_config, 1024),
+    "llama-16": (llama_config, 1024),
+    "tiny-chatglm": (lambda: ChatGLMConfig(padded_vocab_size=512, **TINY_CHATGLM), 64),
+    "tiny-glm": (lambda: glm_config(**TINY_HF), 64),
+    "tiny-llama": (lambda: llama_config(**TINY_HF), 64),
+}
+
+
+@dataclass
+class Run:
+    """One variant at work: what it gets, and where its results go.
+
+    Args:
+        folder: for what a program writes; removed after the last variant.
+        settings: of our own variants, from `--ours`.
+    """
+
+    variant: str
+    shape: str
+    updates: int
+    folder: Path
+    settings: dict[str, str] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def longest(self) -> int:
+        return SHAPES[self.shape][1]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return SHAPES[self.shape][0]()
+
+    def model(self) -> PreTrainedModel:
+        return build_model(self.shape, self.device, self.dtype)
+
+    def samples(self) -> list[dict[str, list[int]]]:
+        return make_samples(self.config.vocab_size, longest=self.longest)
+
+
+def make_samples(vocab: int, seed: int = 0, longest: int = 1024) -> list[dict[str, list[int]]]:
+    """64 samples of random ids, the last 60% of each learned: `input_ids` and `target_mask`, 1 where learned.
+
+    Lengths are log-normal, at least 16 and at most `longest`; their mean is 456 where that is 1,024. The first and the
+    last ids of the vocabulary, where special tokens are, do not occur.
+    """
+    generator = random.Random(seed)
+    sizes = [longest * generator.lognormvariate(math.log(MEDIAN_LENGTH), LENGTH_SPREAD) for _ in range(SAMPLES)]
+    samples = []
+    for length in (min(max(round(size), 16), longest) for size in sizes):
+        learned = round(LEARNED_SHARE * length)
+        ids = [generator.randrange(16, vocab - vocab // 16) for _ in range(length)]
+        samples.append({"input_ids": ids, "target_mask": [0] * (length - learned) + [1] * learned})
+    return samples
+
+
+def count(samples: list[dict[str, list[int]]]) -> tuple[int, int]:
+    """(useful tokens, learned tokens) of an update."""
+    return sum(len(sample["input_ids"]) for sample in samples), sum(sum(sample["target_mask"]) for sample in samples)
+
+
+def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """A model of `shape` whose linear layers are NF4 with double quantisation, made of random weights on `device`.
+
+    Weights are normal with deviation 0.02, biases zero, norms one. Embedding, head and norms are in `dtype`, which is
+    also the dtype of the 4-bit layers' arithmetic. One layer at a time exists unquantised.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[shape][0](), dtype=dtype)
+    head = model.get_output_embeddings()
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(size: torch.Size) -> torch.Tensor:
+        return torch.randn(size, device=device, dtype=dtype, generator=generator).mul_(INITIAL_STD)
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and layer is not head:
+            model.set_submodule(name, quantize(layer, normal(layer.weight.shape), dtype))
+        elif any(buffer.is_meta for buffer in layer.buffers(recurse=False)):  # the rotary frequencies
+            with torch.device(device):
+                model.set_submodule(name, type(layer)(config=model.config))
+    for layer in model.modules():
+        for name, weight in layer.named_parameters(recurse=False):
+            if weight.is_meta:
+                fill = torch.zeros if name == "bias" else torch.ones
+                data = normal(weight.shape) if weight.dim() > 1 else fill(weight.shape, device=device, dtype=dtype)
+                setattr(layer, name, nn.Parameter(data, requires_grad=False))
+
+    # What from_pretrained would have noted.
+    model.hf_quantizer = AutoHfQuantizer.from_config(quantization(dtype), pre_quantized=True)
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.quantization_method = model.hf_quantizer.quantization_config.quant_method
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    model.hf_device_map = {"": device}
+    model.config.use_cache = False
+    return model.train()
+
+
+def quantize(layer: nn.Linear, weight: torch.Tensor, dtype: torch.dtype) -> Linear4bit:
+    """The 4-bit twin of `layer`, holding `weight` (out, in). Its bias, if any, stays on the meta device."""
+    bias = layer.bias is not None
+    settings = {"compress_statistics": True, "quant_type": "nf4"}
+    twin = Linear4bit(layer.in_features, layer.out_features, bias, compute_dtype=dtype, device="meta", **settings)
+    twin.weight = Params4bit(weight, requires_grad=False, module=twin, **settings).to(weight.device)
+    twin.support_avx512bf16_for_cpu = False  # component/model.py says why
+    return twin
+
+
+def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def save_checkpoint(run: Run, folder: Path) -> None:
+    """The run's model, quantised, with a tokenizer, for programs that load a folder."""
+    model = run.model()
+    folder.mkdir(parents=True)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    make_tokenizer(run).save_pretrained(folder)
+
+
+def make_tokenizer(run: Run) -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges, filled up to the size of the vocabulary. The samples are tokenised already."""
+    special = ["<|begin_of_text|>", "<|finetune_right_pad_id|>", "<|end_of_text|>"]
+    pieces = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces += [f"<filler{i}>" for i in range(run.config.vocab_size - len(pieces))]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        pad_token=special[1],
+        eos_token=special[2],
+        model_max_length=run.config.max_position_embeddings,
+    )
+
+
+def floor_flops(config: PreTrainedConfig, checkpointing: bool) -> float:
+    """The fewest FLOPs of a useful token: 4 for each weight of the body, 6 where its forward runs twice.
+
+    2 are forward and 2 the gradient of the activations; those of the frozen weights are not wanted. The head counts at
+    learned tokens only and its forward never runs twice. Attention and the adapter are left out.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    body = weights - head.weight.numel()
+    return (6 if checkpointing else 4) * body + 4 * LEARNED_SHARE * head.weight.numel()
+
+
+def matmul_ceiling(device: torch.device) -> float:
+    """FLOP/s of an 8192³ bfloat16 product of random matrices; on CPU, 1024³ in float32. Mean of ten."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    started = now(device)
+    for _ in range(10):
+        left @ right
+    return 10 * 2 * size**3 / (now(device) - started)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once all work given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+
+
+class Clock(TrainerCallback):
+    """Ends of updates, on the device's own time. It starts when the base model is loaded."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.load_peak = peak_memory(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.started = now(device)
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(now(self.device))
+
+    def figures(self) -> dict:
+        """Seconds of each update after the first are from end to end: fetching and collating data is part of it."""
+        return {
+            "warmup_seconds": self.ends[0] - self.started,
+            "update_seconds": [end - begin for begin, end in zip(self.ends, self.ends[1:], strict=False)],
+            "load_peak_gib": self.load_peak,
+            "peak_gib": peak_memory(self.device),
+        }
+
+
+def measure(run: Run, trainer: Trainer, clock: Clock, checkpointing: bool) -> dict:
+    """Train, and check that every update was over the learned tokens of all samples.
+
+    Raises:
+        ValueError: a loss is not finite, or the batches hold other learned tokens than the samples.
+    """
+    trainer.add_callback(clock)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return figures(run, clock, losses, count_labels(trainer), checkpointing)
+
+
+def figures(run: Run, clock: Clock, losses: list[float], learned: int, checkpointing: bool) -> dict:
+    """The result of a variant, checked. `learned` is what it learned from in an update, by its own batches."""
+    useful_tokens, learned_tokens = count(run.samples())
+    if learned != learned_tokens:
+        raise ValueError(f"{learned} tokens are learned, not the {learned_tokens} of the samples")
+    if len(losses) != run.updates + 1 or not all(map(math.isfinite, losses)):
+        raise ValueError(f"{run.updates + 1} finite losses are expected, got {losses}")
+    return clock.figures() | {
+        "useful_tokens": useful_tokens,
+        "learned_tokens": learned_tokens,
+        "losses": losses,
+        "floor_flops": floor_flops(run.config, checkpointing),
+    }
+
+
+def count_labels(trainer: Trainer) -> int:
+    """Learned tokens of one pass over the trainer's own batches. No sample's first token is learned."""
+    return sum(int((batch["labels"] != -100).sum()) for batch in trainer.get_train_dataloader())

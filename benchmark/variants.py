@@ -1,0 +1,177 @@
+"""The programs that benchmark/step.py measures. Each takes a Run and returns its figures.
+
+An update is all 64 samples: forward and backward of 8 batches of 8, clipping, one paged AdamW step in 32 bits.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import Trainer, TrainingArguments
+
+from benchmark.common import ACCUMULATION, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, make_tokenizer, measure
+
+
+def seed(run: Run, grouped: bool = False) -> dict:
+    """The recipe this project began with: padded, checkpointed, float32 norms and head, logits of all tokens."""
+    model = run.model()
+    clock = Clock(run.device)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    return train_plainly(
+        run,
+        get_peft_model(model, lora(0.05)),
+        clock,
+        checkpointing=True,
+        train_sampling_strategy="group_by_length" if grouped else "random",
+    )
+
+
+def plain(run: Run) -> dict:
+    """PEFT and transformers' Trainer as they come: padded, no checkpointing."""
+    model = run.model()
+    clock = Clock(run.device)
+    return train_plainly(run, get_peft_model(model, lora(0.05)), clock, checkpointing=False)
+
+
+def train_plainly(run: Run, model, clock: Clock, checkpointing: bool, **changes) -> dict:
+    key = "activation_checkpointing"  # called gradient_checkpointing before transformers 5.2x
+    key = key if key in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+    settings = trainer_settings(run) | {key: checkpointing, "remove_unused_columns": False} | changes
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**settings),
+        train_dataset=run.samples(),
+        data_collator=partial(collate, pad_token_id=run.config.pad_token_id),
+    )
+    return measure(run, trainer, clock, checkpointing)
+
+
+def collate(samples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """(batch, length) tensors, padded on the right to the longest sample; labels are -100 where nothing is learned."""
+    ids, masks = ([torch.tensor(sample[key]) for sample in samples] for key in ("input_ids", "target_mask"))
+    labels = [torch.where(mask == 1, row, -100) for row, mask in zip(ids, masks, strict=True)]
+
+    def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    ones = [torch.ones_like(row) for row in ids]
+    return {"input_ids": pad(ids, pad_token_id), "attention_mask": pad(ones, 0), "labels": pad(labels, -100)}
+
+
+def lora(dropout: float) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=dropout, target_modules="all-linear"
+    )
+
+
+def trainer_settings(run: Run) -> dict:
+    """What every program is told alike."""
+    cuda = run.device.type == "cuda"
+    return {
+        "output_dir": str(run.folder / run.variant),
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_steps": run.updates + 1,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "optim": "paged_adamw_32bit" if cuda else "adamw_torch",
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
+def trl(run: Run, checkpointing: bool) -> dict:
+    """TRL's SFTTrainer over a 4-bit model, padded."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    samples = run.samples()
+    labels = [
+        [token if learned else -100 for token, learned in zip(sample["input_ids"], sample["target_mask"], strict=True)]
+        for sample in samples
+    ]
+    model = run.model()
+    clock = Clock(run.device)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**trainer_settings(run), max_length=run.longest, gradient_checkpointing=checkpointing),
+        train_dataset=Dataset.from_dict(
+            {"input_ids": [sample["input_ids"] for sample in samples], "labels": labels},
+        ),
+        processing_class=make_tokenizer(run),
+        peft_config=lora(0.05),
+    )
+    return measure(run, trainer, clock, checkpointing)
+
+
+def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
+    """Unsloth's loader and adapter under TRL's SFTTrainer, which it replaces when imported; no checkpointing.
+
+    step.py imports it before anything of transformers, as it asks for, and saves the checkpoint. With packing, a row
+    is as many samples as fit in the longest one's length, and the batches of 8 rows still make one update.
+
+    Raises:
+        ValueError: it fell back to padding.
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=str(checkpoint_folder(run)), max_seq_length=run.longest, dtype=run.dtype, load_in_4bit=True
+    )
+    clock = Clock(run.device)
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=dropout,
+        bias="none",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        use_gradient_checkpointing=False,
+        random_state=0,
+    )
+    batching = {"packing": True} if packing else {"padding_free": True}
+    # With labels it would put a padding collator in place of TRL's; it makes them of this mask.
+    samples = [{"input_ids": row["input_ids"], "completion_mask": row["target_mask"]} for row in run.samples()]
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **trainer_settings(run),
+            **batching,
+            max_length=run.longest,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(samples),
+        processing_class=tokenizer,
+    )
+    if not getattr(trainer.data_collator, "padding_free", False):  # it falls back to padding with no more than a note
+        raise ValueError(f"Unsloth pads here: its collator is {trainer.data_collator}")
+    return measure(run, trainer, clock, checkpointing=False)
+
+
+def checkpoint_folder(run: Run) -> Path:
+    return run.folder / "checkpoint" / run.shape
+
+
+# Name to (shape unless --shape gives another, function). Our own variants are functions of `run.settings`, too.
+VARIANTS: dict[str, tuple[str, Callable[[Run], dict]]] = {
+    "seed": ("chatglm3-6b", seed),
+    "seed-grouped": ("chatglm3-6b", partial(seed, grouped=True)),
+    "plain": ("chatglm3-6b", plain),
+    "trl-glm": ("glm-6b", partial(trl, checkpointing=True)),
+    "trl": ("llama-16", partial(trl, checkpointing=True)),
+    "trl-nockpt": ("llama-16", partial(trl, checkpointing=False)),
+    "unsloth-d05": ("llama-16", partial(unsloth, dropout=0.05)),
+    "unsloth-d0": ("llama-16", unsloth),
+    "unsloth-packing": ("llama-16", partial(unsloth, packing=True)),
+}
