@@ -11,7 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 
-from benchmark.common import ACCUMULATION, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, make_tokenizer, measure
+from benchmark.common import ACCUMULATION, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, figures, make_tokenizer, measure
+from component.collator import PackingCollator
+from component.kernel.memory import fit
+from component.kernel.model import PackedForward
+from component.loss import TargetLMLoss
+from component.trainer import LoRATrainer, take_updates_whole
 
 
 def seed(run: Run, grouped: bool = False) -> dict:
@@ -159,12 +164,42 @@ def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
     return measure(run, trainer, clock, checkpointing=False)
 
 
+def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, pack_to: int = 8192) -> dict:
+    """This project's own step: packed rows, fused layers, the loss of learned tokens alone."""
+    model = run.model()
+    clock = Clock(run.device)
+    model = get_peft_model(model, lora(dropout))
+    plan = fit(PackedForward(model, run.longest), pack_to, checkpointing, run.longest, optimizer_bytes=0)
+    settings = trainer_settings(run) | {"remove_unused_columns": False, "label_names": ["target_mask"]}
+    training_args = TrainingArguments(**settings)
+    take_updates_whole(training_args)
+    trainer = LoRATrainer(
+        model=model,
+        args=training_args,
+        train_dataset=run.samples(),
+        data_collator=PackingCollator(plan.tokens),
+        loss=TargetLMLoss(),
+    )
+    trainer.add_callback(clock)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    learned = sum(trainer.count(row) for batch in trainer.get_train_dataloader() for row in batch["rows"])
+    return figures(run, clock, losses, learned, checkpointing in ("full", "offload"))
+
+
 def checkpoint_folder(run: Run) -> Path:
     return run.folder / "checkpoint" / run.shape
 
 
-# Name to (shape unless --shape gives another, function). Our own variants are functions of `run.settings`, too.
+# Name to (shape unless --shape gives another, function).
 VARIANTS: dict[str, tuple[str, Callable[[Run], dict]]] = {
+    "luciole": ("chatglm3-6b", luciole),
+    "luciole-selective": ("chatglm3-6b", partial(luciole, checkpointing="selective")),
+    "luciole-full": ("chatglm3-6b", partial(luciole, checkpointing="full")),
+    "luciole-offload": ("chatglm3-6b", partial(luciole, checkpointing="offload")),
+    "luciole-small": ("chatglm3-6b", partial(luciole, checkpointing="offload", pack_to=2048)),
+    "luciole-llama-d05": ("llama-16", luciole),
+    "luciole-llama-d0": ("llama-16", partial(luciole, dropout=0.0)),
     "seed": ("chatglm3-6b", seed),
     "seed-grouped": ("chatglm3-6b", partial(seed, grouped=True)),
     "plain": ("chatglm3-6b", plain),
