@@ -81,14 +81,12 @@ class Run:
 
     Args:
         folder: for what a program writes; removed after the last variant.
-        settings: of our own variants, from `--ours`.
     """
 
     variant: str
     shape: str
     updates: int
     folder: Path
-    settings: dict[str, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
 
     @property

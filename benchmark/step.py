@@ -1,6 +1,6 @@
 """Speed and memory of the training step, beside other programs: one table, one process for each variant.
 
-python benchmark/step.py [--variants a,b,c] [--shape SHAPE] [--updates 5] [--json FILE] [--ours key=value ...]
+python benchmark/step.py [--variants a,b,c] [--shape SHAPE] [--updates 5] [--json FILE]
 
 Useful tokens are those that are not padding. The first update is warm-up; the speed is the median of those after it.
 The share is of the card's measured matrix-product ceiling, by the fewest FLOPs that a step of the variant can cost.
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--shape", help="in place of each variant's own: chatglm3-6b, glm-6b, llama-16 or tiny-...")
     parser.add_argument("--updates", type=int, default=5, help="timed updates, after one of warm-up [5]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures, rewritten after each variant")
-    parser.add_argument("--ours", nargs="*", default=[], metavar="key=value", help="settings of our own variants")
+    parser.add_argument("--limit", type=int, default=600, help="seconds that a variant may take [600]")
     for hidden in ("--one", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -80,18 +81,23 @@ def run_all(cli: argparse.Namespace) -> None:
 def start(task: str, shape: str, cli: argparse.Namespace, folder: Path) -> dict:
     """Run one task in a process of its own. Returns its figures, or its `error` and the end of its `log`."""
     command = [sys.executable, __file__, "--one", task, "--folder", str(folder), "--updates", str(cli.updates)]
-    command += ["--shape", shape, "--ours", *cli.ours]
+    command += ["--shape", shape]
     offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     own = {"HF_DATASETS_CACHE": str(folder / "datasets"), "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth_compiled")}
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | offline | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    log = done.stdout.decode(errors="replace")
+    with open(folder / f"{task}.log", "w+b") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=os.environ | offline | own, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            status = f"exit status {process.wait(cli.limit)}"
+        except subprocess.TimeoutExpired:
+            status = f"took more than {cli.limit} s"
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            process.wait()
+        output.seek(0)
+        log = output.read().decode(errors="replace")
     answer = folder / f"{task}.json"
-    if answer.exists():
-        result = json.loads(answer.read_text(encoding="utf-8"))
-    else:
-        result = {"error": next(reversed(log.split("\n")[:-1]), "") or f"exit status {done.returncode}"}
+    result = json.loads(answer.read_text(encoding="utf-8")) if answer.exists() else {"error": status}
     if "error" in result:
         result["log"] = log[-8000:]
         print(f"--- {task}\n{result['log']}\n---", file=sys.stderr)
@@ -116,8 +122,7 @@ def do(cli: argparse.Namespace, folder: Path) -> dict:
     from benchmark.common import Run, matmul_ceiling, save_checkpoint
     from benchmark.variants import VARIANTS, checkpoint_folder
 
-    settings = dict(setting.split("=", 1) for setting in cli.ours)
-    run = Run(cli.one, cli.shape, cli.updates, folder, settings)
+    run = Run(cli.one, cli.shape, cli.updates, folder)
     if cli.one == CEILING:
         return {"ceiling_flops": matmul_ceiling(run.device)}
     if cli.one == CHECKPOINT:

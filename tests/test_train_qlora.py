@@ -133,6 +133,38 @@ def test_four_accumulated_batches_of_one_equal_one_batch_of_four(job):
     assert max(weight.abs().max() for name, weight in adapter(whole / "final").items() if "lora_B" in name) > 1e-4
 
 
+def test_packed_rows_equal_padded_batches(job):
+    settings = {"optim": "sgd", "max_seq_length": 64}
+    padded = job("padded", **settings, pack_to=0, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    packed = job("packed", **settings, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    rows = job("rows", **settings, pack_to=64)
+    for other in (packed, rows):
+        assert losses(padded) == pytest.approx(losses(other), abs=1e-5)
+        assert largest_difference(padded, other) <= 1e-5
+
+
+@pytest.mark.parametrize("pack_to", [0, None], ids=["padded", "packed"])
+def test_checkpointing_changes_no_weight(job, pack_to):
+    settings = {"pack_to": pack_to, "lora_dropout": 0.0}
+    kept = job("kept", **settings)
+    for name in ("selective", "full", "offload"):
+        again = job(name, **settings, activation_checkpointing=name)
+        assert largest_difference(kept, again) <= 1e-6
+    old = job("old", **settings, gradient_checkpointing=True)
+    assert largest_difference(kept, old) <= 1e-6
+
+
+def test_length_grouping_is_exact_on_resume(job):
+    settings = {"max_steps": 6, "group_by_length": True, "pack_to": 0, "save_strategy": "steps", "save_steps": 2}
+    settings |= {"per_device_train_batch_size": 3, "lora_dropout": 0.1}
+    whole = job("whole", **settings)
+    resumed = job("resumed", **settings)
+    for name in ("checkpoint-4", "checkpoint-6", "final"):
+        (resumed / name).rename(resumed / f"old-{name}")
+    job("resumed", **settings, resume_from_checkpoint=True)
+    assert largest_difference(whole, resumed) == 0
+
+
 def run_on_two_ranks(tmp_path: Path, settings: dict, program: str = "train_qlora.py") -> subprocess.CompletedProcess:
     """The command under torchrun; its output folder is tmp_path / "ranks"."""
     file = tmp_path / "ranks.json"
@@ -158,6 +190,15 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
     assert losses(whole) == pytest.approx(losses(tmp_path / "ranks"), abs=1e-5)
     assert largest_difference(whole, tmp_path / "ranks") <= 1e-5
     assert done.stderr.count("training from the base model") == 1  # rank 0 alone speaks
+
+
+def test_ranks_may_have_different_numbers_of_rows(job, tmp_path):
+    settings = {"max_seq_length": 24, "pack_to": 24, "optim": "sgd"}
+    whole = job("whole", per_device_train_batch_size=4, **settings)
+    written = json.loads((tmp_path / "whole.json").read_text())
+    run_on_two_ranks(tmp_path, written | {"per_device_train_batch_size": 2})
+    assert losses(whole) == pytest.approx(losses(tmp_path / "ranks"), abs=1e-5)
+    assert largest_difference(whole, tmp_path / "ranks") <= 1e-5
 
 
 SLOW_RENDERING = """if True:
@@ -263,6 +304,7 @@ def test_a_dry_run_shows_the_sample_and_the_steps_and_loads_no_weights(job, chec
     shown = capsys.readouterr().out
     assert "[gMASK]sop<|user|> \n Say 1<|assistant|>⟦ \n word </s>⟧" in shown
     assert "6 steps. No weights were loaded." in shown
+    assert "GPU memory by estimate, in GiB, with rows of 8,192 tokens: none " in shown
     assert re.search(r"lora_rank +4", shown)
     assert not folder.exists()
 

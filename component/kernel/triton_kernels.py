@@ -219,10 +219,10 @@ def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: 
     tokens, width = x.shape
     rank = down.shape[0]
     ranks = min(max(triton.next_power_of_2(rank), 16), 128)
-    grid = (triton.cdiv(tokens, 64), triton.cdiv(rank, ranks))
+    grid = (triton.cdiv(tokens, 32), triton.cdiv(rank, ranks))
     lora_down_kernel[grid](
         x, down, out, tokens, width, rank, x.stride(0), out.stride(0), seed, threshold(dropout), 1 / (1 - dropout),
-        64, 64, ranks, num_warps=4, num_stages=4,
+        32, 128, ranks, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -307,7 +307,7 @@ def lora_input_grad_(
     grid = (triton.cdiv(tokens, 64), triton.cdiv(width, 128))
     lora_input_grad_kernel[grid](
         total, grad, down, tokens, width, rank, seed, threshold(dropout), 1 / (1 - dropout), 64, 128, ranks,
-        num_warps=4, num_stages=2,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     return total
 

@@ -74,14 +74,16 @@ def make_model(family, rank=4, dropout=0.0, device="cpu", dtype=torch.float32, t
     """A 4-bit model with an adapter whose both halves are random, in training mode."""
     torch.manual_seed(0)
     config = type(CONFIGS[family])(**(CONFIGS[family].to_dict() | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            weight.copy_(weight.bfloat16())  # so that 4 bits are made of the same values in every dtype
             if "norm" in name:
-                weight.normal_(1, 0.3)
+                weight.copy_(torch.randn_like(weight, dtype=torch.float32).mul_(0.3).add_(1).bfloat16())
             elif "bias" in name:
-                weight.normal_(0, 0.3)
+                weight.copy_(torch.randn_like(weight, dtype=torch.float32).mul_(0.3).bfloat16())
     names = targets or find_linear_names(model)
+    model.to(dtype)
     quantize(model, dtype)
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=8, lora_dropout=dropout, target_modules=names)
     model = get_peft_model(model, config).to(device)

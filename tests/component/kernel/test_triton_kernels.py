@@ -9,7 +9,7 @@ from bitsandbytes.functional import quantize_4bit
 ON_CARD = torch.cuda.is_available()
 if not ON_CARD and "TRITON_INTERPRET" not in os.environ:  # which must be set before anything imports Triton
     pytest.skip("needs a card, or Triton's interpreter: make test-slow", allow_module_level=True)
-from component.kernel import plain, triton_kernels
+from component.kernel import plain, triton_kernels  # noqa: E402
 
 pytestmark = pytest.mark.gpu if ON_CARD else pytest.mark.slow
 DEVICE = "cuda" if ON_CARD else "cpu"
