@@ -64,11 +64,14 @@ TINY = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
 TINY_HF = TINY | {"intermediate_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
 TINY_CHATGLM = {"hidden_size": 64, "ffn_hidden_size": 128, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 16}
 
+DEMO = {"hidden_size": 256, "ffn_hidden_size": 704, "num_layers": 4, "num_attention_heads": 8, "kv_channels": 32}
+
 # Name to (configuration, longest sample in tokens).
 SHAPES: dict[str, tuple[Callable[[], PreTrainedConfig], int]] = {
     "chatglm3-6b": (ChatGLMConfig, 1024),
     "glm-6b": (glm_config, 1024),
     "llama-16": (llama_config, 1024),
+    "demo": (lambda: ChatGLMConfig(padded_vocab_size=2048, **DEMO), 1024),
     "tiny-chatglm": (lambda: ChatGLMConfig(padded_vocab_size=512, **TINY_CHATGLM), 64),
     "tiny-glm": (lambda: glm_config(**TINY_HF), 64),
     "tiny-llama": (lambda: llama_config(**TINY_HF), 64),

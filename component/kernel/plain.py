@@ -9,6 +9,8 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch.nn.functional import silu
 
+CHUNK = 1 << 15  # elements of a mask that are made at a time, in the processor's cache
+
 
 def dequantize_(out: torch.Tensor, packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     """Fill `out` (out_features, in_features), whose rows may stand apart, from 4-bit values, two a byte."""
@@ -88,11 +90,21 @@ def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
 
 def dropout_mask(tokens: int, width: int, dropout: float, seed: int, device: torch.device) -> torch.Tensor:
     """(tokens, width) bool, True where an element is kept: a hash of its place and the seed, the same on any device."""
-    x = torch.arange(tokens * width, dtype=torch.int64, device=device)
-    x = (x * 0x9E3779B1 + seed) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return ((x ^ (x >> 16)) >= threshold(dropout)).view(tokens, width)
+    kept = torch.empty(tokens * width, dtype=torch.bool, device=device)
+    for start in range(0, len(kept), CHUNK):
+        part = kept[start : start + CHUNK]
+        x = torch.arange(len(part), dtype=torch.int32, device=device)
+        x.mul_(signed(0x9E3779B1)).add_(signed((start * 0x9E3779B1 + seed) & 0xFFFFFFFF))
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            high = (x >> shift).bitwise_and_(0xFFFFFFFF >> shift)  # as an unsigned number would shift
+            x.bitwise_xor_(high).mul_(signed(factor))
+        torch.ge(x.bitwise_xor_(signed(1 << 31)), threshold(dropout) - (1 << 31), out=part)
+    return kept.view(tokens, width)
+
+
+def signed(number: int) -> int:
+    """The int32 of the same 32 bits; its products wrap as those of unsigned numbers do."""
+    return number - (1 << 32) if number >> 31 else number
 
 
 def threshold(dropout: float) -> int:
