@@ -69,7 +69,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
         for line, raw in rows:
             if isinstance(raw, DataError) or raw.strip():
                 yield line, raw
-    except (OSError, EOFError, ValueError) as error:  # a disk that fails, a file that ends early or is not what it says
+    except Exception as error:  # a disk that fails, a file that ends early or is not what it says: each kind has its own
         yield line + 1, DataError(f"cannot be read on from here ({error}); restore the file")
 
 
@@ -99,7 +99,8 @@ def split_lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
 def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
     """The elements of a file's one JSON array, each with the line that it starts on."""
     structure = re.compile(rb'["\\\[\]{},\n]')
-    line, start_line, depth, in_string, escaped, element, closed = 1, 1, 0, False, -1, bytearray(), False
+    line, start_line, depth, in_string, escaped, closed = 1, 1, 0, False, -1, False
+    element, after_comma = bytearray(), False
     while chunk := stream.read(CHUNK):
         done = 0
         for match in structure.finditer(chunk):
@@ -123,11 +124,14 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
                     done, start_line = at + 1, 0
             elif mark in b"]}" or depth == 1:  # the end of something, or the comma between two elements
                 if depth == 1:
+                    if mark == b"}":
+                        yield line, DataError("a } closes what a [ opened; mend the array")
+                        return
                     element += chunk[done:at]
                     done = at + 1
-                    if element.strip() or mark == b",":
+                    if element.strip() or mark == b"," or after_comma:
                         yield start_line or line, element_of(element)
-                    element, start_line = bytearray(), 0
+                    element, start_line, after_comma = bytearray(), 0, mark == b","
                 depth -= mark in b"]}"
                 closed = closed or depth == 0
             if depth and not start_line and (depth > 1 or in_string):
@@ -145,7 +149,7 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
 def element_of(element: bytearray) -> bytes | DataError:
     if len(element) > LINE_LIMIT:
         return too_long()
-    return bytes(element).strip() or DataError("nothing stands between two commas; remove one")
+    return bytes(element).strip() or DataError("nothing stands beside a comma; remove it")
 
 
 def too_long() -> DataError:

@@ -115,7 +115,9 @@ def test_many_brackets_in_text_are_no_depth():
         ("", 0, "the array is not closed"),
         ('[{"a": 1}] x', 1, "not a JSON array"),
         ('[{"a": 1}][{"a": 2}]', 1, "not a JSON array"),
-        ('[{"a": 1},, {"b": 2}]', 2, "nothing stands between two commas"),
+        ('[{"a": 1},, {"b": 2}]', 2, "nothing stands beside a comma; remove it"),
+        ('[{"a": 1},]', 1, "nothing stands beside a comma"),
+        ('[{"a": 1}, }', 1, "a } closes what a [ opened"),
         ('[{"a": 1}, 7]', 1, "a row must be a JSON object, got 7 (int)"),
     ],
 )
@@ -136,9 +138,11 @@ def test_a_file_cut_short_says_where(tmp_path):
         assert isinstance(error, DataError), name
         assert "restore the file" in str(error) or "not JSON" in str(error)
         assert line >= len(rows)
-    (tmp_path / "b.jsonl.gz").write_text("plain text")
-    (tmp_path / "b.parquet").write_text("plain text")
-    for name in ("b.jsonl.gz", "b.parquet"):
+    packed = gzip.compress(b'{"n": 1}' * 1000)
+    (tmp_path / "c.jsonl.gz").write_bytes(packed[:12] + b"\xff" * 9 + packed[21:])
+    for name in ("b.jsonl.gz", "b.jsonl.zst", "b.parquet", "c.jsonl.gz"):
+        if name.startswith("b"):
+            (tmp_path / name).write_text("plain text")
         ((line, error),) = read_rows(tmp_path / name)
         assert line == 1
         assert "cannot be read on from here" in str(error)
