@@ -17,8 +17,8 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, ge
 from . import conversation, formats, preprocessing, reader, template
 from .cache import default_cache_dir, fingerprint, make_once
 from .conversation import DataError
-from .preprocessing import DataRules, RowRenderer, TokenStore, judge, prepare
-from .reader import find_files, read_lines
+from .preprocessing import DataRules, RowRenderer, TokenStore, judge, prepare, read_files
+from .reader import find_files
 from .template import render_chat_template, render_chatglm2, render_chatglm3, render_firefly
 
 Source = str | Path | list[str] | list[Path]
@@ -134,7 +134,7 @@ class StreamingSFTDataset(IterableDataset):
             self.check_first(files)
 
     def check_first(self, files: list[Path]) -> None:
-        head = itertools.islice(preprocessing.chunks(files), CHECKED_FIRST // preprocessing.CHUNK_ROWS)
+        head = preprocessing.chunks(itertools.islice(read_files(files), CHECKED_FIRST))
         report = preprocessing.DataReport()
         for chunk in head:
             preprocessing.add(report, preprocessing.render_chunk((self.renderer, chunk, True)), files)
@@ -162,16 +162,16 @@ class StreamingSFTDataset(IterableDataset):
     def samples(self, files: list[Path], count: int, own: int) -> Iterator[dict[str, list[int]]]:
         """Those of every `count`-th row, from row `own` on."""
         bad = 0
-        rows = ((file, line, raw) for file in files for line, raw in read_lines(file))
-        for seen, (file, line, raw) in enumerate(itertools.islice(rows, own, None, count), 1):
+        for seen, (number, line, raw) in enumerate(itertools.islice(read_files(files), own, None, count), 1):
             try:
                 sample, _ = self.renderer.fit(self.renderer.parse(raw)[0])
             except DataError as error:
                 bad += 1
-                logger.warning(f"{file}:{line}: left out: {error}")
+                place = f"{files[number]}:{line}"
+                logger.warning(f"{place}: left out: {error}")
                 share = self.renderer.rules.max_bad_share
                 if seen > CHECKED_FIRST and bad > share * seen:
-                    raise DataError(f"{file}:{line}: {bad} bad rows of {seen}, above max_bad_share={share:g}") from None
+                    raise DataError(f"{place}: {bad} bad rows of {seen}, above max_bad_share={share:g}") from None
                 continue
             if sample:
                 yield item(sample.input_ids, sample.target_mask)

@@ -163,7 +163,7 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
         rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8"))
         outputs = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
         # Once a row is bad and the run will stop, the rest is checked and no more rendered.
-        tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(files))
+        tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(read_files(files)))
         for outcome in in_order(render_chunk, tasks, workers):
             for name in FILES:
                 values = getattr(outcome, name)
@@ -225,16 +225,19 @@ class Outcome:
 Chunk = list[tuple[int, int, bytes | DataError]]  # file number, line, row
 
 
-def chunks(files: list[Path]) -> Iterator[Chunk]:
+def read_files(files: list[Path]) -> Iterator[tuple[int, int, bytes | DataError]]:
+    return ((number, line, raw) for number, file in enumerate(files) for line, raw in read_lines(file))
+
+
+def chunks(rows: Iterable[tuple[int, int, bytes | DataError]]) -> Iterator[Chunk]:
     chunk: Chunk = []
     size = 0
-    for number, file in enumerate(files):
-        for line, raw in read_lines(file):
-            chunk.append((number, line, raw))
-            size += len(raw) if isinstance(raw, bytes) else 0
-            if len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
+    for number, line, raw in rows:
+        chunk.append((number, line, raw))
+        size += len(raw) if isinstance(raw, bytes) else 0
+        if len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
     if chunk:
         yield chunk
 

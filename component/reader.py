@@ -69,7 +69,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
         for line, raw in rows:
             if isinstance(raw, DataError) or raw.strip():
                 yield line, raw
-    except Exception as error:  # a disk that fails, a file that ends early or is not what it says: each kind has its own
+    except Exception as error:  # a disk that fails, a file that ends early or is not what it says, each with its own
         yield line + 1, DataError(f"cannot be read on from here ({error}); restore the file")
 
 

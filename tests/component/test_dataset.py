@@ -434,6 +434,8 @@ def test_a_stream_stops_early_for_the_first_rows_and_leaves_out_later_ones(tmp_p
 
     with pytest.raises(DataError, match=r"rows\.jsonl:3: conversations\[0\]\.role is 'usr'"):
         stream([*ROWS[:2], BAD])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1000: conversations"):
+        stream([*ROWS[:1] * 999, BAD])
     late = stream([ROWS[0]] * 1500 + [BAD] + [ROWS[0]] * 10)
     assert sum(1 for _ in late) == 1510
     assert "rows.jsonl:1501: left out: conversations[0].role is 'usr'" in log[-1]
