@@ -9,6 +9,7 @@ import gc
 import itertools
 import json
 import os
+import threading
 import time
 from array import array
 from bisect import bisect_left
@@ -18,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -316,8 +317,15 @@ def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
 
 def share(work: Callable, shared: object) -> None:
     global work_on_shared
+    threading.Thread(target=end_with, args=(parent_process(),), daemon=True).start()
     gc.freeze()  # what the fork has from its parent need never be looked through
     work_on_shared = lambda rest: work((shared, *rest))  # noqa: E731
+
+
+def end_with(parent) -> None:
+    """A process waits for work for ever, also when its parent was killed."""
+    parent.join()
+    os._exit(1)
 
 
 def work_on(rest: list):

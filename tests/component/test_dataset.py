@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +28,8 @@ from component.formats import parse_row
 from component.preprocessing import DataRules, TokenStore
 from component.template import render_chatglm3
 from tests.conftest import read_jsonl
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(question: str, answer: str = "b", **turn) -> dict:
@@ -358,6 +362,26 @@ def test_a_killed_worker_is_said(make, monkeypatch):
     monkeypatch.setattr(preprocessing, "render_chunk", kill_self)
     with pytest.raises(DataError, match="was killed, perhaps for want of memory; lower preprocessing_workers"):
         make(workers=2)
+
+
+def test_workers_of_a_killed_process_end(tmp_path):
+    code = """if True:
+        import os, sys, time
+        from component.preprocessing import in_order
+        def work(task):
+            print(os.getpid(), flush=True)
+            time.sleep(1)
+        list(in_order(work, [(None, i) for i in range(100)], 2))
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    workers = {int(process.stdout.readline()) for _ in range(2)}
+    process.kill()
+    try:
+        process.communicate(timeout=20)  # ends when no process holds the pipe's other end any more
+    except subprocess.TimeoutExpired:
+        for worker in workers:
+            os.kill(worker, 9)
+        pytest.fail("the workers live on")
 
 
 def test_a_store_on_another_machine_asks_for_a_shared_folder(tmp_path):
