@@ -8,6 +8,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ class SFTDataset(Dataset):
     ):
         self.files = find_files(source)
         self.rules = DataRules(max_seq_length, **rules)
-        self.renderer = RowRenderer(self.render, checked(tokenizer), self.rules)
+        self.renderer = RowRenderer(self.render, checked(tokenizer, self.render), self.rules)
         workers = workers or len(os.sched_getaffinity(0))
         try:
             key = fingerprint([*self.files, *map(str, self.files), *identity(self.renderer)])
@@ -66,7 +67,9 @@ class SFTDataset(Dataset):
             make_once(folder, lambda empty: prepare(self.files, self.renderer, workers, empty))
             self.store = TokenStore(folder)
         except OSError as error:
-            raise DataError(f"{error}; cache_dir must be a folder with room in which files can be written") from error
+            raise DataError(
+                f"{error}; the data must be readable, and cache_dir a folder with room in which files can be written"
+            ) from error
         judge(self.store.report, self.files, self.rules)
 
     @property
@@ -128,7 +131,7 @@ class StreamingSFTDataset(IterableDataset):
     def __init__(self, sources: list[Source], weights: list[float], render, tokenizer, rules: DataRules, seed: int):
         self.files = [find_files(source) for source in sources]
         self.weights = weights
-        self.renderer = RowRenderer(render, checked(tokenizer), rules)
+        self.renderer = RowRenderer(render, checked(tokenizer, render), rules)
         self.seed, self.epoch = seed, 0
         for files in self.files:
             self.check_first(files)
@@ -256,14 +259,17 @@ def item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]]:
     return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "target_mask": target_mask}
 
 
-def checked(tokenizer):
+def checked(tokenizer, render):
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, so no answer can be taught to end; set one in its folder")
+    if render is render_chat_template and not (tokenizer.is_fast and tokenizer.chat_template):
+        raise DataError("data_format chat_template needs a fast tokenizer with a chat template; choose another format")
     return tokenizer
 
 
 def identity(renderer: RowRenderer) -> list[str | Path]:
-    """All that decides how a row is rendered: the rules that do, the tokenizer as it would be saved, this program."""
+    """All that decides how a row is rendered: the rules that do, the tokenizer as it would be saved, this program and
+    the libraries."""
     with tempfile.TemporaryDirectory() as folder:
         renderer.tokenizer.save_pretrained(folder)
         files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
@@ -271,7 +277,8 @@ def identity(renderer: RowRenderer) -> list[str | Path]:
     rules = {key: value for key, value in asdict(renderer.rules).items() if key not in ("on_bad_row", "max_bad_share")}
     modules = (conversation, formats, preprocessing, reader, template, inspect.getmodule(type(renderer.tokenizer)))
     program = [fingerprint([Path(module.__file__)]) for module in modules]
-    return [renderer.render.__name__, json.dumps(rules), *saved, *program]
+    libraries = map(version, ("transformers", "tokenizers", "sentencepiece"))
+    return [renderer.render.__name__, json.dumps(rules), *saved, *program, *libraries]
 
 
 def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:

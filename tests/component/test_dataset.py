@@ -16,6 +16,7 @@ from component import preprocessing
 from component.collator import SFTDataCollator
 from component.conversation import DataError
 from component.dataset import (
+    DATA_FORMATS,
     ChatGLM2SFTDataset,
     ChatGLM3SFTDataset,
     SFTDataset,
@@ -250,6 +251,13 @@ def test_calls_that_a_format_cannot_say_are_faults(tmp_path, tiny_tokenizer):
         SFTDataset(file, tiny_tokenizer, 100)
 
 
+def test_a_tokenizer_that_cannot_render_a_chat_template_is_refused_at_once(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="needs a fast tokenizer with a chat template"):
+        DATA_FORMATS["chat_template"](write(tmp_path / "rows.jsonl", ROWS), tokenizer, 100)
+
+
 # Long rows
 
 
@@ -319,7 +327,7 @@ def test_a_second_start_reads_what_the_first_wrote(make, monkeypatch):
     assert make(max_bad_share=0.5).store.folder == first.store.folder
 
 
-def test_a_changed_file_setting_format_or_tokenizer_is_noticed(make, tmp_path, tiny_tokenizer):
+def test_a_changed_file_setting_format_tokenizer_or_library_is_noticed(make, tmp_path, tiny_tokenizer, monkeypatch):
     folders = {make().store.folder, make(ROWS[:2]).store.folder, make(max_seq_length=999).store.folder}
     folders |= {make(loss_on="last").store.folder, make(on_too_long="drop").store.folder}
     other = copy.deepcopy(tiny_tokenizer)
@@ -330,7 +338,9 @@ def test_a_changed_file_setting_format_or_tokenizer_is_noticed(make, tmp_path, t
     pairs = write(tmp_path / "pairs.jsonl", [{"conversation": [{"human": "h", "assistant": "a"}]}])
     folders.add(ChatGLM2SFTDataset(pairs, tiny_tokenizer, 1000, **rules).store.folder)
     folders.add(ChatGLM3SFTDataset(pairs, tiny_tokenizer, 1000, **rules).store.folder)
-    assert len(folders) == 8
+    monkeypatch.setattr("component.dataset.version", lambda name: "0")
+    folders.add(make().store.folder)
+    assert len(folders) == 9
 
 
 def test_bad_rows_that_were_skipped_once_stop_a_stricter_run(make):
@@ -342,7 +352,7 @@ def test_bad_rows_that_were_skipped_once_stop_a_stricter_run(make):
 
 def test_a_cache_that_cannot_be_written_or_was_damaged_is_said(make, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cache_dir must be a folder with room in which files can be written"):
+    with pytest.raises(DataError, match="cache_dir a folder with room in which files can be written"):
         make(cache_dir=tmp_path / "file")
     folder = make().store.folder
     (folder / "target_mask.bin").write_bytes(b"short")
