@@ -40,13 +40,13 @@ def convert_row(row: dict, target: str, source: str | None, lost) -> dict:
     name = source or detect_format(row)
     own = ROW_FORMATS[name]
     written = ROW_FORMATS[target].write(own.parse(row), lost)
-    for turn in next((row[key] for key in ("conversations", "conversation", "messages") if key in row), []):
-        for key in sorted(turn.keys() - own.turn_keys):
+    for turns in own.keys & {"conversations", "conversation", "messages"}:
+        for key in sorted({key for turn in row[turns] for key in turn} - own.turn_keys):
             lost(f"{key!r} of a turn")
-    kept = {key: value for key, value in row.items() if key not in own.keys}
-    for key in kept.keys() & ROW_FORMATS[target].keys:
+    others = row.keys() - own.keys
+    for key in sorted(others & ROW_FORMATS[target].keys):
         lost(f"{key!r} of the row, which means something else in {target}")
-    return kept | written
+    return {key: row[key] for key in row if key in others - ROW_FORMATS[target].keys} | written
 
 
 def convert_files(

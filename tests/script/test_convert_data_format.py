@@ -49,9 +49,16 @@ def test_fields_of_turns_and_fields_that_clash_are_said_to_be_lost():
         "instruction": "h",
         "input": "",
         "output": "a",
-        "system": "an id",
     }
     assert lost == ["'score' of a turn", "'system' of the row, which means something else in alpaca"]
+
+
+def test_only_the_named_source_is_looked_at():
+    row = {"instruction": "h", "output": "a", "messages": None}
+    assert convert_row(row, "firefly", "alpaca", pytest.fail) == {
+        "messages": None,
+        "conversation": [{"human": "h", "assistant": "a"}],
+    }
 
 
 def test_a_large_file_streams(tmp_path):
