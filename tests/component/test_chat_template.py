@@ -285,6 +285,15 @@ def test_loss_on_the_last_answer_or_by_flag():
     assert shown(flagged, tokenizer, "all") == "<s>[INST] q1[/INST]⟦ a1</s>⟧[INST] q2[/INST]⟦ a2</s>⟧"
 
 
+def test_a_message_of_which_a_part_is_not_to_be_learned_is_not_learned():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "see"}]
+    turns += [{"role": "tool", "name": "f", "parameters": {}, "observation": "r", "joined": True, "loss": False}]
+    turns += [{"role": "assistant", "content": "a"}]
+    text = shown({"conversations": turns}, FAMILIES["qwen2.5"])
+    assert text.count("⟦") == 1
+    assert text.endswith("⟦a<|im_end|>⟧\n")
+
+
 def test_control_tokens_in_calls_results_and_tools_are_text():
     tokenizer = FAMILIES["mistral"]
     counts = []
