@@ -18,8 +18,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from loguru import logger
@@ -123,13 +124,17 @@ class TokenStore:
         if not folder.is_dir():  # a process on another machine
             raise DataError(f"{folder}: not there; set cache_dir to a folder that all machines share")
         self.folder = folder
-        self.report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-        for name, dtype in FILES.items():
-            path = folder / f"{name}.bin"
-            setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype))
-        sizes = [len(getattr(self, name)) for name in FILES]
-        if sizes != [self.report.tokens] * 2 + [self.report.kept] * 3:
-            raise DataError(f"{folder}: damaged; delete it, and it will be made anew")
+        try:
+            self.report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+            for name, dtype in FILES.items():
+                path = folder / f"{name}.bin"
+                setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype))
+            tokens, kept = self.report.tokens, self.report.kept
+            sizes = [len(getattr(self, name)) for name in FILES]
+            if [*sizes, *self.ends[-1:]] != [tokens] * 2 + [kept] * 3 + [tokens] * bool(kept):
+                raise ValueError("its files do not fit one another")
+        except (OSError, TypeError, ValueError) as error:
+            raise DataError(f"{folder}: damaged; delete it, and it will be made anew ({error})") from error
 
     def __reduce__(self):
         return TokenStore, (self.folder,)  # to another process goes the folder's name, not the data
@@ -313,8 +318,15 @@ def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
 
 def share(work: Callable, shared: object) -> None:
     global work_on_shared
+    Thread(target=end_with_parent, daemon=True).start()
     gc.freeze()  # what the fork has from its parent need never be looked through
     work_on_shared = lambda rest: work((shared, *rest))  # noqa: E731
+
+
+def end_with_parent() -> None:
+    """A parent that was killed cannot end its pool, whose processes would wait for work for ever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def work_on(rest: list):

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import multiprocessing
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -341,11 +343,17 @@ def test_a_cache_that_cannot_be_written_or_was_damaged_is_said(make, tmp_path):
     with pytest.raises(DataError, match="cache_dir must be a folder with room in which files can be written"):
         make(cache_dir=tmp_path / "file")
     folder = make().store.folder
-    (folder / "target_mask.bin").write_bytes(b"short")
-    with pytest.raises(DataError, match="damaged; delete it, and it will be made anew"):
-        make()
-    (folder / "target_mask.bin").unlink()
-    with pytest.raises(DataError, match=r"target_mask\.bin"):
+    for name in (*(f"{name}.bin" for name in preprocessing.FILES), "report.json"):
+        whole = (folder / name).read_bytes()
+        for damaged in (whole[:-1], b"", None, b"[]"):
+            (folder / name).unlink()
+            if damaged is not None:
+                (folder / name).write_bytes(damaged)
+            with pytest.raises(DataError, match=f"{folder}: damaged; delete it, and it will be made anew"):
+                make()
+            (folder / name).write_bytes(whole)
+    (folder / "ends.bin").write_bytes(bytes((folder / "ends.bin").stat().st_size))
+    with pytest.raises(DataError, match="its files do not fit one another"):
         make()
 
 
@@ -358,6 +366,36 @@ def test_a_killed_worker_is_said(make, monkeypatch):
     monkeypatch.setattr(preprocessing, "render_chunk", kill_self)
     with pytest.raises(DataError, match="was killed, perhaps for want of memory; lower preprocessing_workers"):
         make(workers=2)
+
+
+def wait(task) -> None:
+    time.sleep(60)
+
+
+def test_a_killed_run_leaves_no_worker(make, monkeypatch):
+    monkeypatch.setattr(preprocessing, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(preprocessing, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(preprocessing, "render_chunk", wait)
+    run = multiprocessing.get_context("fork").Process(target=make, kwargs={"workers": 2})
+    run.start()
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    until(lambda: len(children.read_text().split()) == 2)
+    workers = children.read_text().split()
+    run.kill()
+    run.join()
+    until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def is_alive(process: str) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_store_on_another_machine_asks_for_a_shared_folder(tmp_path):
