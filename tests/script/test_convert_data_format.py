@@ -49,9 +49,12 @@ def test_fields_of_turns_and_fields_that_clash_are_said_to_be_lost():
         "instruction": "h",
         "input": "",
         "output": "a",
-        "system": "an id",
     }
     assert lost == ["'score' of a turn", "'system' of the row, which means something else in alpaca"]
+    row = {"instruction": "q", "output": "a", "conversations": ["x"], "chat": 1, "messages": None}
+    converted = convert_row(row, "firefly", "alpaca", lost.append)
+    assert converted == {"conversation": [{"human": "q", "assistant": "a"}]}
+    assert [what.split()[0] for what in lost[2:]] == ["'chat'", "'conversations'", "'messages'"]
 
 
 def test_a_large_file_streams(tmp_path):
