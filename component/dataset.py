@@ -134,9 +134,8 @@ class StreamingSFTDataset(IterableDataset):
             self.check_first(files)
 
     def check_first(self, files: list[Path]) -> None:
-        head = itertools.islice(preprocessing.chunks(files), CHECKED_FIRST // preprocessing.CHUNK_ROWS)
         report = preprocessing.DataReport()
-        for chunk in head:
+        for chunk in itertools.takewhile(lambda _: report.rows < CHECKED_FIRST, preprocessing.chunks(files)):
             preprocessing.add(report, preprocessing.render_chunk((self.renderer, chunk, True)), files)
         judge(report, files, self.renderer.rules)
         log_report(report, files, self.renderer.rules)
