@@ -36,6 +36,8 @@ SHOWN = 20  # faults in an error message
 PLACE_BITS = 40  # of a place, the low ones that hold the line; those above hold the file's number
 FILES = {"input_ids": np.int32, "target_mask": np.uint8, "ends": np.int64, "lines": np.int64, "notes": np.uint8}
 
+ESCAPE = "backslashreplace"
+
 CUT, SHORTENED, DROPPED = "cut", "early turns dropped", "too long, dropped"
 NOTES = (None, CUT, SHORTENED)  # what `notes.bin` counts through
 
@@ -165,7 +167,8 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
     stops = renderer.rules.on_bad_row == "stop"
     workers = workers if sum(file.stat().st_size for file in files) > PARALLEL_FROM else 1
     with ExitStack() as stack:
-        rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8"))
+        # A file's name that is not UTF-8 is written as JSON's escapes.
+        rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8", errors=ESCAPE))
         outputs = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
         # Once a row is bad and the run will stop, the rest is checked and no more rendered.
         tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(files))
@@ -182,7 +185,7 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
                 logger.info(f"{report.rows:,} rows prepared, {report.rows / (now - started):,.0f} rows/s")
     if report.bad and stops:
         judge(report, files, renderer.rules)
-    (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8", errors=ESCAPE)
 
 
 def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:

@@ -72,7 +72,7 @@ def convert_files(
                         raise DataError(f"{path}:{line}: {error}") from None
                     entry = {"file": str(path), "line": line, "reason": str(error)}
                     entry |= {"row": row} if isinstance(row, dict) else {}
-                    rejects.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                    rejects.write(json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
                     summary.rejected += 1
                     continue
                 file.write(json.dumps(converted, ensure_ascii=False).encode() + b"\n")
@@ -131,7 +131,10 @@ def main() -> None:
         "--on_bad_row", choices=("stop", "skip"), default="stop", help="skip: leave bad rows out [stop]"
     )
     cli = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
     try:
+        if cli.output.suffix in (".json", ".parquet"):
+            raise DataError(f"{cli.output}: rows are written one a line; name it .jsonl, .jsonl.gz or .jsonl.zst")
         sources = find_files(cli.input)
         summary = convert_files(sources, cli.output, cli.to, cli.source, skip=cli.on_bad_row == "skip")
     except (DataError, OSError) as error:

@@ -248,6 +248,14 @@ def test_calls_that_a_format_cannot_say_are_faults(tmp_path, tiny_tokenizer):
         SFTDataset(file, tiny_tokenizer, 100)
 
 
+def test_a_file_whose_name_is_not_utf8_is_read_and_its_rejected_rows_are_named(tmp_path, tiny_tokenizer):
+    file = write(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")), [*ROWS, BAD])
+    dataset = ChatGLM3SFTDataset(file, tiny_tokenizer, 1000, on_bad_row="skip", max_bad_share=1.0, cache_dir=tmp_path)
+    assert dataset.place(0) == f"{file}:1"
+    assert dataset.store.report.faults[0].startswith(f"{file}:4: ")
+    assert [entry["file"] for entry in read_jsonl(dataset.store.folder / "rejected.jsonl")] == [str(file)]
+
+
 # Long rows
 
 
@@ -472,6 +480,10 @@ def test_a_stream_stops_early_for_the_first_rows_and_leaves_out_later_ones(tmp_p
 
     with pytest.raises(DataError, match=r"rows\.jsonl:3: conversations\[0\]\.role is 'usr'"):
         stream([*ROWS[:2], BAD])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1000: conversations\[0\]\.role is 'usr'"):
+        stream([ROWS[0]] * 999 + [BAD])
+    with pytest.raises(DataError, match=r"rows\.jsonl:20: conversations\[0\]\.role is 'usr'"):
+        stream([row("long " * 100_000)] * 19 + [BAD], on_too_long="drop")
     late = stream([ROWS[0]] * 1500 + [BAD] + [ROWS[0]] * 10)
     assert sum(1 for _ in late) == 1510
     assert "rows.jsonl:1501: left out: conversations[0].role is 'usr'" in log[-1]

@@ -131,6 +131,13 @@ def test_the_command_reports_what_was_lost_and_exits_with_2_on_a_fault(tmp_path)
     assert (
         done.stderr == f"not carried over, 1 rows, the first at {source}:2: the type of a result: written as its JSON\n"
     )
+    array = run("--input", source, "--output", tmp_path / "out.json")
+    assert array.returncode == 2
+    assert "name it .jsonl" in array.stderr
+    odd = source.rename(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")))
+    skipped = run("--input", odd, "--output", tmp_path / "out.jsonl", "--to", "firefly", "--on_bad_row", "skip")
+    assert skipped.returncode == 0, skipped.stderr
+    assert json.loads((tmp_path / "out.jsonl.rejected.jsonl").read_text())["file"] == str(odd)
     missing = run("--input", tmp_path / "nowhere.jsonl", "--output", tmp_path / "out.jsonl")
     assert missing.returncode == 2
     assert "nowhere.jsonl" in missing.stderr
