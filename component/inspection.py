@@ -169,4 +169,6 @@ def find_duplicates(dataset: SFTDataset) -> dict[int, int]:
 
 
 def visible(piece: str) -> str:
-    return piece.replace(" ", "·").replace("\n", "↵\n").replace("\t", "→") or "∅"
+    """What a terminal may be given: no text of a row can move its cursor or turn the line around."""
+    shown = piece.replace(" ", "·").replace("\t", "→")
+    return "".join(c if c.isprintable() else "↵\n" if c == "\n" else f"U+{ord(c):04X}" for c in shown) or "∅"

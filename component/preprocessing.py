@@ -9,7 +9,6 @@ import gc
 import itertools
 import json
 import os
-import threading
 import time
 from array import array
 from bisect import bisect_left
@@ -21,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from loguru import logger
@@ -35,6 +35,7 @@ PARALLEL_FROM = 4 << 20  # bytes of input; below, starting processes costs more 
 SHOWN = 20  # faults in an error message
 PLACE_BITS = 40  # of a place, the low ones that hold the line; those above hold the file's number
 FILES = {"input_ids": np.int32, "target_mask": np.uint8, "ends": np.int64, "lines": np.int64, "notes": np.uint8}
+ESCAPE = "backslashreplace"  # for files' names that are not UTF-8
 
 CUT, SHORTENED, DROPPED = "cut", "early turns dropped", "too long, dropped"
 NOTES = (None, CUT, SHORTENED)  # what `notes.bin` counts through
@@ -124,13 +125,17 @@ class TokenStore:
         if not folder.is_dir():  # a process on another machine
             raise DataError(f"{folder}: not there; set cache_dir to a folder that all machines share")
         self.folder = folder
-        self.report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-        for name, dtype in FILES.items():
-            path = folder / f"{name}.bin"
-            setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype))
-        sizes = [len(getattr(self, name)) for name in FILES]
-        if sizes != [self.report.tokens] * 2 + [self.report.kept] * 3:
-            raise DataError(f"{folder}: damaged; delete it, and it will be made anew")
+        try:
+            self.report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+            for name, dtype in FILES.items():
+                path = folder / f"{name}.bin"
+                setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype))
+            tokens, kept = self.report.tokens, self.report.kept
+            sizes = [len(getattr(self, name)) for name in FILES]
+            if [*sizes, *self.ends[-1:]] != [tokens] * 2 + [kept] * 3 + [tokens] * bool(kept):
+                raise ValueError("its files do not fit one another")
+        except (OSError, TypeError, ValueError) as error:
+            raise DataError(f"{folder}: damaged; delete it, and it will be made anew ({error})") from error
 
     def __reduce__(self):
         return TokenStore, (self.folder,)  # to another process goes the folder's name, not the data
@@ -161,7 +166,7 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
     stops = renderer.rules.on_bad_row == "stop"
     workers = workers if sum(file.stat().st_size for file in files) > PARALLEL_FROM else 1
     with ExitStack() as stack:
-        rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8"))
+        rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8", errors=ESCAPE))
         outputs = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
         # Once a row is bad and the run will stop, the rest is checked and no more rendered.
         tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(read_files(files)))
@@ -178,7 +183,7 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
                 logger.info(f"{report.rows:,} rows prepared, {report.rows / (now - started):,.0f} rows/s")
     if report.bad and stops:
         judge(report, files, renderer.rules)
-    (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8", errors=ESCAPE)
 
 
 def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
@@ -317,14 +322,14 @@ def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
 
 def share(work: Callable, shared: object) -> None:
     global work_on_shared
-    threading.Thread(target=end_with, args=(parent_process(),), daemon=True).start()
+    Thread(target=end_with_parent, daemon=True).start()
     gc.freeze()  # what the fork has from its parent need never be looked through
     work_on_shared = lambda rest: work((shared, *rest))  # noqa: E731
 
 
-def end_with(parent) -> None:
-    """A process waits for work for ever, also when its parent was killed."""
-    parent.join()
+def end_with_parent() -> None:
+    """A parent that was killed cannot end its pool, whose processes would wait for work for ever."""
+    parent_process().join()
     os._exit(1)
 
 

@@ -21,12 +21,12 @@ CHUNK = 1 << 20
 
 
 def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The files that a path, a folder, a glob, or a list of these names, in order of name, each once.
+    """The files that a path, a folder, a glob, or a list of these names, in order of name, each file once.
 
     Raises:
         DataError: a name that leads to no file, or a file whose ending is none of SUFFIXES.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # by where they are, since links may lead to one file by many ways
     for item in [source] if isinstance(source, (str, Path)) else source:
         path = Path(item)
         if path.is_dir():
@@ -37,13 +37,16 @@ def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
             files = sorted(file for name in glob.glob(str(item), recursive=True) if (file := Path(name)).is_file())
         if not files:
             raise DataError(f"{item}: no file there; expected one of {', '.join(SUFFIXES)}")
-        found |= dict.fromkeys(files)
-    for file in found:
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    if not found:
+        raise DataError("no file is named")
+    for file in found.values():
         if not file.is_file():
             raise DataError(f"{file}: no such file in {Path.cwd()}")
         if not file.name.endswith(SUFFIXES):
             raise DataError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-    return list(found)
+    return list(found.values())
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict | DataError]]:
@@ -69,7 +72,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
         for line, raw in rows:
             if isinstance(raw, DataError) or raw.strip():
                 yield line, raw
-    except Exception as error:  # a disk that fails, a file that ends early or is not what it says, each with its own
+    except Exception as error:  # a disk that fails, a file that ends early or is not what it says: each library's own
         yield line + 1, DataError(f"cannot be read on from here ({error}); restore the file")
 
 
@@ -77,9 +80,9 @@ def open_bytes(file: Path) -> io.BufferedReader:
     if file.name.endswith(".gz"):
         return io.BufferedReader(gzip.open(file))
     if file.name.endswith(".zst"):
-        import zstandard
+        import pyarrow  # which says that a file ends early; zstandard takes what there is
 
-        return io.BufferedReader(zstandard.open(file, "rb"))
+        return io.BufferedReader(pyarrow.CompressedInputStream(open(file, "rb"), "zstd"))
     return open(file, "rb")
 
 
@@ -99,8 +102,8 @@ def split_lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
 def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
     """The elements of a file's one JSON array, each with the line that it starts on."""
     structure = re.compile(rb'["\\\[\]{},\n]')
-    line, start_line, depth, in_string, escaped, closed = 1, 1, 0, False, -1, False
-    element, after_comma = bytearray(), False
+    line, start_line, depth, in_string, escaped, element, closed = 1, 1, 0, False, -1, bytearray(), False
+    after_comma = False
     while chunk := stream.read(CHUNK):
         done = 0
         for match in structure.finditer(chunk):
@@ -124,13 +127,13 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
                     done, start_line = at + 1, 0
             elif mark in b"]}" or depth == 1:  # the end of something, or the comma between two elements
                 if depth == 1:
-                    if mark == b"}":
-                        yield line, DataError("a } closes what a [ opened; mend the array")
-                        return
                     element += chunk[done:at]
                     done = at + 1
                     if element.strip() or mark == b"," or after_comma:
                         yield start_line or line, element_of(element)
+                    if mark == b"}":
+                        yield line, DataError("'}' where the array should end; write ]")
+                        return
                     element, start_line, after_comma = bytearray(), 0, mark == b","
                 depth -= mark in b"]}"
                 closed = closed or depth == 0
@@ -160,16 +163,13 @@ def read_parquet(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
     """Rows as JSON. Arrow fills what a row does not have with null, so a null key counts as absent."""
     import pyarrow.parquet
 
-    line = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            line += 1
-            try:
-                yield line, json.dumps(without_null(row), ensure_ascii=False).encode()
-            except TypeError as error:
-                yield line, DataError(f"{error}; store text, numbers, lists and structs alone")
-            except UnicodeEncodeError:
-                yield line, DataError("holds half of a surrogate pair; remove it")
+    batches = pyarrow.parquet.ParquetFile(open(file, "rb")).iter_batches(batch_size=256)
+    for line, row in enumerate((batch.slice(i, 1) for batch in batches for i in range(len(batch))), 1):
+        try:
+            raw = json.dumps(without_null(row.to_pylist()[0]), ensure_ascii=False).encode()
+            yield line, raw if len(raw) <= LINE_LIMIT else too_long()
+        except Exception as error:  # dates out of range, text that is not UTF-8, bytes …: each library's own
+            yield line, DataError(f"{error}; store text, numbers, lists and structs alone")
 
 
 def without_null(value: Any) -> Any:

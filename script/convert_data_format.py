@@ -43,10 +43,12 @@ def convert_row(row: dict, target: str, source: str | None, lost) -> dict:
     for turns in own.keys & {"conversations", "conversation", "messages"}:
         for key in sorted({key for turn in row[turns] for key in turn} - own.turn_keys):
             lost(f"{key!r} of a turn")
-    others = row.keys() - own.keys
-    for key in sorted(others & ROW_FORMATS[target].keys):
-        lost(f"{key!r} of the row, which means something else in {target}")
-    return {key: row[key] for key in row if key in others - ROW_FORMATS[target].keys} | written
+    kept = {key: value for key, value in row.items() if key not in own.keys}
+    for key in sorted(kept):
+        if key in ROW_FORMATS[target].keys or detect_format({key: kept[key]} | written) != detect_format(written):
+            lost(f"{key!r} of the row, which means something else in {target}")
+            del kept[key]
+    return kept | written
 
 
 def convert_files(
@@ -71,7 +73,7 @@ def convert_files(
                         raise DataError(f"{path}:{line}: {error}") from None
                     entry = {"file": str(path), "line": line, "reason": str(error)}
                     entry |= {"row": row} if isinstance(row, dict) else {}
-                    rejects.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                    rejects.write(json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
                     summary.rejected += 1
                     continue
                 file.write(json.dumps(converted, ensure_ascii=False).encode() + b"\n")
@@ -130,7 +132,10 @@ def main() -> None:
         "--on_bad_row", choices=("stop", "skip"), default="stop", help="skip: leave bad rows out [stop]"
     )
     cli = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
     try:
+        if cli.output.suffix in (".json", ".parquet"):
+            raise DataError(f"{cli.output}: rows are written one a line; name it .jsonl, .jsonl.gz or .jsonl.zst")
         sources = find_files(cli.input)
         summary = convert_files(sources, cli.output, cli.to, cli.source, skip=cli.on_bad_row == "skip")
     except (DataError, OSError) as error:

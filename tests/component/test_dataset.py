@@ -273,6 +273,14 @@ def test_a_tokenizer_that_cannot_render_a_chat_template_is_refused_at_once(tmp_p
         DATA_FORMATS["chat_template"](write(tmp_path / "rows.jsonl", ROWS), tokenizer, 100)
 
 
+def test_a_file_whose_name_is_not_utf8_is_read_and_its_rejected_rows_are_named(tmp_path, tiny_tokenizer):
+    file = write(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")), [*ROWS, BAD])
+    dataset = ChatGLM3SFTDataset(file, tiny_tokenizer, 1000, on_bad_row="skip", max_bad_share=1.0, cache_dir=tmp_path)
+    assert dataset.place(0) == f"{file}:1"
+    assert dataset.store.report.faults[0].startswith(f"{file}:4: ")
+    assert [entry["file"] for entry in read_jsonl(dataset.store.folder / "rejected.jsonl")] == [str(file)]
+
+
 # Long rows
 
 
@@ -383,11 +391,17 @@ def test_a_cache_that_cannot_be_written_or_was_damaged_is_said(make, tmp_path):
     with pytest.raises(DataError, match="cache_dir a folder with room in which files can be written"):
         make(cache_dir=tmp_path / "file")
     folder = make().store.folder
-    (folder / "target_mask.bin").write_bytes(b"short")
-    with pytest.raises(DataError, match="damaged; delete it, and it will be made anew"):
-        make()
-    (folder / "target_mask.bin").unlink()
-    with pytest.raises(DataError, match=r"target_mask\.bin"):
+    for name in (*(f"{name}.bin" for name in preprocessing.FILES), "report.json"):
+        whole = (folder / name).read_bytes()
+        for damaged in (whole[:-1], b"", None, b"[]"):
+            (folder / name).unlink()
+            if damaged is not None:
+                (folder / name).write_bytes(damaged)
+            with pytest.raises(DataError, match=f"{folder}: damaged; delete it, and it will be made anew"):
+                make()
+            (folder / name).write_bytes(whole)
+    (folder / "ends.bin").write_bytes(bytes((folder / "ends.bin").stat().st_size))
+    with pytest.raises(DataError, match="its files do not fit one another"):
         make()
 
 
@@ -496,8 +510,10 @@ def test_a_stream_stops_early_for_the_first_rows_and_leaves_out_later_ones(tmp_p
 
     with pytest.raises(DataError, match=r"rows\.jsonl:3: conversations\[0\]\.role is 'usr'"):
         stream([*ROWS[:2], BAD])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1000: conversations"):
-        stream([*ROWS[:1] * 999, BAD])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1000: conversations\[0\]\.role is 'usr'"):
+        stream([ROWS[0]] * 999 + [BAD])
+    with pytest.raises(DataError, match=r"rows\.jsonl:20: conversations\[0\]\.role is 'usr'"):
+        stream([row("long " * 100_000)] * 19 + [BAD], on_too_long="drop")
     late = stream([ROWS[0]] * 1500 + [BAD] + [ROWS[0]] * 10)
     assert sum(1 for _ in late) == 1510
     assert "rows.jsonl:1501: left out: conversations[0].role is 'usr'" in log[-1]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 from dataclasses import replace
 
@@ -234,6 +235,20 @@ def messages(*rows) -> dict:
         ({"chat": "hello"}, "chat: must begin with 'USER: '"),
         ({"chat": "ASSISTANT: <functioncall> f(1)"}, "<functioncall> is followed by no call"),
         ({"system": "functions { x", "chat": "ASSISTANT: a"}, "system: a function's description is not JSON"),
+        (
+            {"system": "functions " + '{"a":' * 50_000, "chat": "ASSISTANT: a"},
+            "system: a function's description is not",
+        ),
+        ({"system": 'functions {"a": "\\ud800"}', "chat": "ASSISTANT: a"}, "system: holds '\\ud800', half of a surr"),
+        (
+            {"chat": 'ASSISTANT: <functioncall> {"name": "f", "arguments": ' + '{"a":' * 9999 + "1" + "}" * 10_000},
+            "the arguments of a <functioncall>: nested more than 100 deep",
+        ),
+        ({"instruction": "a", "input": 0, "output": "b"}, "input must be text, got 0 (int)"),
+        ({"instruction": "a", "system": [], "output": "b"}, "system must be text, got [] (list)"),
+        ({"instruction": "a", "history": {}, "output": "b"}, "history must be a list, got {} (dict)"),
+        ({"conversations": [{"from": "function_call", "value": "[]"}]}, "conversations[0].value: holds no call"),
+        (messages({**ANSWER, "reasoning_content": False}), "messages[0].reasoning_content must be text, got false"),
     ],
 )
 def test_a_bad_row_is_named_with_its_field(tmp_path, row, fault):
@@ -338,6 +353,59 @@ plain = st.text("ab 你'\"{\\", min_size=1, max_size=12).filter(lambda text: tex
 def test_glaive_rows_mean_the_same_to_the_model(conversation):
     if conversation.tools is None or conversation.turns[0].role != "system":
         assert chatglm3_messages(back(write(conversation, "glaive")[0])) == chatglm3_messages(conversation)
+
+
+rare = st.sampled_from(["", " x ", "a", "[see", '["a","b"]', "'", 'f"g', "USER: x", "<functioncall>", "functions {}"])
+odd_names = st.sampled_from(["f", 'a"b', "USER: x", "<functioncall>", " f"])
+rare_values = st.recursive(rare | st.none() | st.booleans(), lambda inner: st.lists(inner, max_size=2), max_leaves=3)
+odd_tools = st.fixed_dictionaries({"name": odd_names}, optional={"parameters": rare_values})
+odd_tools |= st.fixed_dictionaries({"type": st.just("function"), "function": odd_tools})
+
+
+@st.composite
+def odd_conversations(draw):
+    turns = []
+    for role in draw(st.lists(st.sampled_from(["system", "user", "assistant", "tool", "tool"]), max_size=5)):
+        learned = role in ("assistant", "tool") and draw(any_flag)
+        if role != "tool":
+            turns.append(Turn(role, draw(rare), learned))
+            continue
+        observed = draw(any_flag)
+        joined = bool(turns) and turns[-1].role in ("assistant", "tool") and draw(any_flag)
+        parameters = draw(st.dictionaries(st.sampled_from(["x", "a b"]), rare_values, max_size=2))
+        result, identity = draw(rare_values) if observed else None, draw(st.sampled_from(["", "1", "2", "call00001"]))
+        turns.append(Turn(role, "", learned, draw(odd_names), parameters, result, observed, identity, joined))
+    return Conversation(tuple(turns), draw(st.none() | st.lists(odd_tools, max_size=2) | rare_values))
+
+
+@settings(max_examples=300, deadline=None)
+@given(odd_conversations())
+def test_what_does_not_come_back_was_said_to_be_lost(conversation):
+    for name in ROW_FORMATS if conversation.turns else []:
+        with contextlib.suppress(DataError):
+            row, lost = write(conversation, name)
+            try:
+                returned = back(row)
+            except DataError as error:
+                pytest.fail(f"{name} wrote what it cannot read: {error}")
+            for one, two in itertools.zip_longest(returned.turns, conversation.turns, fillvalue=Turn("none")):
+                assert lost or replace(one, id="") == replace(two, id=""), name
+            assert lost or returned.tools == conversation.tools, name
+
+
+def test_texts_that_look_like_lists_are_results_and_no_call_is_lost():
+    value = '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'
+    turns = [("human", "u"), ("function_call", value), ("observation", "[see page 3"), ("observation", "[2]")]
+    row = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    assert [turn.observation for turn in parse_row(row).turns[1:]] == ["[see page 3", "[2]"]
+    called = {"role": "assistant", "content": "x", "tool_calls": [], "function_call": {"name": "f", "arguments": "{}"}}
+    assert [turn.name for turn in parse_row(messages(called)).turns] == ["", "f"]
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_a_conversation_without_turns_is_written_or_refused(name):
+    with contextlib.suppress(DataError):
+        assert write(Conversation(()), name)
 
 
 def test_what_has_no_place_is_said():

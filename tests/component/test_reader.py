@@ -35,7 +35,9 @@ def write(path: Path, rows=ROWS, indent=None) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    assert [row for _, row in read_rows(write(tmp_path / name))] == ROWS
+    file = write(tmp_path / name)
+    assert [row for _, row in read_rows(file)] == ROWS
+    assert [row for _, row in read_rows(file.rename(tmp_path / f"not utf-8 \udcca{name}"))] == ROWS
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
@@ -58,7 +60,8 @@ def test_parquet_rows_are_counted_and_absent_keys_stay_absent(tmp_path):
         {"role": "tool", "parameters": {"days": 2}},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert list(read_rows(tmp_path / "a.parquet")) == [(1, rows[0]), (2, rows[1])]
+    odd_name = (tmp_path / "a.parquet").rename(tmp_path / "not utf-8 \udcca.parquet")
+    assert list(read_rows(odd_name)) == [(1, rows[0]), (2, rows[1])]
     odd = pyarrow.table({"x": [b"\xff"], "y": [float("nan")]})
     pyarrow.parquet.write_table(odd.select(["x"]), tmp_path / "b.parquet")
     pyarrow.parquet.write_table(odd.select(["y"]), tmp_path / "c.parquet")
@@ -115,9 +118,9 @@ def test_many_brackets_in_text_are_no_depth():
         ("", 0, "the array is not closed"),
         ('[{"a": 1}] x', 1, "not a JSON array"),
         ('[{"a": 1}][{"a": 2}]', 1, "not a JSON array"),
-        ('[{"a": 1},, {"b": 2}]', 2, "nothing stands beside a comma; remove it"),
+        ('[{"a": 1},, {"b": 2}]', 2, "nothing stands beside a comma"),
         ('[{"a": 1},]', 1, "nothing stands beside a comma"),
-        ('[{"a": 1}, }', 1, "a } closes what a [ opened"),
+        ('[{"a": 1}}', 1, "'}' where the array should end"),
         ('[{"a": 1}, 7]', 1, "a row must be a JSON object, got 7 (int)"),
     ],
 )
@@ -146,6 +149,36 @@ def test_a_file_cut_short_says_where(tmp_path):
         ((line, error),) = read_rows(tmp_path / name)
         assert line == 1
         assert "cannot be read on from here" in str(error)
+
+
+def test_a_zst_file_cut_between_rows_is_noticed_and_several_frames_are_one_file(tmp_path):
+    file, packer = tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor().compressobj()
+    file.write_bytes(packer.compress(b'{"n": 1}\n') + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    *_, (_, error) = read_rows(file)
+    assert "cannot be read on from here (Truncated" in str(error)
+    file.write_bytes(zstandard.compress(b'{"n": 1}\n') + zstandard.compress(b'{"n": 2}\n'))
+    assert list(read_rows(file)) == [(1, {"n": 1}), (2, {"n": 2})]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_packed_file_with_any_byte_changed_is_read_or_refused(tmp_path, name):
+    file = write(tmp_path / name, rows=[{"n": n, "text": "x" * (n % 7)} for n in range(200)])
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        assert all(isinstance(row, (dict, DataError)) for _, row in read_rows(file))
+
+
+def test_a_parquet_row_that_cannot_be_had_is_named_and_the_next_is_read(tmp_path, monkeypatch):
+    dates = pyarrow.array([1, 2**62, 2], pyarrow.timestamp("us"))
+    ends = pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1]
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, ends, pyarrow.py_buffer(b"a\xffb")])
+    for column, faults in ((dates, [1, 2, 3]), (text, [2]), (pyarrow.array(["a", "b" * 99, "c"]), [2])):
+        monkeypatch.setattr(reader, "LINE_LIMIT", 50)
+        pyarrow.parquet.write_table(pyarrow.table({"x": column}), tmp_path / "a.parquet")
+        got = list(read_rows(tmp_path / "a.parquet"))
+        assert [line for line, _ in got] == [1, 2, 3]
+        assert [line for line, row in got if isinstance(row, DataError)] == faults
 
 
 def test_a_line_of_200_mb_is_refused_in_bounded_memory(tmp_path):
@@ -183,7 +216,11 @@ def test_a_path_a_folder_a_glob_and_a_list_name_files(tmp_path):
     assert names(str(tmp_path / "*.json*")) == ["a.json", "b.jsonl", "odd[1].jsonl"]
     assert names(tmp_path / "odd[1].jsonl") == ["odd[1].jsonl"]
     assert names([tmp_path / "b.jsonl", tmp_path]) == ["b.jsonl", "a.json", "odd[1].jsonl", "sub/c.jsonl.gz"]
+    (tmp_path / "sub/loop").symlink_to(tmp_path)
+    assert len(find_files(str(tmp_path / "**/*.jsonl*"))) == 3
+    assert names([tmp_path / "b.jsonl", tmp_path / "sub/loop/b.jsonl"]) == ["b.jsonl"]
     for source, fault in (
+        ([], "no file is named"),
         (tmp_path / "gone.jsonl", "no such file"),
         (tmp_path / "notes.txt", "unknown kind of file; expected one of .jsonl"),
         (tmp_path / "*.parquet", "no file there"),

@@ -51,14 +51,11 @@ def test_fields_of_turns_and_fields_that_clash_are_said_to_be_lost():
         "output": "a",
     }
     assert lost == ["'score' of a turn", "'system' of the row, which means something else in alpaca"]
-
-
-def test_only_the_named_source_is_looked_at():
-    row = {"instruction": "h", "output": "a", "messages": None}
-    assert convert_row(row, "firefly", "alpaca", pytest.fail) == {
-        "messages": None,
-        "conversation": [{"human": "h", "assistant": "a"}],
-    }
+    row = {"instruction": "q", "output": "a", "conversations": ["x"], "chat": 1, "messages": ["a note"]}
+    converted = convert_row(row, "firefly", "alpaca", lost.append)
+    assert converted == {"chat": 1, "messages": ["a note"], "conversation": [{"human": "q", "assistant": "a"}]}
+    assert parse_row(converted) == parse_row({"instruction": "q", "output": "a"})
+    assert lost[2:] == ["'conversations' of the row, which means something else in firefly"]
 
 
 def test_a_large_file_streams(tmp_path):
@@ -135,6 +132,13 @@ def test_the_command_reports_what_was_lost_and_exits_with_2_on_a_fault(tmp_path)
     assert (
         done.stderr == f"not carried over, 1 rows, the first at {source}:2: the type of a result: written as its JSON\n"
     )
+    array = run("--input", source, "--output", tmp_path / "out.json")
+    assert array.returncode == 2
+    assert "name it .jsonl" in array.stderr
+    odd = source.rename(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")))
+    skipped = run("--input", odd, "--output", tmp_path / "out.jsonl", "--to", "firefly", "--on_bad_row", "skip")
+    assert skipped.returncode == 0, skipped.stderr
+    assert json.loads((tmp_path / "out.jsonl.rejected.jsonl").read_text())["file"] == str(odd)
     missing = run("--input", tmp_path / "nowhere.jsonl", "--output", tmp_path / "out.jsonl")
     assert missing.returncode == 2
     assert "nowhere.jsonl" in missing.stderr

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from component.chatglm import ChatGLMTokenizer
 from component.dataset import ChatGLM3SFTDataset
-from component.inspection import Inspection
+from component.inspection import Inspection, visible
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -101,6 +102,10 @@ def test_pieces_are_the_text_that_they_stand_for(real_tokenizer, data, inspectio
     assert shown.piece(real_tokenizer.eos_token_id) == "</s>"
 
 
+def test_no_text_of_a_row_moves_the_cursor():
+    assert visible("a\x1b[2J\r\u202e\x9b \t\n你") == "aU+001B[2JU+000DU+202EU+009B·→↵\n你"
+
+
 def run(*words) -> subprocess.CompletedProcess:
     command = [sys.executable, "script/inspect_data.py", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -113,6 +118,11 @@ def test_the_command_writes_table_row_and_page(data, tmp_path, tiny_tokenizer: C
     assert done.returncode == 0, done.stderr
     assert f"{data} for {model}, data format chatglm3" in done.stdout
     assert page_data((tmp_path / "page.html").read_text())["max_seq_length"] == 500
+    named = data.rename(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")))
+    odd = run("--data", named, "--model", model, "--html", tmp_path / "odd.html", "max_seq_length=500")
+    assert odd.returncode == 0, odd.stderr
+    assert page_data((tmp_path / "odd.html").read_text())["title"] == str(named)
+    named.rename(data)
     one = run("--data", data, "--model", model, "--row", 1, "max_seq_length=500")
     assert "weather" in one.stdout.replace("│", "")
     settings = {"model_name_or_path": str(model), "train_file": {str(data): 1}, "output_dir": str(tmp_path / "out")}
