@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
         for line, raw in rows:
             if isinstance(raw, DataError) or raw.strip():
                 yield line, raw
-    except (OSError, EOFError, ValueError) as error:  # a disk that fails, a file that ends early or is not what it says
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # the disk fails, the file is cut or damaged
         yield line + 1, DataError(f"cannot be read on from here ({error}); restore the file")
 
 
@@ -77,9 +78,9 @@ def open_bytes(file: Path) -> io.BufferedReader:
     if file.name.endswith(".gz"):
         return io.BufferedReader(gzip.open(file))
     if file.name.endswith(".zst"):
-        import zstandard
+        import pyarrow
 
-        return io.BufferedReader(zstandard.open(file, "rb"))
+        return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))  # zstandard misses a cut
     return open(file, "rb")
 
 

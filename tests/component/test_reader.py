@@ -144,6 +144,17 @@ def test_a_file_cut_short_says_where(tmp_path):
         assert "cannot be read on from here" in str(error)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_packed_file_cut_anywhere_is_not_whole_and_a_damaged_one_stops_no_reading(tmp_path, name):
+    file = write(tmp_path / name, rows=[{"n": n, "text": f"{n * n}" * 9} for n in range(200)])
+    packed = file.read_bytes()
+    for at in range(1, len(packed), 7):
+        file.write_bytes(packed[:at])
+        assert isinstance(list(read_rows(file))[-1][1], DataError), at
+        file.write_bytes(packed[:at] + bytes([packed[at] ^ 0xFF]) + packed[at + 1 :])
+        list(read_rows(file))
+
+
 def test_a_line_of_200_mb_is_refused_in_bounded_memory(tmp_path):
     code = """if True:
         import resource, sys
