@@ -42,7 +42,8 @@ def as_pairs(conversation: Conversation, name: str, lost: Lost) -> tuple[list[tu
     """Questions with their answers, and the system prompt before them. Raises DataError for any other order."""
     has_system = bool(conversation.turns) and conversation.turns[0].role == "system"
     system = conversation.turns[0].content if has_system else ""
-    pairs = question_answer_pairs(replace(conversation, turns=conversation.turns[has_system:]), name)
+    spoken = replace(conversation, turns=conversation.turns[has_system:])
+    pairs = question_answer_pairs(spoken, name, remedy="convert it to another format")
     if not all(answer.learned for _, answer in pairs):
         lost("loss=false of an answer")
     return [(question.content, answer.content) for question, answer in pairs], system
@@ -143,7 +144,8 @@ def answer_call(turns: list[Turn], pending: dict[int, str], identity: Any, text:
     """Give the result to the call of that id, or to the first that waits where the message names none."""
     waiting = [at for at, known in pending.items() if identity in (None, "") or known == identity]
     if not waiting:
-        raise DataError(f"{place}: answers no call of the message before (tool_call_id {describe(identity)})")
+        named = f" with the id {describe(identity)}" if identity else ""
+        raise DataError(f"{place}: answers no call{named} of the message before; give that call, or remove the result")
     del pending[waiting[0]]
     turns[waiting[0]] = replace(turns[waiting[0]], observation=text, observed=True)
 
@@ -345,6 +347,8 @@ def parse_alpaca(row: dict) -> Conversation:
 
 def write_alpaca(conversation: Conversation, lost: Lost) -> dict:
     pairs, system = as_pairs(conversation, "alpaca", lost)
+    if not pairs:
+        raise DataError("has no question with an answer, without which Alpaca has no row; remove it")
     row = {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}
     row |= {"system": system} if system else {}
     return row | ({"history": [list(pair) for pair in pairs[:-1]]} if pairs[1:] else {})
@@ -456,6 +460,8 @@ def write_glaive(conversation: Conversation, lost: Lost) -> dict:
                 if not isinstance(call.observation, str):
                     lost("the type of a result: written as its JSON")
                 chat.append(f"FUNCTION RESPONSE: {plain_for_glaive(as_text(call.observation))}")
+    if not chat:
+        raise DataError("has no question or answer, without which Glaive has no row; remove it")
     return {"system": f"SYSTEM: {system}" if system else "", "chat": "\n\n\n".join(chat)}
 
 

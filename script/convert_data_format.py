@@ -40,12 +40,13 @@ def convert_row(row: dict, target: str, source: str | None, lost) -> dict:
     name = source or detect_format(row)
     own = ROW_FORMATS[name]
     written = ROW_FORMATS[target].write(own.parse(row), lost)
-    for turn in next((row[key] for key in ("conversations", "conversation", "messages") if key in row), []):
+    for turn in next((row[key] for key in ("conversations", "conversation", "messages") if key in own.keys), []):
         for key in sorted(turn.keys() - own.turn_keys):
             lost(f"{key!r} of a turn")
     kept = {key: value for key, value in row.items() if key not in own.keys}
-    for key in kept.keys() & ROW_FORMATS[target].keys:
+    for key in sorted(kept.keys() & ROW_FORMATS[target].keys):
         lost(f"{key!r} of the row, which means something else in {target}")
+        del kept[key]
     return kept | written
 
 

@@ -45,13 +45,13 @@ def test_pairs_become_turns_and_other_fields_stay():
 def test_fields_of_turns_and_fields_that_clash_are_said_to_be_lost():
     lost = []
     row = {"conversation": [{"human": "h", "assistant": "a", "score": 3}], "system": "an id"}
-    assert convert_row(row, "alpaca", None, lost.append) == {
-        "instruction": "h",
-        "input": "",
-        "output": "a",
-        "system": "an id",
-    }
+    assert convert_row(row, "alpaca", None, lost.append) == {"instruction": "h", "input": "", "output": "a"}
     assert lost == ["'score' of a turn", "'system' of the row, which means something else in alpaca"]
+
+
+def test_only_the_turns_of_the_format_itself_are_looked_at():
+    row = {"instruction": "h", "output": "a", "messages": ["of the annotators"]}
+    assert convert_row(row, "firefly", "alpaca", pytest.fail)["messages"] == row["messages"]
 
 
 def test_a_large_file_streams(tmp_path):
@@ -90,7 +90,7 @@ def test_bad_rows_can_be_left_out_with_the_reason(tmp_path):
             {
                 "file": str(source),
                 "line": 2,
-                "reason": "firefly has no place for tool; remove the row, or set data_format to chat_template",
+                "reason": "firefly has no place for tool; remove the row, or convert it to another format",
                 "row": call,
             },
         )
