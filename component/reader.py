@@ -162,11 +162,18 @@ def read_parquet(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
         for row in batch.to_pylist():
             line += 1
             try:
-                yield line, json.dumps(without_null(row), ensure_ascii=False).encode()
+                yield line, json.dumps(without_null(row), ensure_ascii=False, default=as_text).encode()
             except TypeError as error:
                 yield line, DataError(f"{error}; store text, numbers, lists and structs alone")
             except UnicodeEncodeError:
                 yield line, DataError("holds half of a surrogate pair; remove it")
+
+
+def as_text(value: Any) -> str:
+    """A date, a time or a decimal, which data sets carry beside their rows."""
+    if isinstance(value, bytes):
+        raise TypeError(f"holds binary data, {value[:20]!r}")
+    return str(value)
 
 
 def without_null(value: Any) -> Any:
@@ -178,7 +185,10 @@ def without_null(value: Any) -> Any:
 def parse_line(raw: bytes) -> dict:
     """One row. Raises DataError for anything but one JSON object in UTF-8 that Python can hold and write again."""
     try:
-        row = load_json(raw.decode().strip())
+        text = raw.decode().strip()
+        if text.startswith("["):
+            raise DataError("a row must be a JSON object, not a list; name a file that is one JSON array .json")
+        row = load_json(text)
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     if not isinstance(row, dict):

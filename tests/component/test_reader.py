@@ -4,6 +4,8 @@ import gzip
 import json
 import subprocess
 import sys
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -59,10 +61,13 @@ def test_parquet_rows_are_counted_and_absent_keys_stay_absent(tmp_path):
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert list(read_rows(tmp_path / "a.parquet")) == [(1, rows[0]), (2, rows[1])]
+    dated = {"n": 1, "when": datetime(2026, 1, 2), "price": Decimal("1.50")}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dated]), tmp_path / "a.parquet")
+    assert next(read_rows(tmp_path / "a.parquet"))[1] == {"n": 1, "when": "2026-01-02 00:00:00", "price": "1.50"}
     odd = pyarrow.table({"x": [b"\xff"], "y": [float("nan")]})
     pyarrow.parquet.write_table(odd.select(["x"]), tmp_path / "b.parquet")
     pyarrow.parquet.write_table(odd.select(["y"]), tmp_path / "c.parquet")
-    assert "bytes is not JSON serializable" in str(next(read_rows(tmp_path / "b.parquet"))[1])
+    assert "holds binary data, b'\\xff'; store text" in str(next(read_rows(tmp_path / "b.parquet"))[1])
     assert "NaN is no JSON number" in str(next(read_rows(tmp_path / "c.parquet"))[1])
 
 
@@ -79,7 +84,9 @@ def test_bom_crlf_blank_lines_and_unicode_separators_change_nothing(tmp_path):
     [
         (b'{"a": }', "column 7: not JSON (Expecting value)"),
         (b'{"a": 1', "column 8: not JSON (Expecting ',' delimiter)"),
-        (b"[1]", "a row must be a JSON object, got [1] (list)"),
+        (b"[1]", "a row must be a JSON object, not a list; name a file that is one JSON array .json"),
+        (b"[", "not a list; name a file that is one JSON array .json"),
+        (b'"x"', 'a row must be a JSON object, got "x" (str)'),
         (b'{"a": "\xff"}', "byte 8 is not UTF-8; save the file as UTF-8"),
         (b'{"a": "\xed\xa0\x80"}', "byte 8 is not UTF-8"),
         (b'{"a": "\\uD800"}', "holds '\\ud800', half of a surrogate pair; remove it"),
