@@ -106,6 +106,16 @@ def test_the_output_may_be_packed(tmp_path, name):
     assert [message["content"] for message in rows[0]["messages"]] == ["你好", "好", "a", "b"]
 
 
+@pytest.mark.parametrize("name", ["out.json", "out.parquet"])
+def test_an_output_whose_name_promises_something_else_is_refused(tmp_path, name):
+    source = write(tmp_path / "in.jsonl", [ROW])
+    done = run("--input", source, "--output", tmp_path / name)
+    assert (done.returncode, (tmp_path / name).exists()) == (2, False)
+    assert (
+        done.stderr == f"{tmp_path / name}: JSON Lines are written; end the name with .jsonl, .jsonl.gz, .jsonl.zst\n"
+    )
+
+
 def test_a_pipe_is_written_and_a_link_followed_and_neither_replaced(tmp_path):
     source = write(tmp_path / "in.jsonl", [ROW])
     done = run("--input", source, "--output", "/dev/stdout")
