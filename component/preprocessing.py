@@ -247,13 +247,13 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
     for number, line, raw in chunk:
         try:
             conversation, unusual = renderer.parse(raw)
-            turns += len(conversation.turns)
-            odd += [(number, line, what) for what in unusual]
             sample, note = renderer.fit(conversation) if renders else (None, None)
         except DataError as error:
             text = "" if isinstance(raw, DataError) else raw.decode(errors="backslashreplace").strip()
             rejected.append((number, line, str(error), text))
             continue
+        turns += len(conversation.turns)
+        odd += [(number, line, what) for what in unusual]
         fitted += [(number, line, note)] if note else []
         if sample:
             ids.fromlist(sample.input_ids)

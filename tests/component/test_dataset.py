@@ -242,6 +242,11 @@ def test_calls_that_a_format_cannot_say_are_faults(tmp_path, tiny_tokenizer):
     file = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "x"}, call]}])
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the parameter 'a-b' of f cannot be a keyword argument"):
         ChatGLM3SFTDataset(file, tiny_tokenizer, 100)
+    dataset = ChatGLM3SFTDataset(
+        write(file, [*ROWS, {"messages": [call]}]), tiny_tokenizer, 100, on_bad_row="skip", max_bad_share=1.0
+    )
+    assert (dataset.store.report.turns, dataset.store.report.odd) == (6, {})
+    write(file, [{"messages": [{"role": "user", "content": "x"}, call]}])
     with pytest.raises(DataError, match=r"firefly has no place for tool; .* set data_format to chat_template"):
         SFTDataset(file, tiny_tokenizer, 100)
 
