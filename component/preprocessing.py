@@ -97,23 +97,23 @@ class RowRenderer:
         if len(sample.input_ids) > limit:
             if self.rules.on_too_long == "drop":
                 return None, DROPPED
-            if self.rules.on_too_long == "truncate_left_turns" and (rounds := count_rounds(conversation)) > 1:
-                sample, note = self.shorten(conversation, rounds), SHORTENED
+            if self.rules.on_too_long == "truncate_left_turns" and count_rounds(conversation) > 1:
+                sample, note = self.render(self.shorten(conversation), self.tokenizer), SHORTENED
             if len(sample.input_ids) > limit:
                 note = CUT
                 sample = Sample(sample.input_ids[:limit], sample.target_mask[:limit])
         # Nothing predicts the first token, so learning starts at the second.
         return (sample, note) if any(sample.target_mask[1:]) else (None, DROPPED)
 
-    def shorten(self, conversation: Conversation, rounds: int) -> Sample:
+    def shorten(self, conversation: Conversation) -> Conversation:
         """Without as many early rounds as must go; the last one stays."""
 
         def fits(gone: int) -> bool:
             return len(self.render(without_first_rounds(conversation, gone), self.tokenizer).input_ids) <= limit
 
         limit = self.rules.max_seq_length
-        gone = bisect_left(range(1, rounds - 1), True, key=fits) + 1
-        return self.render(without_first_rounds(conversation, gone), self.tokenizer)
+        gone = bisect_left(range(1, count_rounds(conversation) - 1), True, key=fits) + 1
+        return without_first_rounds(conversation, gone)
 
 
 class TokenStore:
