@@ -137,7 +137,8 @@ def parse_openai(row: dict) -> Conversation:
             joined = bool(text) or call is not calls[0]
             pending[len(turns)] = call.id
             turns.append(replace(call, learned=learned, joined=joined))
-    return Conversation(tuple(turns), unwrap_tools(row.get("tools"), "tools"))
+    key = "functions" if row.get("tools") is None else "tools"  # the older name
+    return Conversation(tuple(turns), unwrap_tools(row.get(key), key))
 
 
 def answer_call(turns: list[Turn], pending: dict[int, str], identity: Any, text: str, place: str) -> None:
@@ -497,7 +498,7 @@ ROW_FORMATS: dict[str, RowFormat] = {
     "openai": row_format(
         parse_openai,
         write_openai,
-        "messages tools",
+        "messages tools functions",
         "role content name loss weight tool_calls function_call tool_call_id reasoning_content",
     ),
     "sharegpt": row_format(parse_sharegpt, write_sharegpt, "conversations tools system", "from value loss weight"),

@@ -84,6 +84,7 @@ def test_openai_with_parallel_calls_answered_by_id():
         ),
         tools=[WEATHER],
     )
+    assert parse_row({"functions": [WEATHER], "messages": OPENAI["messages"]}) == parse_row(OPENAI)
 
 
 def test_sharegpt_with_function_calls():
