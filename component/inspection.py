@@ -62,8 +62,7 @@ class Inspection:
             lines.append(f"{start:>7} – {end - 1:<7}{count:>10,} {bar}")
         for kind, (count, first) in (self.report.notes | self.report.odd).items():
             lines.append(f"{count:,} rows, the first at {first}: {kind}")
-        faults = [*self.report.faults, f"… and {self.report.bad - len(self.report.faults)} more"]
-        lines += ["", f"{self.report.bad} bad rows", *faults[: self.report.bad]] if self.report.bad else []
+        lines += ["", f"{self.report.bad:,} bad rows", *self.report.fault_lines()] if self.report.bad else []
         return "\n".join(lines)
 
     def tokens(self, index: int, colours: bool) -> str:

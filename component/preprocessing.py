@@ -66,6 +66,11 @@ class DataReport:
     notes: dict[str, list] = field(default_factory=dict)  # CUT, SHORTENED, DROPPED
     odd: dict[str, list] = field(default_factory=dict)  # what is unusual but legal
 
+    def fault_lines(self) -> list[str]:
+        """The first SHOWN, and how many there are beside."""
+        more = self.bad - len(self.faults)
+        return [*self.faults, *([f"… and {more} more"] if more else [])]
+
     def count(self, kind: str) -> int:
         return self.notes.get(kind, [0])[0]
 
@@ -185,20 +190,19 @@ def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
     `max_bad_share`, or no sample."""
     name = f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     if report.bad and rules.on_bad_row == "stop":
-        more = f"\n… and {report.bad - SHOWN} more" if report.bad > SHOWN else ""
         head = f"{name}: {report.bad} bad rows of {report.rows}; mend them, or set on_bad_row to skip"
-        raise DataError("\n".join([head, *report.faults]) + more)
+        raise DataError("\n".join([head, *report.fault_lines()]))
     lost = report.bad + report.count(DROPPED)
     if not report.rows:
         raise DataError(f"{name}: nothing to learn: the file has no rows")
     if not report.kept:
         at = f"no learned token survives max_seq_length={rules.max_seq_length}" if report.notes else "every row is bad"
-        raise DataError("\n".join([f"{name}: nothing to learn: {at}", *report.faults]))
+        raise DataError("\n".join([f"{name}: nothing to learn: {at}", *report.fault_lines()]))
     if lost > rules.max_bad_share * report.rows:
         raise DataError(
             f"{name}: {report.bad} rows are bad and {report.count(DROPPED)} too long, of {report.rows}: more than "
             f"max_bad_share={rules.max_bad_share:g}; mend them, raise max_seq_length={rules.max_seq_length}, or raise "
-            "max_bad_share" + "".join(f"\n{fault}" for fault in report.faults)
+            "max_bad_share" + "".join(f"\n{fault}" for fault in report.fault_lines())
         )
 
 

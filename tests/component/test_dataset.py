@@ -147,6 +147,8 @@ def test_the_first_20_faults_and_their_number_are_listed(make):
     assert len(faults) == 20
     assert faults[0].endswith("rows.jsonl:2: conversations[0].role is 'usr'; expected system, user, assistant or tool")
     assert more == "… and 10 more"
+    with pytest.raises(DataError, match=r"more than max_bad_share=0\.5; (.*\n){20}.*\n… and 10 more$"):
+        make(rows, on_bad_row="skip", max_bad_share=0.5)
 
 
 FAULTY = [
@@ -398,6 +400,7 @@ def test_files_are_mixed_by_weight(tmp_path, tiny_tokenizer):
 
 def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenizer, log):
     first, second = write(tmp_path / "a.jsonl", [*ROWS, BAD]), write(tmp_path / "b.jsonl", [*ROWS, UNUSUAL[1], {}])
+    many = write(tmp_path / "many.jsonl", [*ROWS, *[BAD] * 30])
     args = settings({str(first): 1, str(second): 1}, tmp_path, on_bad_row="skip", eval_file=str(first))
     trained, evaluated = load_datasets(args, ChatGLM3SFTDataset, tiny_tokenizer, 0, str(tmp_path / "out"))
     assert len(trained) == 7  # 3.5 of each, rounded
@@ -411,6 +414,8 @@ def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenize
     assert "b.jsonl: 1 rows, the first at" in text
     assert "ends on a user turn" in text
     assert "1 bad rows left out" in text
+    load_datasets(settings(str(many), tmp_path, on_bad_row="skip"), ChatGLM3SFTDataset, tiny_tokenizer, 0, None)
+    assert log[-1].endswith("… and 10 more\n")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
