@@ -251,8 +251,7 @@ def log_report(report: preprocessing.DataReport, files: list[Path], rules: DataR
     for kind, (count, first) in report.odd.items():
         logger.warning(f"{name}: {count:,} rows, the first at {first}: {kind}")
     if report.bad:
-        faults = "".join(f"\n{fault}" for fault in report.faults)
-        logger.warning(f"{name}: {report.bad:,} bad rows left out{faults}")
+        logger.warning("\n".join([f"{name}: {report.bad:,} bad rows left out", *report.fault_lines()]))
 
 
 def item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]]:

@@ -44,9 +44,10 @@ def as_pairs(conversation: Conversation, name: str, lost: Lost) -> tuple[list[tu
     """Questions with their answers, and the system prompt before them. Raises DataError for any other order."""
     has_system = bool(conversation.turns) and conversation.turns[0].role == "system"
     system = conversation.turns[0].content if has_system else ""
-    pairs = question_answer_pairs(replace(conversation, turns=conversation.turns[has_system:]), name)
+    spoken = replace(conversation, turns=conversation.turns[has_system:])
+    pairs = question_answer_pairs(spoken, name, remedy="convert it to another format")
     if not pairs:
-        raise DataError("has no question with an answer")
+        raise DataError("has no question with an answer; remove the row")
     if has_system and not system:
         lost("an empty system prompt")
     if not all(answer.learned for _, answer in pairs):
@@ -142,14 +143,16 @@ def parse_openai(row: dict) -> Conversation:
             joined = bool(text) or call is not calls[0]
             pending[len(turns)] = call.id
             turns.append(replace(call, learned=learned, joined=joined))
-    return Conversation(tuple(turns), unwrap_tools(row.get("tools"), "tools"))
+    key = "functions" if row.get("tools") is None else "tools"  # the older name
+    return Conversation(tuple(turns), unwrap_tools(row.get(key), key))
 
 
 def answer_call(turns: list[Turn], pending: dict[int, str], identity: Any, text: str, place: str) -> None:
     """Give the result to the call of that id, or to the first that waits where the message names none."""
     waiting = [at for at, known in pending.items() if identity in (None, "") or known == identity]
     if not waiting:
-        raise DataError(f"{place}: answers no call of the message before (tool_call_id {describe(identity)})")
+        named = f" with the id {describe(identity)}" if identity else ""
+        raise DataError(f"{place}: answers no call{named} of the message before; give that call, or remove the result")
     del pending[waiting[0]]
     turns[waiting[0]] = replace(turns[waiting[0]], observation=text, observed=True)
 
@@ -466,7 +469,7 @@ def write_glaive(conversation: Conversation, lost: Lost) -> dict:
         if system != system.strip() or ("functions" in system and "{" in system):
             raise DataError("has a system prompt with space at an end or that Glaive's rows take for tools")
     if not turns:
-        raise DataError("has no turn for which Glaive's rows have a place")
+        raise DataError("has no question or answer; remove the row")
     lose_empty_answers(conversation, lost)
     chat = []
     for group in grouped(tuple(turns)):
@@ -530,7 +533,7 @@ ROW_FORMATS: dict[str, RowFormat] = {
     "openai": row_format(
         parse_openai,
         write_openai,
-        "messages tools",
+        "messages tools functions",
         "role content name loss weight tool_calls function_call tool_call_id reasoning_content",
     ),
     "sharegpt": row_format(parse_sharegpt, write_sharegpt, "conversations tools system", "from value loss weight"),

@@ -68,6 +68,11 @@ class DataReport:
     notes: dict[str, list] = field(default_factory=dict)  # CUT, SHORTENED, DROPPED
     odd: dict[str, list] = field(default_factory=dict)  # what is unusual but legal
 
+    def fault_lines(self) -> list[str]:
+        """The first SHOWN, and how many there are beside."""
+        more = self.bad - len(self.faults)
+        return [*self.faults, *([f"… and {more} more"] if more else [])]
+
     def count(self, kind: str) -> int:
         return self.notes.get(kind, [0])[0]
 
@@ -99,23 +104,23 @@ class RowRenderer:
         if len(sample.input_ids) > limit:
             if self.rules.on_too_long == "drop":
                 return None, DROPPED
-            if self.rules.on_too_long == "truncate_left_turns" and (rounds := count_rounds(conversation)) > 1:
-                sample, note = self.shorten(conversation, rounds), SHORTENED
+            if self.rules.on_too_long == "truncate_left_turns" and count_rounds(conversation) > 1:
+                sample, note = self.render(self.shorten(conversation), self.tokenizer), SHORTENED
             if len(sample.input_ids) > limit:
                 note = CUT
                 sample = Sample(sample.input_ids[:limit], sample.target_mask[:limit])
         # Nothing predicts the first token, so learning starts at the second.
         return (sample, note) if any(sample.target_mask[1:]) else (None, DROPPED)
 
-    def shorten(self, conversation: Conversation, rounds: int) -> Sample:
+    def shorten(self, conversation: Conversation) -> Conversation:
         """Without as many early rounds as must go; the last one stays."""
 
         def fits(gone: int) -> bool:
             return len(self.render(without_first_rounds(conversation, gone), self.tokenizer).input_ids) <= limit
 
         limit = self.rules.max_seq_length
-        gone = bisect_left(range(1, rounds - 1), True, key=fits) + 1
-        return self.render(without_first_rounds(conversation, gone), self.tokenizer)
+        gone = bisect_left(range(1, count_rounds(conversation) - 1), True, key=fits) + 1
+        return without_first_rounds(conversation, gone)
 
 
 class TokenStore:
@@ -191,20 +196,19 @@ def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
     `max_bad_share`, or no sample."""
     name = f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     if report.bad and rules.on_bad_row == "stop":
-        more = f"\n… and {report.bad - SHOWN} more" if report.bad > SHOWN else ""
         head = f"{name}: {report.bad} bad rows of {report.rows}; mend them, or set on_bad_row to skip"
-        raise DataError("\n".join([head, *report.faults]) + more)
+        raise DataError("\n".join([head, *report.fault_lines()]))
     lost = report.bad + report.count(DROPPED)
     if not report.rows:
         raise DataError(f"{name}: nothing to learn: the file has no rows")
     if not report.kept:
         at = f"no learned token survives max_seq_length={rules.max_seq_length}" if report.notes else "every row is bad"
-        raise DataError("\n".join([f"{name}: nothing to learn: {at}", *report.faults]))
+        raise DataError("\n".join([f"{name}: nothing to learn: {at}", *report.fault_lines()]))
     if lost > rules.max_bad_share * report.rows:
         raise DataError(
             f"{name}: {report.bad} rows are bad and {report.count(DROPPED)} too long, of {report.rows}: more than "
             f"max_bad_share={rules.max_bad_share:g}; mend them, raise max_seq_length={rules.max_seq_length}, or raise "
-            "max_bad_share" + "".join(f"\n{fault}" for fault in report.faults)
+            "max_bad_share" + "".join(f"\n{fault}" for fault in report.fault_lines())
         )
 
 
@@ -256,13 +260,13 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
     for number, line, raw in chunk:
         try:
             conversation, unusual = renderer.parse(raw)
-            turns += len(conversation.turns)
-            odd += [(number, line, what) for what in unusual]
             sample, note = renderer.fit(conversation) if renders else (None, None)
         except DataError as error:
             text = "" if isinstance(raw, DataError) else raw.decode(errors="backslashreplace").strip()
             rejected.append((number, line, str(error), text))
             continue
+        turns += len(conversation.turns)
+        odd += [(number, line, what) for what in unusual]
         fitted += [(number, line, note)] if note else []
         if sample:
             ids.fromlist(sample.input_ids)

@@ -163,13 +163,22 @@ def read_parquet(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
     """Rows as JSON. Arrow fills what a row does not have with null, so a null key counts as absent."""
     import pyarrow.parquet
 
-    batches = pyarrow.parquet.ParquetFile(open(file, "rb")).iter_batches(batch_size=256)
-    for line, row in enumerate((batch.slice(i, 1) for batch in batches for i in range(len(batch))), 1):
-        try:
-            raw = json.dumps(without_null(row.to_pylist()[0]), ensure_ascii=False).encode()
-            yield line, raw if len(raw) <= LINE_LIMIT else too_long()
-        except Exception as error:  # dates out of range, text that is not UTF-8, bytes …: each library's own
-            yield line, DataError(f"{error}; store text, numbers, lists and structs alone")
+    with open(file, "rb") as stream:
+        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=256)
+        for line, row in enumerate((batch.slice(i, 1) for batch in batches for i in range(len(batch))), 1):
+            try:
+                (values,) = row.to_pylist()
+                raw = json.dumps(without_null(values), ensure_ascii=False, default=as_text).encode()
+                yield line, raw if len(raw) <= LINE_LIMIT else too_long()
+            except Exception as error:  # dates out of range, text that is not UTF-8, bytes …: each library's own
+                yield line, DataError(f"{error}; store text, numbers, lists and structs alone")
+
+
+def as_text(value: Any) -> str:
+    """A date, a time or a decimal, which data sets carry beside their rows."""
+    if isinstance(value, bytes):
+        raise TypeError(f"holds binary data, {value[:20]!r}")
+    return str(value)
 
 
 def without_null(value: Any) -> Any:
@@ -181,7 +190,10 @@ def without_null(value: Any) -> Any:
 def parse_line(raw: bytes) -> dict:
     """One row. Raises DataError for anything but one JSON object in UTF-8 that Python can hold and write again."""
     try:
-        row = load_json(raw.decode().strip())
+        text = raw.decode().strip()
+        if text.startswith("["):
+            raise DataError("a row must be a JSON object, not a list; name a file that is one JSON array .json")
+        row = load_json(text)
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     if not isinstance(row, dict):

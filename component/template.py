@@ -115,7 +115,9 @@ def render_firefly(conversation: Conversation, tokenizer) -> Sample:
     return sample
 
 
-def question_answer_pairs(conversation: Conversation, data_format: str) -> list[tuple[Turn, Turn]]:
+def question_answer_pairs(
+    conversation: Conversation, data_format: str, remedy: str = "set data_format to chat_template"
+) -> list[tuple[Turn, Turn]]:
     """The turns of a conversation that is nothing but questions with answers. Raises DataError for any other."""
     turns = conversation.turns
     others = {turn.role for turn in turns} - {"user", "assistant"}
@@ -126,7 +128,7 @@ def question_answer_pairs(conversation: Conversation, data_format: str) -> list[
         reason = f"{data_format} has pairs of user and assistant alone"
     else:
         return list(zip(turns[::2], turns[1::2], strict=True))
-    raise DataError(f"{reason}; remove the row, or set data_format to chat_template")
+    raise DataError(f"{reason}; remove the row, or {remedy}")
 
 
 # data_format chat_template: the tokenizer's own template, by the conventions of transformers' apply_chat_template

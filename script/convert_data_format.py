@@ -26,6 +26,8 @@ from component.conversation import DataError
 from component.formats import ROW_FORMATS, detect_format
 from component.reader import find_files, read_rows
 
+OUTPUTS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
 
 @dataclass
 class Summary:
@@ -125,7 +127,7 @@ def compressing(file: BinaryIO, name: str) -> contextlib.AbstractContextManager[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders or globs")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=", ".join(OUTPUTS))
     parser.add_argument("--to", choices=ROW_FORMATS, default="chatglm3", help="format to write [chatglm3]")
     parser.add_argument("--from", dest="source", choices=ROW_FORMATS, help="format to read [each row's own]")
     parser.add_argument(
@@ -134,9 +136,9 @@ def main() -> None:
     cli = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
     try:
-        if cli.output.suffix in (".json", ".parquet"):
-            raise DataError(f"{cli.output}: rows are written one a line; name it .jsonl, .jsonl.gz or .jsonl.zst")
         sources = find_files(cli.input)
+        if not cli.output.resolve().name.endswith(OUTPUTS) and (cli.output.is_file() or not cli.output.exists()):
+            raise DataError(f"{cli.output}: JSON Lines are written; end the name with {', '.join(OUTPUTS)}")
         summary = convert_files(sources, cli.output, cli.to, cli.source, skip=cli.on_bad_row == "skip")
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)

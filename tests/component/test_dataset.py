@@ -167,6 +167,8 @@ def test_the_first_20_faults_and_their_number_are_listed(make):
     assert len(faults) == 20
     assert faults[0].endswith("rows.jsonl:2: conversations[0].role is 'usr'; expected system, user, assistant or tool")
     assert more == "… and 10 more"
+    with pytest.raises(DataError, match=r"more than max_bad_share=0\.5; (.*\n){20}.*\n… and 10 more$"):
+        make(rows, on_bad_row="skip", max_bad_share=0.5)
 
 
 FAULTY = [
@@ -262,6 +264,11 @@ def test_calls_that_a_format_cannot_say_are_faults(tmp_path, tiny_tokenizer):
     file = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "x"}, call]}])
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the parameter 'a-b' of f cannot be a keyword argument"):
         ChatGLM3SFTDataset(file, tiny_tokenizer, 100)
+    dataset = ChatGLM3SFTDataset(
+        write(file, [*ROWS, {"messages": [call]}]), tiny_tokenizer, 100, on_bad_row="skip", max_bad_share=1.0
+    )
+    assert (dataset.store.report.turns, dataset.store.report.odd) == (6, {})
+    write(file, [{"messages": [{"role": "user", "content": "x"}, call]}])
     with pytest.raises(DataError, match=r"firefly has no place for tool; .* set data_format to chat_template"):
         SFTDataset(file, tiny_tokenizer, 100)
 
@@ -469,6 +476,7 @@ def test_files_are_mixed_by_weight(tmp_path, tiny_tokenizer):
 
 def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenizer, log):
     first, second = write(tmp_path / "a.jsonl", [*ROWS, BAD]), write(tmp_path / "b.jsonl", [*ROWS, UNUSUAL[1], {}])
+    many = write(tmp_path / "many.jsonl", [*ROWS, *[BAD] * 30])
     args = settings({str(first): 1, str(second): 1}, tmp_path, on_bad_row="skip", eval_file=str(first))
     trained, evaluated = load_datasets(args, ChatGLM3SFTDataset, tiny_tokenizer, 0, str(tmp_path / "out"))
     assert len(trained) == 7  # 3.5 of each, rounded
@@ -482,6 +490,8 @@ def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenize
     assert "b.jsonl: 1 rows, the first at" in text
     assert "ends on a user turn" in text
     assert "1 bad rows left out" in text
+    load_datasets(settings(str(many), tmp_path, on_bad_row="skip"), ChatGLM3SFTDataset, tiny_tokenizer, 0, None)
+    assert log[-1].endswith("… and 10 more\n")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

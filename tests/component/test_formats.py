@@ -85,6 +85,7 @@ def test_openai_with_parallel_calls_answered_by_id():
         ),
         tools=[WEATHER],
     )
+    assert parse_row({"functions": [WEATHER], "messages": OPENAI["messages"]}) == parse_row(OPENAI)
 
 
 def test_sharegpt_with_function_calls():
@@ -205,7 +206,7 @@ def messages(*rows) -> dict:
         (messages({"role": "assistant", "content": None}), "messages[0].content must be text, got null"),
         (
             messages({"role": "tool", "tool_call_id": "1", "content": "x"}),
-            'answers no call of the message before (tool_call_id "1"',
+            'messages[0]: answers no call with the id "1" (str) of the message before; give that call, or remove',
         ),
         (
             messages({"role": "assistant", "tool_calls": [call("f", "[1]", "1")]}),
@@ -225,7 +226,7 @@ def messages(*rows) -> dict:
             {"conversations": [{"from": "bot", "value": "x"}]},
             "conversations[0].from is 'bot'; expected one of system, human",
         ),
-        ({"conversations": [{"from": "observation", "value": "x"}]}, "answers no call"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "[0]: answers no call of the message before"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "conversations[0].value: column 1: not JSON"),
         ({"instruction": "a"}, "output: missing; expected text"),
         (
@@ -425,6 +426,9 @@ def test_what_has_no_place_is_said():
             write(with_tools, name)
     assert write(parse_row({"conversation": [{"human": "h", "assistant": "a"}]}), "alpaca")[1] == []
     assert write(parse_row(with_turn(loss=False)), "firefly")[1] == ["loss=false of an answer"]
+    for name in ("alpaca", "glaive"):
+        with pytest.raises(DataError, match="has no question"):
+            write(Conversation((Turn("system", "s"),)), name)
     marker = parse_row(with_turn(content="x\nUSER: y"))
     with pytest.raises(DataError, match="marker of Glaive's"):
         write(marker, "glaive")

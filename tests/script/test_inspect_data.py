@@ -77,7 +77,7 @@ def test_the_page_holds_rows_tokens_and_faults_and_no_markup_of_the_data(inspect
     assert HOSTILE not in html
     assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", html)
     page = page_data(html)
-    assert (page["shown"], page["total"]) == (3, 4)
+    assert (page["shown"], page["total"], page["bad"]) == (3, 4, 1)
     assert [row["place"].rsplit(":", 1)[1] for row in page["rows"]] == ["1", "3", "4"]
     for row, item in zip(page["rows"], inspection.dataset, strict=False):
         assert row["ids"] == item["input_ids"]
@@ -100,6 +100,20 @@ def test_pieces_are_the_text_that_they_stand_for(real_tokenizer, data, inspectio
     text = "Hello world, 你好"
     assert "".join(map(shown.piece, real_tokenizer.encode(text, add_special_tokens=False))).strip() == text
     assert shown.piece(real_tokenizer.eos_token_id) == "</s>"
+    rare = map(shown.piece, real_tokenizer.encode("\n𓀀", add_special_tokens=False))
+    assert list(rare)[-5:] == ["\n", "<0xF0>", "<0x93>", "<0x80>", "<0x80>"]
+
+
+def test_turns_that_were_left_out_are_not_shown(tmp_path, tiny_tokenizer):
+    rounds = [{"human": f"question {i}", "assistant": f"answer {i}"} for i in range(9)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"conversation": rounds}))
+    rules = {"on_too_long": "truncate_left_turns"}
+    for length, shown in ((100, 6), (20, 2), (1000, 18)):
+        dataset = ChatGLM3SFTDataset(file, tiny_tokenizer, length, **rules)
+        turns = Inspection(dataset, tiny_tokenizer).rows(1)[0]["turns"]
+        assert [turn["content"] for turn in turns][-2:] == ["question 8", "answer 8"]
+        assert len(turns) == shown
 
 
 def test_no_text_of_a_row_moves_the_cursor():

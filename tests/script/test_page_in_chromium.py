@@ -60,6 +60,22 @@ def test_rows_calls_and_faults_are_laid_out_and_data_stays_text(make_page):
     assert len(re.findall(r'data-row="\d"', shown)) == 2
 
 
+def test_a_long_figure_stays_on_its_line(make_page):
+    page, inspection = make_page([{"conversation": [{"human": "q", "assistant": "a"}]}])
+    inspection.report.tokens = 1_728_148
+    measure = "document.title = Math.max(...[...document.querySelectorAll('dd')].map((node) => node.offsetHeight))"
+    text = inspection.html("rows", "nano", "chatglm3", 1)
+    page.write_text(text.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
+    assert int(re.search("<title>(.*?)</title>", dom(page))[1]) < 40
+
+
+def test_more_faults_than_the_page_holds_are_counted(make_page):
+    page, _ = make_page([{"conversation": [{"human": "q", "assistant": "a"}]}, *[{"text": "x"}] * 1200])
+    shown = dom(page)
+    assert "Faults (1,200)" in shown
+    assert "900 more are not shown" in shown
+
+
 def test_five_thousand_rows_stay_few_elements(make_page):
     rows = [
         {"conversations": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "word " * 60}]}
