@@ -39,6 +39,7 @@ class SFTDataset(Dataset):
         max_seq_length: in tokens.
         cache_dir: folder of rendered data; by default `$XDG_CACHE_HOME/luciole` or `~/.cache/luciole`.
         workers: processes that render; by default one for each core.
+        judged: raise where too many rows are bad; else `judge` is left to the caller.
         rules: the other fields of DataRules.
 
     Raises:
@@ -55,6 +56,7 @@ class SFTDataset(Dataset):
         *,
         cache_dir: str | Path | None = None,
         workers: int | None = None,
+        judged: bool = True,
         **rules,
     ):
         self.files = find_files(source)
@@ -70,7 +72,8 @@ class SFTDataset(Dataset):
             raise DataError(
                 f"{error}; the data must be readable, and cache_dir a folder with room in which files can be written"
             ) from error
-        judge(self.store.report, self.files, self.rules)
+        if judged:
+            judge(self.store.report, self.files, self.rules)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -120,8 +123,8 @@ class StreamingSFTDataset(IterableDataset):
     """Rows read, checked and rendered as they are needed, shuffled within a buffer; nothing is kept on disk.
 
     The first CHECKED_FIRST rows are checked when it is made. A bad row that comes later is logged and left out,
-    whatever `on_bad_row` says, so that it does not end a run; more than `max_bad_share` of them do. Several sources
-    are drawn from by weight, and a pass ends with the first of them that does.
+    whatever `on_bad_row` says, so that it does not end a run; more than `max_bad_share` of them do, and so does a file
+    that cannot be read on. Several sources are drawn from by weight, and a pass ends with the first of them that does.
 
     Args:
         sources, weights: one weight for each source.
@@ -137,9 +140,9 @@ class StreamingSFTDataset(IterableDataset):
             self.check_first(files)
 
     def check_first(self, files: list[Path]) -> None:
-        head = preprocessing.chunks(itertools.islice(read_files(files), CHECKED_FIRST))
+        rows = read_files(files, self.renderer.rules.on_bad_row == "skip")
         report = preprocessing.DataReport()
-        for chunk in head:
+        for chunk in preprocessing.chunks(itertools.islice(rows, CHECKED_FIRST)):
             preprocessing.add(report, preprocessing.render_chunk((self.renderer, chunk, True)), files)
         judge(report, files, self.renderer.rules)
         log_report(report, files, self.renderer.rules)
@@ -165,7 +168,8 @@ class StreamingSFTDataset(IterableDataset):
     def samples(self, files: list[Path], count: int, own: int) -> Iterator[dict[str, list[int]]]:
         """Those of every `count`-th row, from row `own` on."""
         bad = 0
-        for seen, (number, line, raw) in enumerate(itertools.islice(read_files(files), own, None, count), 1):
+        rows = itertools.islice(read_files(files, skips=True), own, None, count)
+        for seen, (number, line, raw) in enumerate(rows, 1):
             try:
                 sample, _ = self.renderer.fit(self.renderer.parse(raw)[0])
             except DataError as error:
@@ -189,14 +193,21 @@ def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir
         output_dir: where `rejected.jsonl` is written, if rows were.
 
     Returns:
-        (SFTDataset, mixture of several or StreamingSFTDataset; SFTDataset or None). Both are cheap to pickle.
+        (SFTDataset, Mixture or StreamingSFTDataset; SFTDataset or None). Both are cheap to pickle.
     """
-    rules, parts = rules_of(args), []
+    rules, workers = rules_of(args), args.preprocessing_workers
+    with_rejected: dict[Path, None] = {}  # folders of stores, each once
 
     def load(source: Source) -> SFTDataset:
-        part = make(source, tokenizer, cache_dir=args.cache_dir, workers=args.preprocessing_workers, **asdict(rules))
+        part = make(source, tokenizer, cache_dir=args.cache_dir, workers=workers, judged=False, **asdict(rules))
+        if output_dir and part.store.report.bad:
+            with_rejected[part.store.folder] = None
+            path = Path(output_dir, "rejected.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"".join((folder / "rejected.jsonl").read_bytes() for folder in with_rejected))
+            logger.warning(f"rejected rows and why: {path}")
+        judge(part.store.report, part.files, rules)
         log_report(part.store.report, part.files, rules)
-        parts.append(part)
         return part
 
     weights = args.train_file if isinstance(args.train_file, dict) else {}
@@ -206,13 +217,7 @@ def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir
         trained = StreamingSFTDataset(sources, shares, make.render, tokenizer, rules, seed)
     else:
         loaded = [load(source) for source in sources]
-        trained = mix(loaded, shares, seed) if weights else loaded[0]
-    if output_dir and any(part.store.report.bad for part in parts):
-        path = Path(output_dir, "rejected.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folders = dict.fromkeys(part.store.folder for part in parts)
-        path.write_bytes(b"".join((folder / "rejected.jsonl").read_bytes() for folder in folders))
-        logger.warning(f"rejected rows and why: {path}")
+        trained = Mixture(loaded, shares, seed) if weights else loaded[0]
     return trained, evaluated
 
 
@@ -220,22 +225,29 @@ def rules_of(args) -> DataRules:
     return DataRules(**{rule.name: getattr(args, rule.name) for rule in fields(DataRules)})
 
 
-def mix(parts: list[SFTDataset], weights: list[float], seed: int) -> Subset:
+class Mixture(Subset):
     """As many samples as the parts have together, each part's share of them being its weight's.
 
     A part whose share is above its size is gone through again, and of one below a random selection is taken.
     """
-    draw = np.random.default_rng(seed)
-    total = sum(map(len, parts))
-    chosen, offset = [], 0
-    ends = np.round(np.cumsum(weights) / sum(weights) * total).astype(int)
-    for part, count, weight in zip(parts, np.diff(ends, prepend=0).tolist(), weights, strict=True):
-        times, rest = divmod(count, len(part))
-        whole = np.tile(np.arange(len(part)), times)
-        chosen += [offset + whole, offset + draw.permutation(len(part))[:rest]]
-        offset += len(part)
-        logger.info(f"{part.files[0]}: {count} of {total} samples by its weight of {weight:g}")
-    return Subset(ConcatDataset(parts), np.concatenate(chosen))
+
+    def __init__(self, parts: list[SFTDataset], weights: list[float], seed: int):
+        draw = np.random.default_rng(seed)
+        total = sum(map(len, parts))
+        chosen, offset = [], 0
+        ends = np.round(np.cumsum(weights) / sum(weights) * total).astype(int)
+        for part, count, weight in zip(parts, np.diff(ends, prepend=0).tolist(), weights, strict=True):
+            times, rest = divmod(count, len(part))
+            whole = np.tile(np.arange(len(part)), times)
+            chosen += [offset + whole, offset + draw.permutation(len(part))[:rest]]
+            offset += len(part)
+            logger.info(f"{part.files[0]}: {count} of {total} samples by its weight of {weight:g}")
+        super().__init__(ConcatDataset(parts), np.concatenate(chosen))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample."""
+        return np.concatenate([part.lengths for part in self.dataset.datasets])[self.indices]
 
 
 def log_report(report: preprocessing.DataReport, files: list[Path], rules: DataRules) -> None:

@@ -27,7 +27,7 @@ from loguru import logger
 
 from .conversation import Conversation, DataError, choose_learned, count_rounds, oddities, without_first_rounds
 from .formats import parse_row
-from .reader import parse_line, read_lines
+from .reader import Unreadable, parse_line, read_lines
 from .template import Sample
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 20  # what a process gets at a time, whichever is reached first
@@ -164,7 +164,7 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
     """Fill `folder` for a TokenStore.
 
     Raises:
-        DataError: bad rows with `on_bad_row: stop`: the first SHOWN, and how many.
+        DataError: bad rows with `on_bad_row: stop`: the first SHOWN, and how many; or else an unreadable file.
     """
     report = DataReport()
     started = told = time.monotonic()
@@ -174,7 +174,7 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
         rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8", errors=ESCAPE))
         outputs = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
         # Once a row is bad and the run will stop, the rest is checked and no more rendered.
-        tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(read_files(files)))
+        tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(read_files(files, not stops)))
         for outcome in in_order(render_chunk, tasks, workers):
             for name in FILES:
                 values = getattr(outcome, name)
@@ -235,8 +235,13 @@ class Outcome:
 Chunk = list[tuple[int, int, bytes | DataError]]  # file number, line, row
 
 
-def read_files(files: list[Path]) -> Iterator[tuple[int, int, bytes | DataError]]:
-    return ((number, line, raw) for number, file in enumerate(files) for line, raw in read_lines(file))
+def read_files(files: list[Path], skips: bool) -> Iterator[tuple[int, int, bytes | DataError]]:
+    """Raises DataError for a file that cannot be read on, if bad rows are skipped: its rest is not known to be bad."""
+    for number, file in enumerate(files):
+        for line, raw in read_lines(file):
+            if skips and isinstance(raw, Unreadable):
+                raise DataError(f"{file}:{line}: {raw}")
+            yield number, line, raw
 
 
 def chunks(rows: Iterable[tuple[int, int, bytes | DataError]]) -> Iterator[Chunk]:

@@ -20,6 +20,10 @@ DEPTH_LIMIT = 100  # of lists and objects within one another
 CHUNK = 1 << 20
 
 
+class Unreadable(DataError):
+    """From here on a file cannot be read, so that what else it holds is unknown."""
+
+
 def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
     """The files that a path, a folder, a glob, or a list of these names, in order of name, each file once.
 
@@ -73,7 +77,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
             if isinstance(raw, DataError) or raw.strip():
                 yield line, raw
     except Exception as error:  # a disk that fails, a file that ends early or is not what it says: each library's own
-        yield line + 1, DataError(f"cannot be read on from here ({error}); restore the file")
+        yield line + 1, Unreadable(f"cannot be read on from here ({error}); restore the file")
 
 
 def open_bytes(file: Path) -> io.BufferedReader:
@@ -122,7 +126,7 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
                 depth += 1
                 if depth == 1:
                     if mark != b"[" or chunk[done:at].strip() or closed:
-                        yield line, DataError("not a JSON array; write [row, row, …], or name the file .jsonl")
+                        yield line, Unreadable("not a JSON array; write [row, row, …], or name the file .jsonl")
                         return
                     done, start_line = at + 1, 0
             elif mark in b"]}" or depth == 1:  # the end of something, or the comma between two elements
@@ -132,7 +136,7 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
                     if element.strip() or mark == b"," or after_comma:
                         yield start_line or line, element_of(element)
                     if mark == b"}":
-                        yield line, DataError("'}' where the array should end; write ]")
+                        yield line, Unreadable("'}' where the array should end; write ]")
                         return
                     element, start_line, after_comma = bytearray(), 0, mark == b","
                 depth -= mark in b"]}"
@@ -143,10 +147,10 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
         if depth:
             element += chunk[done:] if len(element) <= LINE_LIMIT else b""
         elif chunk[done:].strip():
-            yield line, DataError("not a JSON array; write [row, row, …], or name the file .jsonl")
+            yield line, Unreadable("not a JSON array; write [row, row, …], or name the file .jsonl")
             return
     if depth or not closed:
-        yield start_line or line, DataError("the array is not closed; the file may be cut short")
+        yield start_line or line, Unreadable("the array is not closed; the file may be cut short")
 
 
 def element_of(element: bytearray) -> bytes | DataError:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.conversation import DataError
 from component.formats import ROW_FORMATS, detect_format
-from component.reader import find_files, read_rows
+from component.reader import Unreadable, find_files, read_rows
 
 OUTPUTS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
@@ -59,7 +59,8 @@ def convert_files(
     """Convert whole files or nothing.
 
     Raises:
-        DataError: a bad row, if not `skip`, in which case it goes to `OUTPUT.rejected.jsonl` with the reason.
+        DataError: a bad row, if not `skip`, in which case it goes to `OUTPUT.rejected.jsonl` with the reason; a file
+            that cannot be read on.
     """
     summary = Summary()
     with whole_or_absent(output) as file, whole_or_absent(rejected_path(output) if skip else None) as rejects:
@@ -71,7 +72,7 @@ def convert_files(
                         raise row
                     converted = convert_row(row, target, source, noted.append)
                 except DataError as error:
-                    if not skip:
+                    if not skip or isinstance(error, Unreadable):
                         raise DataError(f"{path}:{line}: {error}") from None
                     entry = {"file": str(path), "line": line, "reason": str(error)}
                     entry |= {"row": row} if isinstance(row, dict) else {}

@@ -1,6 +1,7 @@
 """The data classes, from files to items. Cases 20 and 24 to 29 of the reliability scorecard end here."""
 
 import copy
+import gzip
 import json
 import os
 import subprocess
@@ -19,10 +20,10 @@ from component.dataset import (
     DATA_FORMATS,
     ChatGLM2SFTDataset,
     ChatGLM3SFTDataset,
+    Mixture,
     SFTDataset,
     StreamingSFTDataset,
     load_datasets,
-    mix,
     select_dataset,
 )
 from component.formats import parse_row
@@ -280,6 +281,19 @@ def test_a_tokenizer_that_cannot_render_a_chat_template_is_refused_at_once(tmp_p
         DATA_FORMATS["chat_template"](write(tmp_path / "rows.jsonl", ROWS), tokenizer, 100)
 
 
+def test_a_file_that_cannot_be_read_on_stops_even_a_run_that_skips_bad_rows(tmp_path, tiny_tokenizer):
+    packed = gzip.compress("".join(json.dumps(row(f"q{i}")) + "\n" for i in range(1500)).encode())
+    cut, array = tmp_path / "cut.jsonl.gz", tmp_path / "array.json"
+    cut.write_bytes(packed[:-8])
+    array.write_text(json.dumps(ROWS)[:-1])
+    rules = {"on_bad_row": "skip", "max_bad_share": 1.0}
+    for file, fault in ((cut, r"cut\.jsonl\.gz:1\d*: cannot be read on"), (array, r"array\.json:1: .* not closed")):
+        with pytest.raises(DataError, match=fault):
+            ChatGLM3SFTDataset([file, write(tmp_path / "rows.jsonl", ROWS)], tiny_tokenizer, 1000, **rules)
+        with pytest.raises(DataError, match=fault):
+            list(StreamingSFTDataset([file], [1.0], render_chatglm3, tiny_tokenizer, DataRules(1000, **rules), 0))
+
+
 def test_a_file_whose_name_is_not_utf8_is_read_and_its_rejected_rows_are_named(tmp_path, tiny_tokenizer):
     file = write(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")), [*ROWS, BAD])
     dataset = ChatGLM3SFTDataset(file, tiny_tokenizer, 1000, on_bad_row="skip", max_bad_share=1.0, cache_dir=tmp_path)
@@ -463,15 +477,16 @@ def test_files_are_mixed_by_weight(tmp_path, tiny_tokenizer):
     for name, size in (("a", 10), ("b", 40)):
         file = write(tmp_path / f"{name}.jsonl", [row(name, str(i)) for i in range(size)])
         parts.append(ChatGLM3SFTDataset(file, tiny_tokenizer, 1000, cache_dir=tmp_path / "cache"))
-    mixed = mix(parts, [3, 1], seed=0)
+    mixed = Mixture(parts, [3, 1], seed=0)
     assert len(mixed) == 50
     indices = mixed.indices.tolist()
     assert sum(index < 10 for index in indices) == 38  # 37.5, of 10 rows: each three times or four
     assert {indices.count(i) for i in range(10)} == {3, 4}
     assert all(indices.count(i) <= 1 for i in range(10, 50))
     assert mixed[0] == parts[0][0]
-    assert indices == mix(parts, [3, 1], seed=0).indices.tolist()
-    assert indices != mix(parts, [3, 1], seed=1).indices.tolist()
+    assert mixed.lengths.tolist() == [len(item["input_ids"]) for item in mixed]
+    assert indices == Mixture(parts, [3, 1], seed=0).indices.tolist()
+    assert indices != Mixture(parts, [3, 1], seed=1).indices.tolist()
 
 
 def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenizer, log):
@@ -492,6 +507,10 @@ def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenize
     assert "1 bad rows left out" in text
     load_datasets(settings(str(many), tmp_path, on_bad_row="skip"), ChatGLM3SFTDataset, tiny_tokenizer, 0, None)
     assert log[-1].endswith("… and 10 more\n")
+    args = settings(str(many), tmp_path, on_bad_row="skip", max_bad_share=0.1)
+    with pytest.raises(DataError, match=r"more than max_bad_share=0\.1"):
+        load_datasets(args, ChatGLM3SFTDataset, tiny_tokenizer, 0, str(tmp_path / "out"))
+    assert len(read_jsonl(tmp_path / "out/rejected.jsonl")) == 30
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -97,6 +97,13 @@ def test_bad_rows_can_be_left_out_with_the_reason(tmp_path):
     ]
 
 
+def test_a_file_that_cannot_be_read_on_is_not_skipped(tmp_path):
+    (tmp_path / "in.json").write_text(json.dumps([ROW])[:-1])
+    with pytest.raises(DataError, match=r"in\.json:1: the array is not closed"):
+        convert_files([tmp_path / "in.json"], tmp_path / "out.jsonl", "chatglm3", skip=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst"])
 def test_the_output_may_be_packed(tmp_path, name):
     source = write(tmp_path / "in.jsonl", [ROW] * 3)
