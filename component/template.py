@@ -7,6 +7,7 @@ import ast
 import functools
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,7 +190,8 @@ def render_chat_template(conversation: Conversation, tokenizer) -> Sample:
                 raise DataError("the tokenizer's chat template writes no control token that could end an answer")
             ends = [len(ids)]
             ids, starts, mask = [*ids, tokenizer.eos_token_id], [*starts, len(text)], [*mask, 0]
-        mask[:] = [1 if starts[at] >= begin and at <= ends[-1] else bit for at, bit in enumerate(mask)]
+        first = bisect_left(starts, begin)
+        mask[first : ends[-1] + 1] = [1] * (ends[-1] + 1 - first)
     return Sample(ids, mask)
 
 
