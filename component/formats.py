@@ -4,6 +4,8 @@ A parser raises DataError naming the field. A writer calls `lost(what)` for ever
 and raises DataError where the row would say something else. Every format is described in docs/data_format.md.
 """
 
+import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -42,7 +44,12 @@ def as_pairs(conversation: Conversation, name: str, lost: Lost) -> tuple[list[tu
     """Questions with their answers, and the system prompt before them. Raises DataError for any other order."""
     has_system = bool(conversation.turns) and conversation.turns[0].role == "system"
     system = conversation.turns[0].content if has_system else ""
-    pairs = question_answer_pairs(replace(conversation, turns=conversation.turns[has_system:]), name)
+    spoken = replace(conversation, turns=conversation.turns[has_system:])
+    pairs = question_answer_pairs(spoken, name, remedy="convert it to another format")
+    if not pairs:
+        raise DataError("has no question with an answer; remove the row")
+    if has_system and not system:
+        lost("an empty system prompt")
     if not all(answer.learned for _, answer in pairs):
         lost("loss=false of an answer")
     return [(question.content, answer.content) for question, answer in pairs], system
@@ -127,7 +134,7 @@ def parse_openai(row: dict) -> Conversation:
         calls = parse_calls(message, place)
         learned = is_learned(message, place)
         text = content_of(message, place, optional=bool(calls))
-        if message.get("reasoning_content"):  # as the templates of reasoning models have it
+        if given(message, "reasoning_content"):  # as the templates of reasoning models have it
             reasoning = take(message, "reasoning_content", str, place).strip()
             text = f"<think>\n{reasoning}\n</think>\n\n{text}"
         if text or not calls:
@@ -136,21 +143,22 @@ def parse_openai(row: dict) -> Conversation:
             joined = bool(text) or call is not calls[0]
             pending[len(turns)] = call.id
             turns.append(replace(call, learned=learned, joined=joined))
-    return Conversation(tuple(turns), unwrap_tools(row.get("tools"), "tools"))
+    key = "functions" if row.get("tools") is None else "tools"  # the older name
+    return Conversation(tuple(turns), unwrap_tools(row.get(key), key))
 
 
 def answer_call(turns: list[Turn], pending: dict[int, str], identity: Any, text: str, place: str) -> None:
     """Give the result to the call of that id, or to the first that waits where the message names none."""
     waiting = [at for at, known in pending.items() if identity in (None, "") or known == identity]
     if not waiting:
-        raise DataError(f"{place}: answers no call of the message before (tool_call_id {describe(identity)})")
+        named = f" with the id {describe(identity)}" if identity else ""
+        raise DataError(f"{place}: answers no call{named} of the message before; give that call, or remove the result")
     del pending[waiting[0]]
     turns[waiting[0]] = replace(turns[waiting[0]], observation=text, observed=True)
 
 
 def parse_calls(message: dict, place: str) -> list[Turn]:
-    calls = message.get("tool_calls")
-    if calls is None:
+    if message.get("tool_calls") in (None, []):
         legacy = message.get("function_call")
         return [] if legacy is None else [parse_call(legacy, f"{place}.function_call")]
     found = []
@@ -190,7 +198,11 @@ def content_of(message: dict, place: str, optional: bool = False) -> str:
 
 def write_openai(conversation: Conversation, lost: Lost) -> dict:
     messages, tools = chat_messages(conversation)
+    lose_empty_answers(conversation, lost)
     for message in messages:
+        identities = [call["id"] for call in message.get("tool_calls", ())]
+        if len(set(identities)) < len(identities):
+            raise DataError("has calls in one message that share an id; give each its own")
         for call in message.get("tool_calls", ()):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         if "tool_calls" in message:
@@ -204,6 +216,8 @@ def write_openai(conversation: Conversation, lost: Lost) -> dict:
         lost("the type of a result: written as its JSON")
     if tools is None and conversation.tools is not None:
         lost("tools that are no function descriptions: written as the system message that ChatGLM3 shows")
+    elif tools is not None and unwrap_tools(tools, "tools") != conversation.tools:
+        lost("the form of tools")
     return {"messages": messages} if tools is None else {"tools": tools, "messages": messages}
 
 
@@ -237,7 +251,7 @@ SHAREGPT_ROLES = {
 
 
 def parse_sharegpt(row: dict) -> Conversation:
-    turns = [Turn("system", take(row, "system", str))] if row.get("system") else []
+    turns = [Turn("system", take(row, "system", str))] if given(row, "system") else []
     pending: dict[int, str] = {}
     for i, message in enumerate(take(row, "conversations", list)):
         place = f"conversations[{i}]"
@@ -254,6 +268,8 @@ def parse_sharegpt(row: dict) -> Conversation:
         pending = {}
         if role == "call":
             calls = from_json(value, f"{place}.value")
+            if calls == []:
+                raise DataError(f"{place}.value: holds no call; remove the message")
             for j, call in enumerate(calls if isinstance(calls, list) else [calls]):
                 pending[len(turns)] = ""
                 turns.append(replace(parse_call(call, f"{place}.value"), learned=learned, joined=j > 0))
@@ -265,8 +281,9 @@ def parse_sharegpt(row: dict) -> Conversation:
 def answer_calls(turns: list[Turn], pending: dict[int, str], value: str, place: str) -> None:
     """One observation for one call, or for several a JSON list with one result each."""
     results: Any = None
-    if len(pending) > 1 and value.lstrip().startswith("["):
-        results = from_json(value, f"{place}.value")
+    if len(pending) > 1:
+        with contextlib.suppress(DataError):  # it is text, perhaps such that begins as a list does
+            results = load_json(value)
     if not isinstance(results, list) or len(results) != len(pending):
         results = [value]
     for result in results:
@@ -292,6 +309,10 @@ def write_sharegpt(conversation: Conversation, lost: Lost) -> dict:
             messages += [{"from": "observation", "value": value} for value in results_of(calls, lost)]
     row: dict[str, Any] = {"conversations": messages}
     if conversation.tools is not None:
+        if not isinstance(conversation.tools, list):
+            raise DataError("has tools that are no list, for which ShareGPT's rows have no place")
+        if unwrap_tools(conversation.tools, "tools") != conversation.tools:
+            lost("the form of tools")
         row["tools"] = json.dumps(conversation.tools, ensure_ascii=False)
     return row
 
@@ -308,6 +329,13 @@ def results_of(calls: list[Turn], lost: Lost) -> list[str]:
     if len(observed) < len(calls):
         raise DataError("has parallel calls of which only some have results, which ShareGPT's rows cannot say")
     return [json.dumps([call.observation for call in calls], ensure_ascii=False)]
+
+
+def lose_empty_answers(conversation: Conversation, lost: Lost) -> None:
+    if any(
+        not one.content and one.role != "tool" and two.joined for one, two in itertools.pairwise(conversation.turns)
+    ):
+        lost("an empty answer before a call")
 
 
 def unlearned(turns: list[Turn], lost: Lost) -> dict:
@@ -332,13 +360,13 @@ def grouped(turns: tuple[Turn, ...]) -> list[list[Turn]]:
 
 
 def parse_alpaca(row: dict) -> Conversation:
-    turns = [Turn("system", take(row, "system", str))] if row.get("system") else []
-    for i, pair in enumerate(take(row, "history", list) if row.get("history") else []):
+    turns = [Turn("system", take(row, "system", str))] if given(row, "system") else []
+    for i, pair in enumerate(take(row, "history", list) if given(row, "history") else []):
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise DataError(f"history[{i}] must be [question, answer], got {describe(pair)}")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1], learned=True)]
     question = take(row, "instruction", str)
-    if row.get("input"):
+    if given(row, "input"):
         question += "\n" + take(row, "input", str)
     return Conversation((*turns, Turn("user", question), Turn("assistant", take(row, "output", str), learned=True)))
 
@@ -363,7 +391,7 @@ GLAIVE_END = "<|endoftext|>"
 
 def parse_glaive(row: dict) -> Conversation:
     turns, tools = [], None
-    if row.get("system"):
+    if given(row, "system"):
         text = take(row, "system", str).removeprefix("SYSTEM:").strip()
         at = text.find("{")
         if "functions" in text and at >= 0:
@@ -400,7 +428,7 @@ def glaive_call(text: str) -> Turn:
     arguments = match["bare"] or match["quoted"] or "{}"
     try:
         json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = arguments.replace("\\'", "'")
     call = {"name": match["name"], "arguments": from_json(arguments, "chat: the arguments of a <functioncall>")}
     return parse_call(call, "chat: a <functioncall>")
@@ -410,10 +438,11 @@ def concatenated_json(text: str, place: str) -> list:
     values, at, decoder = [], 0, json.JSONDecoder()
     while at < len(text):
         try:
-            value, at = decoder.raw_decode(text, at)
-        except ValueError as error:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: a function's description is not JSON ({error})") from None
-        values.append(value)
+        values.append(from_json(text[at:end], place))
+        at = end
         at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
     return values
 
@@ -424,13 +453,24 @@ def write_glaive(conversation: Conversation, lost: Lost) -> dict:
         tools = wrap_tools(conversation.tools)
         if not tools:
             raise DataError("has tools that are no function descriptions, for which Glaive's rows have no place")
-        described = [json.dumps(tool["function"], indent=4, ensure_ascii=False) for tool in tools]
+        functions = [tool["function"] for tool in tools]
+        if functions != conversation.tools:
+            lost("the form of tools")
+        described = [json.dumps(function, indent=4, ensure_ascii=False) for function in functions]
         system = "\n\n".join([GLAIVE_TOOLS, *described])
         if turns and turns[0].role == "system":
             lost("a system prompt beside tools")
             turns.pop(0)
     else:
-        system = turns.pop(0).content if turns and turns[0].role == "system" else ""
+        has_system = bool(turns) and turns[0].role == "system"
+        system = turns.pop(0).content if has_system else ""
+        if has_system and not system:
+            lost("an empty system prompt")
+        if system != system.strip() or ("functions" in system and "{" in system):
+            raise DataError("has a system prompt with space at an end or that Glaive's rows take for tools")
+    if not turns:
+        raise DataError("has no question or answer; remove the row")
+    lose_empty_answers(conversation, lost)
     chat = []
     for group in grouped(tuple(turns)):
         unlearned_flag = unlearned(group, lost)
@@ -446,7 +486,9 @@ def write_glaive(conversation: Conversation, lost: Lost) -> dict:
             chat.append(f"USER: {text}")
             continue
         for call in calls:
-            arguments = json.dumps(call.parameters, ensure_ascii=False)
+            arguments = plain_for_glaive(json.dumps(call.parameters, ensure_ascii=False))
+            if plain_for_glaive(call.name).count('"'):
+                raise DataError(f"the function's name {call.name!r} holds a quote, which Glaive's rows cannot say")
             text += f' <functioncall> {{"name": "{call.name}", "arguments": \'{arguments}\'}}'
             if call.id:
                 lost("the ids of calls")
@@ -491,7 +533,7 @@ ROW_FORMATS: dict[str, RowFormat] = {
     "openai": row_format(
         parse_openai,
         write_openai,
-        "messages tools",
+        "messages tools functions",
         "role content name loss weight tool_calls function_call tool_call_id reasoning_content",
     ),
     "sharegpt": row_format(parse_sharegpt, write_sharegpt, "conversations tools system", "from value loss weight"),
@@ -548,6 +590,11 @@ def is_learned(message: dict, place: str) -> bool:
     if weight not in (0, 1):
         raise DataError(f"{place}.weight must be 0 or 1, got {describe(weight)}")
     return flag(message, "loss", place, default=weight == 1)
+
+
+def given(holder: dict, key: str) -> bool:
+    """Whether there is something to take: null and an empty text say that there is not, 0 and false are wrong."""
+    return holder.get(key) not in (None, "")
 
 
 def flag(holder: dict, key: str, place: str, *, default: bool) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .conversation import names_of
+from .conversation import count_rounds, names_of
 from .dataset import SFTDataset
 from .preprocessing import CUT, DROPPED, NOTES, SHORTENED
 from .reader import read_lines
@@ -62,8 +62,7 @@ class Inspection:
             lines.append(f"{start:>7} – {end - 1:<7}{count:>10,} {bar}")
         for kind, (count, first) in (self.report.notes | self.report.odd).items():
             lines.append(f"{count:,} rows, the first at {first}: {kind}")
-        faults = [*self.report.faults, f"… and {self.report.bad - len(self.report.faults)} more"]
-        lines += ["", f"{self.report.bad} bad rows", *faults[: self.report.bad]] if self.report.bad else []
+        lines += ["", f"{self.report.bad:,} bad rows", *self.report.fault_lines()] if self.report.bad else []
         return "\n".join(lines)
 
     def tokens(self, index: int, colours: bool) -> str:
@@ -82,6 +81,8 @@ class Inspection:
         if token in self.control:
             return str(raw or self.tokenizer.added_tokens_decoder[token])  # ChatGLM's own has no name for its end
         text = self.tokenizer.decode([token])
+        if text == "\ufffd" and str(raw).startswith("<0x"):  # a byte of a character that the vocabulary does not have
+            return raw
         return f" {text}" if str(raw).startswith("▁") and not text.startswith(" ") else text
 
     def html(self, title: str, model: str, data_format: str, limit: int) -> str:
@@ -99,6 +100,7 @@ class Inspection:
             "shown": shown,
             "total": len(self.dataset),
             "histogram": {"edges": edges, "counts": counts},
+            "bad": self.report.bad,
             "faults": self.faults(),
             "warnings": [
                 {"reason": kind, "count": count, "first": first}
@@ -137,7 +139,10 @@ class Inspection:
 
     def row(self, index: int, raw: bytes) -> dict[str, Any]:
         conversation, odd = self.dataset.renderer.parse(raw)
-        notes = [*filter(None, [NOTES[self.dataset.store.notes[index]]]), *odd]
+        note = NOTES[self.dataset.store.notes[index]]
+        if note and self.dataset.rules.on_too_long == "truncate_left_turns" and count_rounds(conversation) > 1:
+            conversation = self.dataset.renderer.shorten(conversation)
+        notes = [*([note] if note else []), *odd]
         ids, mask = (values.tolist() for values in self.dataset.store[index])
         if index in self.duplicates:
             notes.append(f"duplicate of {self.dataset.place(self.duplicates[index])}")
@@ -169,4 +174,6 @@ def find_duplicates(dataset: SFTDataset) -> dict[int, int]:
 
 
 def visible(piece: str) -> str:
-    return piece.replace(" ", "·").replace("\n", "↵\n").replace("\t", "→") or "∅"
+    """What a terminal may be given: no text of a row can move its cursor or turn the line around."""
+    shown = piece.replace(" ", "·").replace("\t", "→")
+    return "".join(c if c.isprintable() else "↵\n" if c == "\n" else f"U+{ord(c):04X}" for c in shown) or "∅"

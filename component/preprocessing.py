@@ -18,15 +18,16 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from loguru import logger
 
 from .conversation import Conversation, DataError, choose_learned, count_rounds, oddities, without_first_rounds
 from .formats import parse_row
-from .reader import parse_line, read_lines
+from .reader import Unreadable, parse_line, read_lines
 from .template import Sample
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 20  # what a process gets at a time, whichever is reached first
@@ -34,6 +35,7 @@ PARALLEL_FROM = 4 << 20  # bytes of input; below, starting processes costs more 
 SHOWN = 20  # faults in an error message
 PLACE_BITS = 40  # of a place, the low ones that hold the line; those above hold the file's number
 FILES = {"input_ids": np.int32, "target_mask": np.uint8, "ends": np.int64, "lines": np.int64, "notes": np.uint8}
+ESCAPE = "backslashreplace"  # for files' names that are not UTF-8
 
 CUT, SHORTENED, DROPPED = "cut", "early turns dropped", "too long, dropped"
 NOTES = (None, CUT, SHORTENED)  # what `notes.bin` counts through
@@ -66,6 +68,11 @@ class DataReport:
     notes: dict[str, list] = field(default_factory=dict)  # CUT, SHORTENED, DROPPED
     odd: dict[str, list] = field(default_factory=dict)  # what is unusual but legal
 
+    def fault_lines(self) -> list[str]:
+        """The first SHOWN, and how many there are beside."""
+        more = self.bad - len(self.faults)
+        return [*self.faults, *([f"… and {more} more"] if more else [])]
+
     def count(self, kind: str) -> int:
         return self.notes.get(kind, [0])[0]
 
@@ -97,23 +104,23 @@ class RowRenderer:
         if len(sample.input_ids) > limit:
             if self.rules.on_too_long == "drop":
                 return None, DROPPED
-            if self.rules.on_too_long == "truncate_left_turns" and (rounds := count_rounds(conversation)) > 1:
-                sample, note = self.shorten(conversation, rounds), SHORTENED
+            if self.rules.on_too_long == "truncate_left_turns" and count_rounds(conversation) > 1:
+                sample, note = self.render(self.shorten(conversation), self.tokenizer), SHORTENED
             if len(sample.input_ids) > limit:
                 note = CUT
                 sample = Sample(sample.input_ids[:limit], sample.target_mask[:limit])
         # Nothing predicts the first token, so learning starts at the second.
         return (sample, note) if any(sample.target_mask[1:]) else (None, DROPPED)
 
-    def shorten(self, conversation: Conversation, rounds: int) -> Sample:
+    def shorten(self, conversation: Conversation) -> Conversation:
         """Without as many early rounds as must go; the last one stays."""
 
         def fits(gone: int) -> bool:
             return len(self.render(without_first_rounds(conversation, gone), self.tokenizer).input_ids) <= limit
 
         limit = self.rules.max_seq_length
-        gone = bisect_left(range(1, rounds - 1), True, key=fits) + 1
-        return self.render(without_first_rounds(conversation, gone), self.tokenizer)
+        gone = bisect_left(range(1, count_rounds(conversation) - 1), True, key=fits) + 1
+        return without_first_rounds(conversation, gone)
 
 
 class TokenStore:
@@ -123,13 +130,17 @@ class TokenStore:
         if not folder.is_dir():  # a process on another machine
             raise DataError(f"{folder}: not there; set cache_dir to a folder that all machines share")
         self.folder = folder
-        self.report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-        for name, dtype in FILES.items():
-            path = folder / f"{name}.bin"
-            setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype))
-        sizes = [len(getattr(self, name)) for name in FILES]
-        if sizes != [self.report.tokens] * 2 + [self.report.kept] * 3:
-            raise DataError(f"{folder}: damaged; delete it, and it will be made anew")
+        try:
+            self.report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+            for name, dtype in FILES.items():
+                path = folder / f"{name}.bin"
+                setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype))
+            tokens, kept = self.report.tokens, self.report.kept
+            sizes = [len(getattr(self, name)) for name in FILES]
+            if [*sizes, *self.ends[-1:]] != [tokens] * 2 + [kept] * 3 + [tokens] * bool(kept):
+                raise ValueError("its files do not fit one another")
+        except (OSError, TypeError, ValueError) as error:
+            raise DataError(f"{folder}: damaged; delete it, and it will be made anew ({error})") from error
 
     def __reduce__(self):
         return TokenStore, (self.folder,)  # to another process goes the folder's name, not the data
@@ -153,17 +164,17 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
     """Fill `folder` for a TokenStore.
 
     Raises:
-        DataError: bad rows with `on_bad_row: stop`: the first SHOWN, and how many.
+        DataError: bad rows with `on_bad_row: stop`: the first SHOWN, and how many; or else an unreadable file.
     """
     report = DataReport()
     started = told = time.monotonic()
     stops = renderer.rules.on_bad_row == "stop"
     workers = workers if sum(file.stat().st_size for file in files) > PARALLEL_FROM else 1
     with ExitStack() as stack:
-        rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8"))
+        rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8", errors=ESCAPE))
         outputs = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
         # Once a row is bad and the run will stop, the rest is checked and no more rendered.
-        tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(files))
+        tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(read_files(files, not stops)))
         for outcome in in_order(render_chunk, tasks, workers):
             for name in FILES:
                 values = getattr(outcome, name)
@@ -177,7 +188,7 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
                 logger.info(f"{report.rows:,} rows prepared, {report.rows / (now - started):,.0f} rows/s")
     if report.bad and stops:
         judge(report, files, renderer.rules)
-    (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8", errors=ESCAPE)
 
 
 def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
@@ -185,20 +196,19 @@ def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
     `max_bad_share`, or no sample."""
     name = f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     if report.bad and rules.on_bad_row == "stop":
-        more = f"\n… and {report.bad - SHOWN} more" if report.bad > SHOWN else ""
         head = f"{name}: {report.bad} bad rows of {report.rows}; mend them, or set on_bad_row to skip"
-        raise DataError("\n".join([head, *report.faults]) + more)
+        raise DataError("\n".join([head, *report.fault_lines()]))
     lost = report.bad + report.count(DROPPED)
     if not report.rows:
         raise DataError(f"{name}: nothing to learn: the file has no rows")
     if not report.kept:
         at = f"no learned token survives max_seq_length={rules.max_seq_length}" if report.notes else "every row is bad"
-        raise DataError("\n".join([f"{name}: nothing to learn: {at}", *report.faults]))
+        raise DataError("\n".join([f"{name}: nothing to learn: {at}", *report.fault_lines()]))
     if lost > rules.max_bad_share * report.rows:
         raise DataError(
             f"{name}: {report.bad} rows are bad and {report.count(DROPPED)} too long, of {report.rows}: more than "
             f"max_bad_share={rules.max_bad_share:g}; mend them, raise max_seq_length={rules.max_seq_length}, or raise "
-            "max_bad_share" + "".join(f"\n{fault}" for fault in report.faults)
+            "max_bad_share" + "".join(f"\n{fault}" for fault in report.fault_lines())
         )
 
 
@@ -225,16 +235,24 @@ class Outcome:
 Chunk = list[tuple[int, int, bytes | DataError]]  # file number, line, row
 
 
-def chunks(files: list[Path]) -> Iterator[Chunk]:
-    chunk: Chunk = []
-    size = 0
+def read_files(files: list[Path], skips: bool) -> Iterator[tuple[int, int, bytes | DataError]]:
+    """Raises DataError for a file that cannot be read on, if bad rows are skipped: its rest is not known to be bad."""
     for number, file in enumerate(files):
         for line, raw in read_lines(file):
-            chunk.append((number, line, raw))
-            size += len(raw) if isinstance(raw, bytes) else 0
-            if len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
+            if skips and isinstance(raw, Unreadable):
+                raise DataError(f"{file}:{line}: {raw}")
+            yield number, line, raw
+
+
+def chunks(rows: Iterable[tuple[int, int, bytes | DataError]]) -> Iterator[Chunk]:
+    chunk: Chunk = []
+    size = 0
+    for number, line, raw in rows:
+        chunk.append((number, line, raw))
+        size += len(raw) if isinstance(raw, bytes) else 0
+        if len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
     if chunk:
         yield chunk
 
@@ -247,13 +265,13 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
     for number, line, raw in chunk:
         try:
             conversation, unusual = renderer.parse(raw)
-            turns += len(conversation.turns)
-            odd += [(number, line, what) for what in unusual]
             sample, note = renderer.fit(conversation) if renders else (None, None)
         except DataError as error:
             text = "" if isinstance(raw, DataError) else raw.decode(errors="backslashreplace").strip()
             rejected.append((number, line, str(error), text))
             continue
+        turns += len(conversation.turns)
+        odd += [(number, line, what) for what in unusual]
         fitted += [(number, line, note)] if note else []
         if sample:
             ids.fromlist(sample.input_ids)
@@ -313,8 +331,15 @@ def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
 
 def share(work: Callable, shared: object) -> None:
     global work_on_shared
+    Thread(target=end_with_parent, daemon=True).start()
     gc.freeze()  # what the fork has from its parent need never be looked through
     work_on_shared = lambda rest: work((shared, *rest))  # noqa: E731
+
+
+def end_with_parent() -> None:
+    """A parent that was killed cannot end its pool, whose processes would wait for work for ever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def work_on(rest: list):

@@ -20,13 +20,17 @@ DEPTH_LIMIT = 100  # of lists and objects within one another
 CHUNK = 1 << 20
 
 
+class Unreadable(DataError):
+    """From here on a file cannot be read, so that what else it holds is unknown."""
+
+
 def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The files that a path, a folder, a glob, or a list of these names, in order of name, each once.
+    """The files that a path, a folder, a glob, or a list of these names, in order of name, each file once.
 
     Raises:
         DataError: a name that leads to no file, or a file whose ending is none of SUFFIXES.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # by where they are, since links may lead to one file by many ways
     for item in [source] if isinstance(source, (str, Path)) else source:
         path = Path(item)
         if path.is_dir():
@@ -37,13 +41,16 @@ def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
             files = sorted(file for name in glob.glob(str(item), recursive=True) if (file := Path(name)).is_file())
         if not files:
             raise DataError(f"{item}: no file there; expected one of {', '.join(SUFFIXES)}")
-        found |= dict.fromkeys(files)
-    for file in found:
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    if not found:
+        raise DataError("no file is named")
+    for file in found.values():
         if not file.is_file():
             raise DataError(f"{file}: no such file in {Path.cwd()}")
         if not file.name.endswith(SUFFIXES):
             raise DataError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-    return list(found)
+    return list(found.values())
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict | DataError]]:
@@ -69,17 +76,17 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
         for line, raw in rows:
             if isinstance(raw, DataError) or raw.strip():
                 yield line, raw
-    except (OSError, EOFError, ValueError) as error:  # a disk that fails, a file that ends early or is not what it says
-        yield line + 1, DataError(f"cannot be read on from here ({error}); restore the file")
+    except Exception as error:  # a disk that fails, a file that ends early or is not what it says: each library's own
+        yield line + 1, Unreadable(f"cannot be read on from here ({error}); restore the file")
 
 
 def open_bytes(file: Path) -> io.BufferedReader:
     if file.name.endswith(".gz"):
         return io.BufferedReader(gzip.open(file))
     if file.name.endswith(".zst"):
-        import zstandard
+        import pyarrow  # which says that a file ends early; zstandard takes what there is
 
-        return io.BufferedReader(zstandard.open(file, "rb"))
+        return io.BufferedReader(pyarrow.CompressedInputStream(open(file, "rb"), "zstd"))
     return open(file, "rb")
 
 
@@ -100,6 +107,7 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
     """The elements of a file's one JSON array, each with the line that it starts on."""
     structure = re.compile(rb'["\\\[\]{},\n]')
     line, start_line, depth, in_string, escaped, element, closed = 1, 1, 0, False, -1, bytearray(), False
+    after_comma = False
     while chunk := stream.read(CHUNK):
         done = 0
         for match in structure.finditer(chunk):
@@ -118,16 +126,19 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
                 depth += 1
                 if depth == 1:
                     if mark != b"[" or chunk[done:at].strip() or closed:
-                        yield line, DataError("not a JSON array; write [row, row, …], or name the file .jsonl")
+                        yield line, Unreadable("not a JSON array; write [row, row, …], or name the file .jsonl")
                         return
                     done, start_line = at + 1, 0
             elif mark in b"]}" or depth == 1:  # the end of something, or the comma between two elements
                 if depth == 1:
                     element += chunk[done:at]
                     done = at + 1
-                    if element.strip() or mark == b",":
+                    if element.strip() or mark == b"," or after_comma:
                         yield start_line or line, element_of(element)
-                    element, start_line = bytearray(), 0
+                    if mark == b"}":
+                        yield line, Unreadable("'}' where the array should end; write ]")
+                        return
+                    element, start_line, after_comma = bytearray(), 0, mark == b","
                 depth -= mark in b"]}"
                 closed = closed or depth == 0
             if depth and not start_line and (depth > 1 or in_string):
@@ -136,16 +147,16 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
         if depth:
             element += chunk[done:] if len(element) <= LINE_LIMIT else b""
         elif chunk[done:].strip():
-            yield line, DataError("not a JSON array; write [row, row, …], or name the file .jsonl")
+            yield line, Unreadable("not a JSON array; write [row, row, …], or name the file .jsonl")
             return
     if depth or not closed:
-        yield start_line or line, DataError("the array is not closed; the file may be cut short")
+        yield start_line or line, Unreadable("the array is not closed; the file may be cut short")
 
 
 def element_of(element: bytearray) -> bytes | DataError:
     if len(element) > LINE_LIMIT:
         return too_long()
-    return bytes(element).strip() or DataError("nothing stands between two commas; remove one")
+    return bytes(element).strip() or DataError("nothing stands beside a comma; remove it")
 
 
 def too_long() -> DataError:
@@ -156,16 +167,22 @@ def read_parquet(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
     """Rows as JSON. Arrow fills what a row does not have with null, so a null key counts as absent."""
     import pyarrow.parquet
 
-    line = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            line += 1
+    with open(file, "rb") as stream:
+        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=256)
+        for line, row in enumerate((batch.slice(i, 1) for batch in batches for i in range(len(batch))), 1):
             try:
-                yield line, json.dumps(without_null(row), ensure_ascii=False).encode()
-            except TypeError as error:
+                (values,) = row.to_pylist()
+                raw = json.dumps(without_null(values), ensure_ascii=False, default=as_text).encode()
+                yield line, raw if len(raw) <= LINE_LIMIT else too_long()
+            except Exception as error:  # dates out of range, text that is not UTF-8, bytes …: each library's own
                 yield line, DataError(f"{error}; store text, numbers, lists and structs alone")
-            except UnicodeEncodeError:
-                yield line, DataError("holds half of a surrogate pair; remove it")
+
+
+def as_text(value: Any) -> str:
+    """A date, a time or a decimal, which data sets carry beside their rows."""
+    if isinstance(value, bytes):
+        raise TypeError(f"holds binary data, {value[:20]!r}")
+    return str(value)
 
 
 def without_null(value: Any) -> Any:
@@ -177,7 +194,10 @@ def without_null(value: Any) -> Any:
 def parse_line(raw: bytes) -> dict:
     """One row. Raises DataError for anything but one JSON object in UTF-8 that Python can hold and write again."""
     try:
-        row = load_json(raw.decode().strip())
+        text = raw.decode().strip()
+        if text.startswith("["):
+            raise DataError("a row must be a JSON object, not a list; name a file that is one JSON array .json")
+        row = load_json(text)
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     if not isinstance(row, dict):

@@ -7,6 +7,8 @@ import ast
 import functools
 import json
 import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +116,9 @@ def render_firefly(conversation: Conversation, tokenizer) -> Sample:
     return sample
 
 
-def question_answer_pairs(conversation: Conversation, data_format: str) -> list[tuple[Turn, Turn]]:
+def question_answer_pairs(
+    conversation: Conversation, data_format: str, remedy: str = "set data_format to chat_template"
+) -> list[tuple[Turn, Turn]]:
     """The turns of a conversation that is nothing but questions with answers. Raises DataError for any other."""
     turns = conversation.turns
     others = {turn.role for turn in turns} - {"user", "assistant"}
@@ -125,7 +129,7 @@ def question_answer_pairs(conversation: Conversation, data_format: str) -> list[
         reason = f"{data_format} has pairs of user and assistant alone"
     else:
         return list(zip(turns[::2], turns[1::2], strict=True))
-    raise DataError(f"{reason}; remove the row, or set data_format to chat_template")
+    raise DataError(f"{reason}; remove the row, or {remedy}")
 
 
 # data_format chat_template: the tokenizer's own template, by the conventions of transformers' apply_chat_template
@@ -156,12 +160,16 @@ def render_chat_template(conversation: Conversation, tokenizer) -> Sample:
         except Exception as error:  # a template's raise_exception, and whatever it does to a row that it did not expect
             raise DataError(f"the tokenizer's chat template refuses the row: {error}") from None
 
-    text = write(messages)
-    left_out = [
-        "a call" if "tool_calls" in message else f"a message of role {message['role']}"
-        for message in messages
-        if not is_written(message, text)
-    ]
+    def body_of(i: int) -> int:
+        """Where message i's own words (of calls: the last one's name) begin in `text`."""
+        return common_prefix(text, write([*messages[:i], marked(messages[i]), *messages[i + 1 :]]))
+
+    try:
+        text = write(messages)
+    except DataError:  # Mistral's refuses other services' ids
+        messages = with_short_ids(messages)
+        text = write(messages)
+    left_out = [what for message in messages for what in missing_of(message, text)]
     left_out += ["tools" for tool in tools or () if tool["function"]["name"] not in text]
     if left_out:
         raise DataError(f"the tokenizer's chat template leaves out {left_out[0]}; change the row or the template")
@@ -169,21 +177,47 @@ def render_chat_template(conversation: Conversation, tokenizer) -> Sample:
     mask = [0] * len(ids)
     controls = [i for i, token in enumerate(ids) if token in control_ids]
     for i in [i for i, is_learned in enumerate(learned) if is_learned]:
-        body = common_prefix(text, write([*messages[:i], marked(messages[i]), *messages[i + 1 :]]))
-        prompt, whole = write(messages[:i], ask=True) if i else "", text
-        begin = len(prompt) if prompt and text.startswith(prompt) and len(prompt) <= body else body
-        if i + 1 < len(messages):
-            whole = write(messages[: i + 1])
-        own = [at for at in controls if body <= starts[at] < len(whole)] if text.startswith(whole) else []
-        later = [at for at in controls if starts[at] >= body]
-        end = own[-1] if own else later[0] if later else None
-        if end is None:
+        if (body := body_of(i)) == len(text):
+            raise DataError("the tokenizer's chat template leaves out an answer or call; change the row or it")
+        whole = write(messages[: i + 1]) if i + 1 < len(messages) else text
+        begin = answer_begin(text, body, starts, whole, messages[:i], write)
+        ends = [at for at in controls if body <= starts[at] < len(whole)] if text.startswith(whole) else []
+        if not ends:
+            following = next((at for j in range(i + 1, len(messages)) if (at := body_of(j)) > body), len(text))
+            ends = [at for at in controls if body <= starts[at] < following][:1]
+        if not ends:
             if i + 1 < len(messages) or tokenizer.eos_token_id is None:
                 raise DataError("the tokenizer's chat template writes no control token that could end an answer")
-            end = len(ids)
+            ends = [len(ids)]
             ids, starts, mask = [*ids, tokenizer.eos_token_id], [*starts, len(text)], [*mask, 0]
-        mask[:] = [1 if starts[at] >= begin and at <= end else bit for at, bit in enumerate(mask)]
+        first = bisect_left(starts, begin)
+        mask[first : ends[-1] + 1] = [1] * (ends[-1] + 1 - first)
     return Sample(ids, mask)
+
+
+def answer_begin(text: str, body: int, starts: list[int], whole: str, before: list[dict], write: Callable) -> int:
+    """Where in `text` an answer begins, which is where its generation prompt ends.
+
+    Args:
+        body: where its own words begin.
+        starts: of the tokens of `text`.
+        whole: the text of a conversation that ends with the answer.
+        before: the messages before it.
+    """
+    if not before:
+        return body
+    prompt = write(before, ask=True)
+    if text.startswith(prompt):
+        return len(prompt)
+    if whole.startswith(prompt):  # Mistral's, which shows the tools before the last question alone
+        answer = whole[len(prompt) :]
+        at = text.find(answer, max(body - len(answer), 0), body + len(answer))
+        if 0 <= at <= body:
+            return at
+    if text.startswith(write(before)):  # Qwen3.5's, whose prompt opens a thought that earlier answers do not show
+        shared = common_prefix(text, prompt)
+        return max(start for start in starts if start <= shared)
+    return body
 
 
 def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | None]:
@@ -235,11 +269,29 @@ def wrap_tools(tools: Any) -> list[dict] | None:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def is_written(message: dict, text: str) -> bool:
-    """Whether the template has written a message. (Some remove an answer's reasoning, and quote results.)"""
-    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    parts = names if message["role"] in ("assistant", "tool") else [message["content"].strip()]
-    return all(part in text for part in parts)
+def missing_of(message: dict, text: str) -> Iterator[str]:
+    """What of a message the template has not written. (Some remove an answer's reasoning, and quote results.)"""
+    content, calls = message["content"].split("</think>")[-1].strip(), message.get("tool_calls", ())
+    if any(call["function"]["name"] not in text for call in calls):
+        yield "a call"
+    if calls and content not in text:
+        yield "the text beside a call"
+    if message["role"] not in ("assistant", "tool") and content not in text:
+        yield f"a message of role {message['role']}"
+
+
+def with_short_ids(messages: list[dict]) -> list[dict]:
+    """The messages with every call's id replaced by nine letters and digits."""
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    short = {call["id"]: f"call{i:05}" for i, call in enumerate(calls)}
+    renamed = []
+    for message in messages:
+        if "tool_calls" in message:
+            message = message | {"tool_calls": [call | {"id": short[call["id"]]} for call in message["tool_calls"]]}
+        if "tool_call_id" in message:
+            message = message | {"tool_call_id": short[message["tool_call_id"]]}
+        renamed.append(message)
+    return renamed
 
 
 def marked(message: dict) -> dict:

@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.conversation import DataError
 from component.formats import ROW_FORMATS, detect_format
-from component.reader import find_files, read_rows
+from component.reader import Unreadable, find_files, read_rows
+
+OUTPUTS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 @dataclass
@@ -40,12 +42,14 @@ def convert_row(row: dict, target: str, source: str | None, lost) -> dict:
     name = source or detect_format(row)
     own = ROW_FORMATS[name]
     written = ROW_FORMATS[target].write(own.parse(row), lost)
-    for turn in next((row[key] for key in ("conversations", "conversation", "messages") if key in row), []):
-        for key in sorted(turn.keys() - own.turn_keys):
+    for turns in own.keys & {"conversations", "conversation", "messages"}:
+        for key in sorted({key for turn in row[turns] for key in turn} - own.turn_keys):
             lost(f"{key!r} of a turn")
     kept = {key: value for key, value in row.items() if key not in own.keys}
-    for key in kept.keys() & ROW_FORMATS[target].keys:
-        lost(f"{key!r} of the row, which means something else in {target}")
+    for key in sorted(kept):
+        if key in ROW_FORMATS[target].keys or detect_format({key: kept[key]} | written) != detect_format(written):
+            lost(f"{key!r} of the row, which means something else in {target}")
+            del kept[key]
     return kept | written
 
 
@@ -55,7 +59,8 @@ def convert_files(
     """Convert whole files or nothing.
 
     Raises:
-        DataError: a bad row, if not `skip`, in which case it goes to `OUTPUT.rejected.jsonl` with the reason.
+        DataError: a bad row, if not `skip`, in which case it goes to `OUTPUT.rejected.jsonl` with the reason; a file
+            that cannot be read on.
     """
     summary = Summary()
     with whole_or_absent(output) as file, whole_or_absent(rejected_path(output) if skip else None) as rejects:
@@ -67,11 +72,11 @@ def convert_files(
                         raise row
                     converted = convert_row(row, target, source, noted.append)
                 except DataError as error:
-                    if not skip:
+                    if not skip or isinstance(error, Unreadable):
                         raise DataError(f"{path}:{line}: {error}") from None
                     entry = {"file": str(path), "line": line, "reason": str(error)}
                     entry |= {"row": row} if isinstance(row, dict) else {}
-                    rejects.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                    rejects.write(json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
                     summary.rejected += 1
                     continue
                 file.write(json.dumps(converted, ensure_ascii=False).encode() + b"\n")
@@ -123,15 +128,18 @@ def compressing(file: BinaryIO, name: str) -> contextlib.AbstractContextManager[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders or globs")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=", ".join(OUTPUTS))
     parser.add_argument("--to", choices=ROW_FORMATS, default="chatglm3", help="format to write [chatglm3]")
     parser.add_argument("--from", dest="source", choices=ROW_FORMATS, help="format to read [each row's own]")
     parser.add_argument(
         "--on_bad_row", choices=("stop", "skip"), default="stop", help="skip: leave bad rows out [stop]"
     )
     cli = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
     try:
         sources = find_files(cli.input)
+        if not cli.output.resolve().name.endswith(OUTPUTS) and (cli.output.is_file() or not cli.output.exists()):
+            raise DataError(f"{cli.output}: JSON Lines are written; end the name with {', '.join(OUTPUTS)}")
         summary = convert_files(sources, cli.output, cli.to, cli.source, skip=cli.on_bad_row == "skip")
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)

@@ -32,6 +32,7 @@ def main() -> None:
     from component.report import configure_logging
 
     configure_logging(rank=0)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
     try:
         inspect(cli)
     except (ArgumentError, DataError, OSError) as error:
@@ -67,7 +68,8 @@ def inspect(cli: argparse.Namespace) -> None:
     else:
         print(f"{title} for {args.model_name_or_path}, data format {data_format}\n\n{inspection.table()}")
     if cli.html:
-        cli.html.write_text(inspection.html(title, args.model_name_or_path, data_format, cli.rows), encoding="utf-8")
+        page = inspection.html(title, args.model_name_or_path, data_format, cli.rows)
+        cli.html.write_text(page, "utf-8", errors="backslashreplace")
         print(f"page: {cli.html}")
 
 

@@ -347,6 +347,25 @@ def test_bad_input_ends_with_exit_code_2_and_one_line_that_names_it(job, capsys,
     assert message in capsys.readouterr().err
 
 
+def test_bad_lines_and_no_lines_stop_before_the_model_loads(job, tmp_path, capsys, monkeypatch):
+    """Cases 19 and 24 of the reliability scorecard."""
+    monkeypatch.setattr("component.model.load_model", lambda *_: pytest.fail("the model was loaded"))
+    lines, file = [json.dumps(row) for row in ROWS], tmp_path / "bad.jsonl"
+    faults = {
+        f"{file}:{k}: column 22: not JSON": [*lines[: k - 1], lines[k - 1][:20] + "}", *lines[k:]] for k in (1, 6, 12)
+    }
+    faults |= {
+        f"{file}:12: column 37: not JSON": [*lines[:11], lines[11][:40]],
+        "the file has no rows": ["", " \r", ""],
+    }
+    for message, text in faults.items():
+        file.write_text("\n".join(text), encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            job(train_file=str(file))
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 def test_an_earlier_run_is_refused_and_on_request_moved_aside(job, capsys):
     folder = job()
     before = adapter(folder / "final")

@@ -5,6 +5,7 @@ The templates are short ones of our own for what is tested here: turns, tools, c
 
 import importlib.util
 import json
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -48,9 +49,12 @@ GLM4 = """{{- '[gMASK]<sop>' }}{% for tool in tools or [] %}{{ '<|system|>\n' + 
 {{ call.function.arguments | tojson }}{% endfor %}{% elif m.role == 'tool' %}<|observation|>
 {{ m.content }}{% else %}{{ '<|' + m.role + '|>\n' + m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% endif %}"""
-MISTRAL = """{{- bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.index0 == 0 %}
+# Whose tools stand before the last question alone, and which refuses ids of another length.
+MISTRAL = """{{- bos_token }}{% set last = messages | selectattr('role', 'equalto', 'user') | list | last %}
+{%- for m in messages %}{% if m.role == 'user' %}{% if tools and m == last %}
 {{- '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}[INST] {{ m.content }}[/INST]
-{%- elif m.tool_calls %}[TOOL_CALLS][{% for call in m.tool_calls %}{{ ', ' if not loop.first else '' }}
+{%- elif m.tool_calls %}[TOOL_CALLS][{% for call in m.tool_calls %}{% if call.id | length != 9 %}
+{{- raise_exception('ids of length 9') }}{% endif %}{{ ', ' if not loop.first else '' }}
 {{- {'name': call.function.name, 'arguments': call.function.arguments, 'id': call.id} | tojson }}
 {%- endfor %}]{{ eos_token }}
 {%- elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}
@@ -219,10 +223,13 @@ def test_calls_are_learned_whole_and_results_are_not(family, expected):
     assert '"weather"' in text[: text.index("⟦")]  # the tools
 
 
-def test_control_tokens_inside_a_call_do_not_end_it():
+@pytest.mark.parametrize("thought", ["", "think: "])
+def test_control_tokens_inside_a_call_do_not_end_it(thought):
+    """Also where the generation prompt opens a thought that the template does not write into a row."""
     row = with_calls("a", "b")
     del row["tools"]
-    assert shown(row, make_tokenizer(DEEPSEEK, "<s>", "</s>", "calls /calls call /call sep output /output")) == (
+    template = DEEPSEEK.replace("'<|assistant|>' if", f"'<|assistant|>{thought}' if")
+    assert shown(row, make_tokenizer(template, "<s>", "</s>", "calls /calls call /call sep output /output")) == (
         '<s><|user|>q<|assistant|>⟦<|calls|><|call|>weather<|sep|>{"city": "a"}<|/call|>'
         '<|call|>weather<|sep|>{"city": "b"}<|/call|><|/calls|></s>⟧'
         "<|output|>24<|/output|><|output|>24<|/output|><|assistant|>⟦a</s>⟧"
@@ -237,6 +244,21 @@ def test_parallel_calls_are_one_message():
     )
     with pytest.raises(DataError, match="chat template refuses the row: one call at a time"):
         shown(with_calls("a", "b"), FAMILIES["llama3.1"])
+
+
+def test_tools_that_move_to_the_last_question_leave_earlier_answers_whole():
+    row = with_calls("x")
+    row["messages"] += turns("q2", "a2")["messages"]
+    assert shown(row, FAMILIES["mistral"]) == (
+        '<s>[INST] q[/INST]⟦[TOOL_CALLS][{"name": "weather", "arguments": {"city": "x"}, "id": "call00000"}]</s>⟧'
+        '[TOOL_RESULTS]24[/TOOL_RESULTS]⟦ a</s>⟧[AVAILABLE_TOOLS][{"type": "function", "function": '
+        '{"name": "weather"}}][/AVAILABLE_TOOLS][INST] q2[/INST]⟦ a2</s>⟧'
+    )
+
+
+def test_ids_that_a_template_refuses_are_replaced():
+    rows = with_calls("a", "b"), json.loads(json.dumps(with_calls("a", "b")).replace("call0000", "call_Xy5aPQ7"))
+    assert shown(rows[0], FAMILIES["mistral"]) == shown(rows[1], FAMILIES["mistral"])
 
 
 def test_the_prefix_of_every_answer_is_what_inference_shows():
@@ -261,6 +283,15 @@ def test_loss_on_the_last_answer_or_by_flag():
     flagged["messages"][3]["loss"] = False
     assert shown(flagged, tokenizer) == "<s>[INST] q1[/INST]⟦ a1</s>⟧[INST] q2[/INST] a2</s>"
     assert shown(flagged, tokenizer, "all") == "<s>[INST] q1[/INST]⟦ a1</s>⟧[INST] q2[/INST]⟦ a2</s>⟧"
+
+
+def test_a_message_of_which_a_part_is_not_to_be_learned_is_not_learned():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "see"}]
+    turns += [{"role": "tool", "name": "f", "parameters": {}, "observation": "r", "joined": True, "loss": False}]
+    turns += [{"role": "assistant", "content": "a"}]
+    text = shown({"conversations": turns}, FAMILIES["qwen2.5"])
+    assert text.count("⟦") == 1
+    assert text.endswith("⟦a<|im_end|>⟧\n")
 
 
 def test_control_tokens_in_calls_results_and_tools_are_text():
@@ -295,10 +326,16 @@ def test_control_tokens_in_text_are_text(family):
     assert sum(attacked.target_mask) == sum(plain.target_mask) + len(added)
 
 
+def beside_text(row: dict, text: str) -> dict:
+    row["messages"][1]["content"] = text
+    return row
+
+
 @pytest.mark.parametrize(
     ("row", "family", "fault"),
     [
         (with_calls("a"), "smollm2", "leaves out a call; change"),
+        (beside_text(with_calls("a"), "let me see"), "llama3.1", "leaves out the text beside a call"),
         (turns("q", "a", tools=[{"name": "weather"}]), "smollm2", "leaves out tools"),
         (SYSTEM, "mistral", "leaves out a message of role system"),
     ],
@@ -313,6 +350,68 @@ def test_a_template_without_an_end_is_refused():
     assert shown(turns("q", "a"), tokenizer) == "user: q\n⟦assistant: a\n</s>⟧"
     with pytest.raises(DataError, match="no control token that could end an answer"):
         shown(PLAIN, tokenizer)
+
+
+def test_an_end_that_stands_after_the_next_question_is_none():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ eos_token }}"
+    tokenizer = make_tokenizer(template, "<s>", "</s>")
+    assert shown(PLAIN, tokenizer, "last") == "user: q1\nassistant: a1\nuser: q2\nassistant: ⟦a2\n</s>⟧"
+    with pytest.raises(DataError, match="no control token that could end an answer"):
+        shown(PLAIN, tokenizer)
+
+
+def test_a_call_left_out_by_a_template_that_names_it_among_the_tools_is_said():
+    template = "{{ tools | tojson }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    row = with_calls("a")
+    with pytest.raises(DataError, match="leaves out an answer or call"):
+        shown(row | {"messages": row["messages"][:2]}, make_tokenizer(template, "<s>", "</s>", "assistant user"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "eos", "call", "first", "last"),
+    [
+        (
+            "qwen2_5",
+            "<|im_end|>",
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "x"}}\n</tool_call><|im_end|>',
+            "a<|im_end|>",
+            "a2<|im_end|>",
+        ),
+        (
+            "qwen3",
+            "<|im_end|>",
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "x"}}\n</tool_call><|im_end|>',
+            "a<|im_end|>",
+            "<think>\n\n</think>\n\na2<|im_end|>",
+        ),
+        (
+            "llama3_1",
+            "<|eot_id|>",
+            '{"name": "weather", "parameters": {"city": "x"}}<|eot_id|>',
+            "a<|eot_id|>",
+            "a2<|eot_id|>",
+        ),
+        (
+            "glm4moe",
+            "<|endoftext|>",
+            "\n<think></think>\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>x</arg_value>\n</tool_call>"
+            "<|observation|>",
+            "\n<think></think>\na<|user|>",
+            "\n<think></think>\na2<|endoftext|>",
+        ),
+    ],
+)
+def test_official_templates(name, eos, call, first, last):
+    """From the package trl, which carries copies of them (`make test-slow` installs it)."""
+    package = importlib.util.find_spec("trl")
+    if package is None:
+        pytest.skip("trl is not installed")
+    template = Path(package.origin).with_name("chat_templates") / f"{name}.jinja"
+    row = with_calls("x")
+    row["messages"] += turns("q2", "a2")["messages"]
+    text = shown(row, make_tokenizer(template.read_text(encoding="utf-8"), "<s>", eos))
+    assert re.findall("⟦(.*?)⟧", text, re.DOTALL) == [call, first, last]
 
 
 @pytest.mark.slow

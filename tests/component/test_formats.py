@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 from dataclasses import replace
 
@@ -84,6 +85,7 @@ def test_openai_with_parallel_calls_answered_by_id():
         ),
         tools=[WEATHER],
     )
+    assert parse_row({"functions": [WEATHER], "messages": OPENAI["messages"]}) == parse_row(OPENAI)
 
 
 def test_sharegpt_with_function_calls():
@@ -204,7 +206,7 @@ def messages(*rows) -> dict:
         (messages({"role": "assistant", "content": None}), "messages[0].content must be text, got null"),
         (
             messages({"role": "tool", "tool_call_id": "1", "content": "x"}),
-            'answers no call of the message before (tool_call_id "1"',
+            'messages[0]: answers no call with the id "1" (str) of the message before; give that call, or remove',
         ),
         (
             messages({"role": "assistant", "tool_calls": [call("f", "[1]", "1")]}),
@@ -224,7 +226,7 @@ def messages(*rows) -> dict:
             {"conversations": [{"from": "bot", "value": "x"}]},
             "conversations[0].from is 'bot'; expected one of system, human",
         ),
-        ({"conversations": [{"from": "observation", "value": "x"}]}, "answers no call"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "[0]: answers no call of the message before"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "conversations[0].value: column 1: not JSON"),
         ({"instruction": "a"}, "output: missing; expected text"),
         (
@@ -234,6 +236,20 @@ def messages(*rows) -> dict:
         ({"chat": "hello"}, "chat: must begin with 'USER: '"),
         ({"chat": "ASSISTANT: <functioncall> f(1)"}, "<functioncall> is followed by no call"),
         ({"system": "functions { x", "chat": "ASSISTANT: a"}, "system: a function's description is not JSON"),
+        (
+            {"system": "functions " + '{"a":' * 50_000, "chat": "ASSISTANT: a"},
+            "system: a function's description is not",
+        ),
+        ({"system": 'functions {"a": "\\ud800"}', "chat": "ASSISTANT: a"}, "system: holds '\\ud800', half of a surr"),
+        (
+            {"chat": 'ASSISTANT: <functioncall> {"name": "f", "arguments": ' + '{"a":' * 9999 + "1" + "}" * 10_000},
+            "the arguments of a <functioncall>: nested more than 100 deep",
+        ),
+        ({"instruction": "a", "input": 0, "output": "b"}, "input must be text, got 0 (int)"),
+        ({"instruction": "a", "system": [], "output": "b"}, "system must be text, got [] (list)"),
+        ({"instruction": "a", "history": {}, "output": "b"}, "history must be a list, got {} (dict)"),
+        ({"conversations": [{"from": "function_call", "value": "[]"}]}, "conversations[0].value: holds no call"),
+        (messages({**ANSWER, "reasoning_content": False}), "messages[0].reasoning_content must be text, got false"),
     ],
 )
 def test_a_bad_row_is_named_with_its_field(tmp_path, row, fault):
@@ -340,6 +356,59 @@ def test_glaive_rows_mean_the_same_to_the_model(conversation):
         assert chatglm3_messages(back(write(conversation, "glaive")[0])) == chatglm3_messages(conversation)
 
 
+rare = st.sampled_from(["", " x ", "a", "[see", '["a","b"]', "'", 'f"g', "USER: x", "<functioncall>", "functions {}"])
+odd_names = st.sampled_from(["f", 'a"b', "USER: x", "<functioncall>", " f"])
+rare_values = st.recursive(rare | st.none() | st.booleans(), lambda inner: st.lists(inner, max_size=2), max_leaves=3)
+odd_tools = st.fixed_dictionaries({"name": odd_names}, optional={"parameters": rare_values})
+odd_tools |= st.fixed_dictionaries({"type": st.just("function"), "function": odd_tools})
+
+
+@st.composite
+def odd_conversations(draw):
+    turns = []
+    for role in draw(st.lists(st.sampled_from(["system", "user", "assistant", "tool", "tool"]), max_size=5)):
+        learned = role in ("assistant", "tool") and draw(any_flag)
+        if role != "tool":
+            turns.append(Turn(role, draw(rare), learned))
+            continue
+        observed = draw(any_flag)
+        joined = bool(turns) and turns[-1].role in ("assistant", "tool") and draw(any_flag)
+        parameters = draw(st.dictionaries(st.sampled_from(["x", "a b"]), rare_values, max_size=2))
+        result, identity = draw(rare_values) if observed else None, draw(st.sampled_from(["", "1", "2", "call00001"]))
+        turns.append(Turn(role, "", learned, draw(odd_names), parameters, result, observed, identity, joined))
+    return Conversation(tuple(turns), draw(st.none() | st.lists(odd_tools, max_size=2) | rare_values))
+
+
+@settings(max_examples=300, deadline=None)
+@given(odd_conversations())
+def test_what_does_not_come_back_was_said_to_be_lost(conversation):
+    for name in ROW_FORMATS if conversation.turns else []:
+        with contextlib.suppress(DataError):
+            row, lost = write(conversation, name)
+            try:
+                returned = back(row)
+            except DataError as error:
+                pytest.fail(f"{name} wrote what it cannot read: {error}")
+            for one, two in itertools.zip_longest(returned.turns, conversation.turns, fillvalue=Turn("none")):
+                assert lost or replace(one, id="") == replace(two, id=""), name
+            assert lost or returned.tools == conversation.tools, name
+
+
+def test_texts_that_look_like_lists_are_results_and_no_call_is_lost():
+    value = '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'
+    turns = [("human", "u"), ("function_call", value), ("observation", "[see page 3"), ("observation", "[2]")]
+    row = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    assert [turn.observation for turn in parse_row(row).turns[1:]] == ["[see page 3", "[2]"]
+    called = {"role": "assistant", "content": "x", "tool_calls": [], "function_call": {"name": "f", "arguments": "{}"}}
+    assert [turn.name for turn in parse_row(messages(called)).turns] == ["", "f"]
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_a_conversation_without_turns_is_written_or_refused(name):
+    with contextlib.suppress(DataError):
+        assert write(Conversation(()), name)
+
+
 def test_what_has_no_place_is_said():
     with_tools = parse_row({"tools": ["f: does f"], "conversations": [USER, CALL, {**ANSWER, "loss": False}]})
     row, lost = write(with_tools, "openai")
@@ -357,6 +426,9 @@ def test_what_has_no_place_is_said():
             write(with_tools, name)
     assert write(parse_row({"conversation": [{"human": "h", "assistant": "a"}]}), "alpaca")[1] == []
     assert write(parse_row(with_turn(loss=False)), "firefly")[1] == ["loss=false of an answer"]
+    for name in ("alpaca", "glaive"):
+        with pytest.raises(DataError, match="has no question"):
+            write(Conversation((Turn("system", "s"),)), name)
     marker = parse_row(with_turn(content="x\nUSER: y"))
     with pytest.raises(DataError, match="marker of Glaive's"):
         write(marker, "glaive")

@@ -4,6 +4,8 @@ import gzip
 import json
 import subprocess
 import sys
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -35,7 +37,9 @@ def write(path: Path, rows=ROWS, indent=None) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    assert [row for _, row in read_rows(write(tmp_path / name))] == ROWS
+    file = write(tmp_path / name)
+    assert [row for _, row in read_rows(file)] == ROWS
+    assert [row for _, row in read_rows(file.rename(tmp_path / f"not utf-8 \udcca{name}"))] == ROWS
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
@@ -58,11 +62,15 @@ def test_parquet_rows_are_counted_and_absent_keys_stay_absent(tmp_path):
         {"role": "tool", "parameters": {"days": 2}},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert list(read_rows(tmp_path / "a.parquet")) == [(1, rows[0]), (2, rows[1])]
+    odd_name = (tmp_path / "a.parquet").rename(tmp_path / "not utf-8 \udcca.parquet")
+    assert list(read_rows(odd_name)) == [(1, rows[0]), (2, rows[1])]
+    dated = {"n": 1, "when": datetime(2026, 1, 2), "price": Decimal("1.50")}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dated]), tmp_path / "a.parquet")
+    assert next(read_rows(tmp_path / "a.parquet"))[1] == {"n": 1, "when": "2026-01-02 00:00:00", "price": "1.50"}
     odd = pyarrow.table({"x": [b"\xff"], "y": [float("nan")]})
     pyarrow.parquet.write_table(odd.select(["x"]), tmp_path / "b.parquet")
     pyarrow.parquet.write_table(odd.select(["y"]), tmp_path / "c.parquet")
-    assert "bytes is not JSON serializable" in str(next(read_rows(tmp_path / "b.parquet"))[1])
+    assert "holds binary data, b'\\xff'; store text" in str(next(read_rows(tmp_path / "b.parquet"))[1])
     assert "NaN is no JSON number" in str(next(read_rows(tmp_path / "c.parquet"))[1])
 
 
@@ -79,7 +87,9 @@ def test_bom_crlf_blank_lines_and_unicode_separators_change_nothing(tmp_path):
     [
         (b'{"a": }', "column 7: not JSON (Expecting value)"),
         (b'{"a": 1', "column 8: not JSON (Expecting ',' delimiter)"),
-        (b"[1]", "a row must be a JSON object, got [1] (list)"),
+        (b"[1]", "a row must be a JSON object, not a list; name a file that is one JSON array .json"),
+        (b"[", "not a list; name a file that is one JSON array .json"),
+        (b'"x"', 'a row must be a JSON object, got "x" (str)'),
         (b'{"a": "\xff"}', "byte 8 is not UTF-8; save the file as UTF-8"),
         (b'{"a": "\xed\xa0\x80"}', "byte 8 is not UTF-8"),
         (b'{"a": "\\uD800"}', "holds '\\ud800', half of a surrogate pair; remove it"),
@@ -115,7 +125,9 @@ def test_many_brackets_in_text_are_no_depth():
         ("", 0, "the array is not closed"),
         ('[{"a": 1}] x', 1, "not a JSON array"),
         ('[{"a": 1}][{"a": 2}]', 1, "not a JSON array"),
-        ('[{"a": 1},, {"b": 2}]', 2, "nothing stands between two commas"),
+        ('[{"a": 1},, {"b": 2}]', 2, "nothing stands beside a comma"),
+        ('[{"a": 1},]', 1, "nothing stands beside a comma"),
+        ('[{"a": 1}}', 1, "'}' where the array should end"),
         ('[{"a": 1}, 7]', 1, "a row must be a JSON object, got 7 (int)"),
     ],
 )
@@ -136,23 +148,59 @@ def test_a_file_cut_short_says_where(tmp_path):
         assert isinstance(error, DataError), name
         assert "restore the file" in str(error) or "not JSON" in str(error)
         assert line >= len(rows)
-    (tmp_path / "b.jsonl.gz").write_text("plain text")
-    (tmp_path / "b.parquet").write_text("plain text")
-    for name in ("b.jsonl.gz", "b.parquet"):
+    packed = gzip.compress(b'{"n": 1}' * 1000)
+    (tmp_path / "c.jsonl.gz").write_bytes(packed[:12] + b"\xff" * 9 + packed[21:])
+    for name in ("b.jsonl.gz", "b.jsonl.zst", "b.parquet", "c.jsonl.gz"):
+        if name.startswith("b"):
+            (tmp_path / name).write_text("plain text")
         ((line, error),) = read_rows(tmp_path / name)
         assert line == 1
         assert "cannot be read on from here" in str(error)
 
 
+def test_a_zst_file_cut_between_rows_is_noticed_and_several_frames_are_one_file(tmp_path):
+    file, packer = tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor().compressobj()
+    file.write_bytes(packer.compress(b'{"n": 1}\n') + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    *_, (_, error) = read_rows(file)
+    assert "cannot be read on from here (Truncated" in str(error)
+    file.write_bytes(zstandard.compress(b'{"n": 1}\n') + zstandard.compress(b'{"n": 2}\n'))
+    assert list(read_rows(file)) == [(1, {"n": 1}), (2, {"n": 2})]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_packed_file_cut_anywhere_is_not_whole_and_a_damaged_one_stops_no_reading(tmp_path, name):
+    file = write(tmp_path / name, rows=[{"n": n, "text": "x" * (n % 7)} for n in range(200)])
+    packed = file.read_bytes()
+    for at in range(1, len(packed)):
+        file.write_bytes(packed[:at])
+        assert isinstance(list(read_rows(file))[-1][1], DataError), at
+        file.write_bytes(packed[:at] + bytes([packed[at] ^ 0x55]) + packed[at + 1 :])
+        assert all(isinstance(row, (dict, DataError)) for _, row in read_rows(file))
+
+
+def test_a_parquet_row_that_cannot_be_had_is_named_and_the_next_is_read(tmp_path, monkeypatch):
+    dates = pyarrow.array([1, 2**62, 2], pyarrow.timestamp("us"))
+    ends = pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1]
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, ends, pyarrow.py_buffer(b"a\xffb")])
+    for column in (dates, text, pyarrow.array(["a", "b" * 99, "c"])):
+        monkeypatch.setattr(reader, "LINE_LIMIT", 50)
+        pyarrow.parquet.write_table(pyarrow.table({"x": column}), tmp_path / "a.parquet")
+        got = list(read_rows(tmp_path / "a.parquet"))
+        assert [line for line, _ in got] == [1, 2, 3]
+        assert [line for line, row in got if isinstance(row, DataError)] == [2]
+
+
 def test_a_line_of_200_mb_is_refused_in_bounded_memory(tmp_path):
     code = """if True:
-        import resource, sys
+        import sys
         from pathlib import Path
         from component.reader import read_rows
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        def highest():  # of this program alone; ru_maxrss begins with that of the process that started it
+            return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        before = highest()
         for line, row in read_rows(Path(sys.argv[1])):
             print(line, row)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+        print((highest() - before) // 1024)
     """
     for name, head, tail in (("a.jsonl", b"", b'{"n": 2}\n'), ("a.json", b"[", b',\n{"n": 2}]')):
         file = tmp_path / name
@@ -177,7 +225,11 @@ def test_a_path_a_folder_a_glob_and_a_list_name_files(tmp_path):
     assert names(str(tmp_path / "*.json*")) == ["a.json", "b.jsonl", "odd[1].jsonl"]
     assert names(tmp_path / "odd[1].jsonl") == ["odd[1].jsonl"]
     assert names([tmp_path / "b.jsonl", tmp_path]) == ["b.jsonl", "a.json", "odd[1].jsonl", "sub/c.jsonl.gz"]
+    (tmp_path / "sub/loop").symlink_to(tmp_path)
+    assert len(find_files(str(tmp_path / "**/*.jsonl*"))) == 3
+    assert names([tmp_path / "b.jsonl", tmp_path / "sub/loop/b.jsonl"]) == ["b.jsonl"]
     for source, fault in (
+        ([], "no file is named"),
         (tmp_path / "gone.jsonl", "no such file"),
         (tmp_path / "notes.txt", "unknown kind of file; expected one of .jsonl"),
         (tmp_path / "*.parquet", "no file there"),

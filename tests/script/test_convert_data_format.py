@@ -45,13 +45,13 @@ def test_pairs_become_turns_and_other_fields_stay():
 def test_fields_of_turns_and_fields_that_clash_are_said_to_be_lost():
     lost = []
     row = {"conversation": [{"human": "h", "assistant": "a", "score": 3}], "system": "an id"}
-    assert convert_row(row, "alpaca", None, lost.append) == {
-        "instruction": "h",
-        "input": "",
-        "output": "a",
-        "system": "an id",
-    }
+    assert convert_row(row, "alpaca", None, lost.append) == {"instruction": "h", "input": "", "output": "a"}
     assert lost == ["'score' of a turn", "'system' of the row, which means something else in alpaca"]
+    row = {"instruction": "q", "output": "a", "conversations": ["x"], "chat": 1, "messages": ["a note"]}
+    converted = convert_row(row, "firefly", "alpaca", lost.append)
+    assert converted == {"chat": 1, "messages": ["a note"], "conversation": [{"human": "q", "assistant": "a"}]}
+    assert parse_row(converted) == parse_row({"instruction": "q", "output": "a"})
+    assert lost[2:] == ["'conversations' of the row, which means something else in firefly"]
 
 
 def test_a_large_file_streams(tmp_path):
@@ -90,11 +90,18 @@ def test_bad_rows_can_be_left_out_with_the_reason(tmp_path):
             {
                 "file": str(source),
                 "line": 2,
-                "reason": "firefly has no place for tool; remove the row, or set data_format to chat_template",
+                "reason": "firefly has no place for tool; remove the row, or convert it to another format",
                 "row": call,
             },
         )
     ]
+
+
+def test_a_file_that_cannot_be_read_on_is_not_skipped(tmp_path):
+    (tmp_path / "in.json").write_text(json.dumps([ROW])[:-1])
+    with pytest.raises(DataError, match=r"in\.json:1: the array is not closed"):
+        convert_files([tmp_path / "in.json"], tmp_path / "out.jsonl", "chatglm3", skip=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst"])
@@ -104,6 +111,16 @@ def test_the_output_may_be_packed(tmp_path, name):
     rows = [row for _, row in read_rows(tmp_path / name)]
     assert len(rows) == 3
     assert [message["content"] for message in rows[0]["messages"]] == ["你好", "好", "a", "b"]
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.parquet"])
+def test_an_output_whose_name_promises_something_else_is_refused(tmp_path, name):
+    source = write(tmp_path / "in.jsonl", [ROW])
+    done = run("--input", source, "--output", tmp_path / name)
+    assert (done.returncode, (tmp_path / name).exists()) == (2, False)
+    assert (
+        done.stderr == f"{tmp_path / name}: JSON Lines are written; end the name with .jsonl, .jsonl.gz, .jsonl.zst\n"
+    )
 
 
 def test_a_pipe_is_written_and_a_link_followed_and_neither_replaced(tmp_path):
@@ -128,6 +145,10 @@ def test_the_command_reports_what_was_lost_and_exits_with_2_on_a_fault(tmp_path)
     assert (
         done.stderr == f"not carried over, 1 rows, the first at {source}:2: the type of a result: written as its JSON\n"
     )
+    odd = source.rename(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")))
+    skipped = run("--input", odd, "--output", tmp_path / "out.jsonl", "--to", "firefly", "--on_bad_row", "skip")
+    assert skipped.returncode == 0, skipped.stderr
+    assert json.loads((tmp_path / "out.jsonl.rejected.jsonl").read_text())["file"] == str(odd)
     missing = run("--input", tmp_path / "nowhere.jsonl", "--output", tmp_path / "out.jsonl")
     assert missing.returncode == 2
     assert "nowhere.jsonl" in missing.stderr

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from component.chatglm import ChatGLMTokenizer
 from component.dataset import ChatGLM3SFTDataset
-from component.inspection import Inspection
+from component.inspection import Inspection, visible
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -76,7 +77,7 @@ def test_the_page_holds_rows_tokens_and_faults_and_no_markup_of_the_data(inspect
     assert HOSTILE not in html
     assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", html)
     page = page_data(html)
-    assert (page["shown"], page["total"]) == (3, 4)
+    assert (page["shown"], page["total"], page["bad"]) == (3, 4, 1)
     assert [row["place"].rsplit(":", 1)[1] for row in page["rows"]] == ["1", "3", "4"]
     for row, item in zip(page["rows"], inspection.dataset, strict=False):
         assert row["ids"] == item["input_ids"]
@@ -99,6 +100,24 @@ def test_pieces_are_the_text_that_they_stand_for(real_tokenizer, data, inspectio
     text = "Hello world, 你好"
     assert "".join(map(shown.piece, real_tokenizer.encode(text, add_special_tokens=False))).strip() == text
     assert shown.piece(real_tokenizer.eos_token_id) == "</s>"
+    rare = map(shown.piece, real_tokenizer.encode("\n𓀀", add_special_tokens=False))
+    assert list(rare)[-5:] == ["\n", "<0xF0>", "<0x93>", "<0x80>", "<0x80>"]
+
+
+def test_turns_that_were_left_out_are_not_shown(tmp_path, tiny_tokenizer):
+    rounds = [{"human": f"question {i}", "assistant": f"answer {i}"} for i in range(9)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"conversation": rounds}))
+    rules = {"on_too_long": "truncate_left_turns"}
+    for length, shown in ((100, 6), (20, 2), (1000, 18)):
+        dataset = ChatGLM3SFTDataset(file, tiny_tokenizer, length, **rules)
+        turns = Inspection(dataset, tiny_tokenizer).rows(1)[0]["turns"]
+        assert [turn["content"] for turn in turns][-2:] == ["question 8", "answer 8"]
+        assert len(turns) == shown
+
+
+def test_no_text_of_a_row_moves_the_cursor():
+    assert visible("a\x1b[2J\r\u202e\x9b \t\n你") == "aU+001B[2JU+000DU+202EU+009B·→↵\n你"
 
 
 def run(*words) -> subprocess.CompletedProcess:
@@ -113,6 +132,11 @@ def test_the_command_writes_table_row_and_page(data, tmp_path, tiny_tokenizer: C
     assert done.returncode == 0, done.stderr
     assert f"{data} for {model}, data format chatglm3" in done.stdout
     assert page_data((tmp_path / "page.html").read_text())["max_seq_length"] == 500
+    named = data.rename(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")))
+    odd = run("--data", named, "--model", model, "--html", tmp_path / "odd.html", "max_seq_length=500")
+    assert odd.returncode == 0, odd.stderr
+    assert page_data((tmp_path / "odd.html").read_text())["title"] == str(named)
+    named.rename(data)
     one = run("--data", data, "--model", model, "--row", 1, "max_seq_length=500")
     assert "weather" in one.stdout.replace("│", "")
     settings = {"model_name_or_path": str(model), "train_file": {str(data): 1}, "output_dir": str(tmp_path / "out")}

@@ -18,6 +18,9 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this mac
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">"
 
 
+NAMED = {"conversations": [{"role": "{toString}", "content": "x"}]}
+
+
 def dom(page: Path, fragment: str = "") -> str:
     """The page's elements after its program has run."""
     command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--lang=en"]
@@ -42,18 +45,35 @@ def make_page(tmp_path, tiny_tokenizer):
 def test_rows_calls_and_faults_are_laid_out_and_data_stays_text(make_page):
     call = {"role": "tool", "name": "weather", "parameters": {"city": HOSTILE}, "observation": {"t": HOSTILE}}
     row = {"conversations": [{"role": "user", "content": HOSTILE}, call, {"role": "assistant", "content": "end"}]}
-    page, _ = make_page([row, {"conversations": [{"role": HOSTILE, "content": "x"}]}, row])
+    page, _ = make_page([row, {"conversations": [{"role": HOSTILE, "content": "x"}]}, row, NAMED])
     shown = dom(page, "#row=1")
     assert "<img" not in shown[shown.index("<body") : shown.index('id="data"')]
     assert "<img" not in shown[shown.index("</script>", shown.index('id="data"')) :].split("<script")[0]
     assert "<title>broken" not in shown
     text = html.unescape(re.sub(r"<[^>]+>", " ", shown.split('id="data"')[0]))
     assert "expected system, user, assistant or tool" in text
+    assert "role is '{toString}'" in text
     assert text.index("expected system, user") < text.index("2 of 2 rows")
     detail = shown[shown.index('id="detail"') :]
     assert "weather" in detail
     assert "city" in detail
     assert len(re.findall(r'data-row="\d"', shown)) == 2
+
+
+def test_a_long_figure_stays_on_its_line(make_page):
+    page, inspection = make_page([{"conversation": [{"human": "q", "assistant": "a"}]}])
+    inspection.report.tokens = 1_728_148
+    measure = "document.title = Math.max(...[...document.querySelectorAll('dd')].map((node) => node.offsetHeight))"
+    text = inspection.html("rows", "nano", "chatglm3", 1)
+    page.write_text(text.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
+    assert int(re.search("<title>(.*?)</title>", dom(page))[1]) < 40
+
+
+def test_more_faults_than_the_page_holds_are_counted(make_page):
+    page, _ = make_page([{"conversation": [{"human": "q", "assistant": "a"}]}, *[{"text": "x"}] * 1200])
+    shown = dom(page)
+    assert "Faults (1,200)" in shown
+    assert "900 more are not shown" in shown
 
 
 def test_five_thousand_rows_stay_few_elements(make_page):
