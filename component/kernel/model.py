@@ -123,7 +123,8 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
         raise Unfused(f"{name} is not one of {', '.join(FAMILIES)}")
     check(config, max_length)
     device, dtype = model.device, model.get_input_embeddings().weight.dtype
-    attention, ops = choose_attention(device, dtype, config.head_dim), choose_ops(device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 says none
+    attention, ops = choose_attention(device, dtype, head_dim), choose_ops(device)
     if device.type == "cuda" and attention is not FLASH:
         logger.warning(f"attention {attention.name}: flash attention needs Ampere or newer and half precision")
     layers = []
@@ -144,8 +145,8 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
                 **projections,
                 heads=config.num_attention_heads,
                 groups=config.num_key_value_heads,
-                head_dim=config.head_dim,
-                scaling=config.head_dim**-0.5,
+                head_dim=head_dim,
+                scaling=head_dim**-0.5,
                 interleaved=name in INTERLEAVED,
                 attention=attention,
                 ops=ops,

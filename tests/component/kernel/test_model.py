@@ -171,8 +171,7 @@ def test_what_fused_layers_do_not_have_goes_the_plain_way_and_is_said(family, ch
     expected = padded(model, samples)
     assert PackedForward(model, 64).layers == []
     assert reason in "".join(log)
-    if "sliding_window" not in changes:
-        assert_equal(packed(model, samples), expected)
+    assert_equal(packed(model, samples), expected)
 
 
 def test_flash_is_for_ampere_and_half_precision_and_others_are_named(monkeypatch):
