@@ -126,7 +126,10 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 says none
     attention, ops = choose_attention(device, dtype, head_dim), choose_ops(device)
     if device.type == "cuda" and attention is not FLASH:
-        logger.warning(f"attention {attention.name}: flash attention needs Ampere or newer and half precision")
+        logger.warning(
+            f"attention {attention.name}: flash attention needs Ampere or newer, half precision, and heads of a multiple "
+            f"of 8 dimensions up to 256, not {head_dim}"
+        )
     layers = []
     for number, parts in enumerate(FAMILIES[name](model)):
         norm, eps = norm_of(parts.pop("norm"))
@@ -175,16 +178,17 @@ def check(config, max_length: int) -> None:
 
 
 def choose_ops(device: torch.device) -> ModuleType:
-    """Triton's kernels on CUDA, if Triton is there and knows the card."""
+    """Triton's kernels on CUDA, if Triton is there, knows the card and can build one."""
     if device.type == "cuda":
         try:
             if torch.cuda.get_device_capability(device) < (7, 5):
                 raise ImportError("Triton needs a Turing card or a newer one")
             from . import triton_kernels
 
+            triton_kernels.swiglu(torch.ones(1, 2, device=device))
             return triton_kernels
-        except ImportError as error:
-            logger.warning(f"plain operations, which are slower: {error}")
+        except Exception as error:  # Triton has its own for a missing compiler, header or folder
+            logger.warning(f"plain operations, which are slower: {type(error).__name__}: {error}")
     return plain
 
 

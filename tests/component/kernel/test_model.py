@@ -1,8 +1,12 @@
 """Packed rows through fused layers equal padded batches through the model's own, in loss and every gradient."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import component.kernel
 from component.collator import PackingCollator, SFTDataCollator
 from component.kernel import attention, plain
 from component.kernel.attention import Bounds, choose_attention
@@ -183,6 +187,7 @@ def test_flash_is_for_ampere_and_half_precision_and_others_are_named(monkeypatch
         ((7, 5), torch.float16, 128, attention.SAMPLE_BY_SAMPLE),
         ((9, 0), torch.float32, 128, attention.SAMPLE_BY_SAMPLE),
         ((9, 0), torch.bfloat16, 288, attention.SAMPLE_BY_SAMPLE),
+        ((9, 0), torch.bfloat16, 100, attention.SAMPLE_BY_SAMPLE),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert choose_attention(device, dtype, width) is expected
@@ -191,8 +196,21 @@ def test_flash_is_for_ampere_and_half_precision_and_others_are_named(monkeypatch
 def test_without_triton_the_plain_operations_are_used_and_said(monkeypatch, log):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert choose_ops(torch.device("cuda")) is plain
-    assert "plain operations, which are slower: Triton needs a Turing card" in "".join(log)
+    assert "plain operations, which are slower: ImportError: Triton needs a Turing card" in "".join(log)
     assert choose_ops(torch.device("cpu")) is plain
+
+
+def test_a_triton_that_cannot_build_kernels_is_replaced_and_said(monkeypatch, log):
+    def fail(gate_up):
+        raise RuntimeError("Failed to find C compiler")
+
+    kernels = SimpleNamespace(swiglu=fail)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))
+    monkeypatch.setitem(sys.modules, "component.kernel.triton_kernels", kernels)
+    monkeypatch.setattr(component.kernel, "triton_kernels", kernels, raising=False)
+    assert choose_ops(torch.device("cuda")) is plain
+    assert "plain operations, which are slower: RuntimeError: Failed to find C compiler" in "".join(log)
 
 
 def test_attention_sample_by_sample_is_causal_attention_of_each():
