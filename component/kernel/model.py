@@ -37,6 +37,7 @@ class PackedForward:
 
     def __init__(self, model: PeftModel, max_length: int, fuses: bool = True):
         self.model: PreTrainedModel = model.get_base_model()
+        self.max_length = max_length
         self.own_forward = self.model.forward
         self.host: HostMemory | None = None
         try:
@@ -67,16 +68,19 @@ class PackedForward:
     def on_cuda(self) -> bool:
         return self.model.device.type == "cuda"
 
-    def probe(self, tokens: int) -> bool:
-        """Whether a row of so many tokens goes forward and backward without running out of memory."""
+    def probe(self, tokens: int, beside: int = 0) -> bool:
+        """Whether a row of so many tokens, in samples as long as may be, goes forward and backward without running out
+        of memory, `beside` so many bytes that are still to come."""
         device = self.model.device
         places = torch.arange(tokens, device=device)
-        ids = places % self.vocab
-        row = {"input_ids": ids, "position_ids": places, "longest": tokens, "learned": places[:-1], "targets": ids[1:]}
-        row["ends"] = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        ids, longest = places % self.vocab, min(tokens, self.max_length)
+        ends = torch.tensor([*range(0, tokens, longest), tokens], dtype=torch.int32, device=device)
+        row = {"input_ids": ids, "position_ids": places % longest, "ends": ends, "longest": longest}
         try:
+            reserved = torch.empty(beside, dtype=torch.uint8, device=device)
             with torch.random.fork_rng(devices=[]):
-                self(**row).backward()
+                self(**row, learned=places[:-1], targets=ids[1:]).backward()
+            del reserved
             return True
         except torch.cuda.OutOfMemoryError:
             return False
