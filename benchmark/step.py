@@ -32,7 +32,7 @@ COLUMNS = ("variant", "shape", "useful tok/s", "min-max", "of ceiling", "peak Gi
 def parse_command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", help="names, comma-separated [all]")
-    parser.add_argument("--shape", help="in place of each variant's own: chatglm3-6b, glm-6b, llama-16, demo or tiny-...")
+    parser.add_argument("--shape", help="in place of each variant's own: chatglm3-6b, glm-6b, llama-16, demo, tiny-...")
     parser.add_argument("--updates", type=int, default=5, help="timed updates, after one of warm-up [5]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures, rewritten after each variant")
     parser.add_argument("--limit", type=int, default=600, help="seconds that a variant may take [600]")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_qlora
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from component.kernel import memory
 from script.make_tiny_model import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -345,6 +346,22 @@ def test_bad_input_ends_with_exit_code_2_and_one_line_that_names_it(job, capsys,
         job(**change)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_card_that_is_too_small_ends_with_exit_code_2_and_the_remedies(job, capsys, monkeypatch):
+    def fit(*args):
+        raise memory.DoesNotFit("rows of 8,192 tokens need about 9.0 GiB: lower pack_to")
+
+    monkeypatch.setattr(memory, "fit", fit)
+    with pytest.raises(SystemExit) as stop:
+        job()
+    assert stop.value.code == 2
+    assert "need about 9.0 GiB: lower pack_to" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_padded_batches_estimates_no_rows(job, capsys):
+    job(dry_run=True, pack_to=0)
+    assert "GPU memory by estimate" not in capsys.readouterr().out
 
 
 def test_an_earlier_run_is_refused_and_on_request_moved_aside(job, capsys):

@@ -131,8 +131,8 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
     attention, ops = choose_attention(device, dtype, head_dim), choose_ops(device)
     if device.type == "cuda" and attention is not FLASH:
         logger.warning(
-            f"attention {attention.name}: flash attention needs Ampere or newer, half precision, and heads of a multiple "
-            f"of 8 dimensions up to 256, not {head_dim}"
+            f"attention {attention.name}: flash attention needs Ampere or newer, half precision, and a head_dim of at "
+            f"most 256 that 8 divides, not {head_dim}"
         )
     layers = []
     for number, parts in enumerate(FAMILIES[name](model)):
