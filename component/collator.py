@@ -1,6 +1,7 @@
 """Samples to a padded batch, or to packed rows."""
 
 import heapq
+from bisect import bisect_left
 
 import torch
 
@@ -63,23 +64,27 @@ class PackingCollator:
 def pack(lengths: list[int], limit: int) -> list[list[int]]:
     """Places in `lengths`, by row: each in one row, none of which is above `limit`; the same for the same lengths.
 
-    The longest first, each to the emptiest row, with one row more where that overflows.
+    The longest first, each to the emptiest row; as few rows as that needs, by bisection.
 
     Raises:
         ValueError: one alone is above the limit.
     """
     if max(lengths) > limit:
         raise ValueError(f"a sample of {max(lengths)} tokens does not fit rows of {limit}; raise pack_to")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for count in range(-(-sum(lengths) // limit), len(lengths) + 1):
-        heap = [(0, row) for row in range(count)]
-        rows: list[list[int]] = [[] for _ in range(count)]
-        for i in order:
-            filled, row = heap[0]
-            if filled + lengths[i] > limit:
-                break
-            heapq.heapreplace(heap, (filled + lengths[i], row))
-            rows[row].append(i)
-        else:
-            return rows
-    raise AssertionError("a row for each sample always fits")
+    fewest = -(-sum(lengths) // limit)
+    counts = range(fewest, len(lengths))  # a row for each sample always fits
+    count = fewest + bisect_left(counts, True, key=lambda count: spread(lengths, limit, count) is not None)
+    return spread(lengths, limit, count)
+
+
+def spread(lengths: list[int], limit: int, count: int) -> list[list[int]] | None:
+    """`pack` to so many rows; None: one would overflow."""
+    heap = [(0, row) for row in range(count)]
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        filled, row = heap[0]
+        if filled + lengths[i] > limit:
+            return None
+        heapq.heapreplace(heap, (filled + lengths[i], row))
+        rows[row].append(i)
+    return rows
