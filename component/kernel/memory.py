@@ -109,6 +109,9 @@ def fit(forward: PackedForward, tokens: int | None, checkpointing: str, longest:
     if not forward.layers or device.type != "cuda":  # nothing to estimate with, or nothing to run out of
         auto = FULL if device.type == "cuda" else NONE
         size = max(PLANS[0][0] if forward.layers else UNFUSED_TOKENS, longest)
+        if tokens != 0 and not forward.layers and not forward.isolates():
+            logger.warning("padded batches, which are slower: in rows, this model's samples would see each other")
+            tokens = 0
         plan = Plan(size if tokens is None else tokens, auto if checkpointing == "auto" else checkpointing)
         forward.use(plan.checkpointing)
         logger.info(plan)

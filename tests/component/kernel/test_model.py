@@ -5,14 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, OPTConfig
 
 import component.kernel
 from component.collator import PackingCollator, SFTDataCollator
 from component.kernel import attention, plain
 from component.kernel.attention import Bounds, choose_attention
 from component.kernel.layer import CHECKPOINTING
+from component.kernel.memory import fit
 from component.kernel.model import PackedForward, choose_ops
 from component.loss import TargetLMLoss
+from component.model import find_linear_names
 
 from .conftest import gradients, make_model, make_samples
 
@@ -176,6 +180,20 @@ def test_what_fused_layers_do_not_have_goes_the_plain_way_and_is_said(family, ch
     assert PackedForward(model, 64).layers == []
     assert reason in "".join(log)
     assert_equal(packed(model, samples), expected)
+
+
+@pytest.mark.parametrize("tokens", [None, 64])
+@pytest.mark.parametrize(("config", "packs"), [(BloomConfig, False), (OPTConfig, False), (GPTNeoXConfig, True)])
+def test_a_model_whose_samples_would_see_each_other_is_padded_and_that_is_said(config, packs, tokens, log):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(vocab_size=97, ffn_dim=96, word_embed_proj_dim=64, **sizes))
+    targets = find_linear_names(model)
+    forward = PackedForward(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets)), 64)
+    plan = fit(forward, tokens, "auto", 64, 0)
+    assert bool(plan.tokens) is packs
+    assert ("padded batches, which are slower: in rows, this model's samples" in "".join(log)) is not packs
+    assert forward.model.training
 
 
 def test_flash_is_for_ampere_and_half_precision_and_others_are_named(monkeypatch):
