@@ -117,8 +117,9 @@ class PackedForward:
         cos, sin = rotary_angles(self.model, position_ids)
         seed = int(torch.randint(1 << 31, ())) if self.model.training else None
         row = Row(Bounds(ends, longest), cos, sin, seed)
+        host = self.host if torch.is_grad_enabled() else None  # an evaluation has no backward to keep anything for
         for layer in self.layers:
-            hidden = LayerFunction.apply(hidden, layer, row, self.host, *layer.adapters)
+            hidden = LayerFunction.apply(hidden, layer, row, host, *layer.adapters)
         norm, eps = norm_of(final_norm(self.model))
         head, ops = self.model.get_output_embeddings().weight, self.layers[0].ops
         return HeadLoss.apply(hidden, learned, targets, norm, eps, head, ops, torch.is_grad_enabled())

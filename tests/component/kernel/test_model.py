@@ -72,6 +72,29 @@ def test_what_layers_keep_changes_no_gradient(family, checkpointing):
     assert_equal(packed(model, samples), expected, 1e-6)
 
 
+def test_inputs_go_to_the_hosts_memory_and_come_back_but_not_in_evaluation():
+    class Host(dict):
+        def put(self, number, hidden):
+            self[number] = hidden.clone()
+
+        take = dict.pop
+
+    model, samples = make_model("llama"), make_samples()
+    expected = padded(model, samples)
+    forward = PackedForward(model, 64)
+    forward.use("offload")
+    forward.host = Host()
+    (row,) = PackingCollator(64)(samples)["rows"]
+    with torch.no_grad():
+        model(**row)
+    assert not forward.host
+    loss = model(**row)
+    assert list(forward.host) == [0, 1]
+    loss.backward()
+    assert not forward.host
+    assert_equal((loss.item(), gradients(model)), expected)
+
+
 def test_packed_and_plain_equals_padded(family):
     """The path of models that have no fused layers."""
     model, samples = make_model(family), make_samples()
