@@ -47,7 +47,7 @@ def train(cli: argparse.Namespace) -> None:
     from component.loss import TargetLMLoss
     from component.model import attach_lora, load_model, load_tokenizer, sketch_model
     from component.report import parameter_table, plot_loss, render_sample
-    from component.trainer import LoRATrainer, take_updates_whole
+    from component.trainer import LoRATrainer
 
     # 1. Settings
     args, training_args = load_arguments(cli.train_args_file, cli.overrides)
@@ -72,7 +72,7 @@ def train(cli: argparse.Namespace) -> None:
         show_settings(args, training_args)
         print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")
         steps = training_args.max_steps if args.streaming else count_steps(len(train_dataset), training_args)
-        forward = PackedForward(sketch_model(args), args.max_seq_length)
+        forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.pack_to != 0)
         if forward.layers:
             print(table(forward, args.pack_to or max(8192, args.max_seq_length), optimizer_bytes(training_args.optim)))
         print(f"{steps} steps. No weights were loaded.")
@@ -93,10 +93,7 @@ def train(cli: argparse.Namespace) -> None:
         args.max_seq_length,
         optimizer_bytes(training_args.optim),
     )
-    collator = SFTDataCollator(tokenizer, args.max_seq_length)
-    if plan.tokens:
-        collator = PackingCollator(plan.tokens)
-        take_updates_whole(training_args)
+    collator = PackingCollator(plan.tokens) if plan.tokens else SFTDataCollator(tokenizer, args.max_seq_length)
 
     # 4. Training
     trainer = LoRATrainer(
@@ -155,12 +152,13 @@ def main() -> None:
 
     from component.checkpoint import CheckpointError
     from component.conversation import DataError
+    from component.kernel.memory import DoesNotFit
     from component.report import configure_logging
 
     configure_logging(rank=int(os.environ.get("RANK", 0)))
     try:
         train(cli)
-    except (ArgumentError, CheckpointError, DataError) as error:
+    except (ArgumentError, CheckpointError, DataError, DoesNotFit) as error:
         logger.error(error)
         sys.exit(2)
     finally:

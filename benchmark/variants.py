@@ -16,7 +16,7 @@ from component.collator import PackingCollator
 from component.kernel.memory import fit
 from component.kernel.model import PackedForward
 from component.loss import TargetLMLoss
-from component.trainer import LoRATrainer, take_updates_whole
+from component.trainer import LoRATrainer
 
 
 def seed(run: Run, grouped: bool = False) -> dict:
@@ -171,11 +171,9 @@ def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, pack_t
     model = get_peft_model(model, lora(dropout))
     plan = fit(PackedForward(model, run.longest), pack_to, checkpointing, run.longest, optimizer_bytes=0)
     settings = trainer_settings(run) | {"remove_unused_columns": False, "label_names": ["target_mask"]}
-    training_args = TrainingArguments(**settings)
-    take_updates_whole(training_args)
     trainer = LoRATrainer(
         model=model,
-        args=training_args,
+        args=TrainingArguments(**settings),
         train_dataset=run.samples(),
         data_collator=PackingCollator(plan.tokens),
         loss=TargetLMLoss(),
@@ -183,7 +181,8 @@ def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, pack_t
     trainer.add_callback(clock)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    learned = sum(trainer.count(row) for batch in trainer.get_train_dataloader() for row in batch["rows"])
+    batches = [batch.samples for batch in trainer.get_train_dataloader()]
+    learned = sum(trainer.count(row) for samples in batches for row in trainer.data_collator.rows(samples))
     return figures(run, clock, losses, learned, checkpointing in ("full", "offload"))
 
 

@@ -1,12 +1,21 @@
 """Samples to a padded batch, or to packed rows."""
 
 import heapq
+from bisect import bisect_left
+from dataclasses import dataclass
 
 import torch
 
 from .loss import learned_positions
 
 Sample = dict[str, list[int]]
+
+
+@dataclass
+class Samples:
+    """A batch that no library walks through or moves."""
+
+    samples: list[Sample]
 
 
 class SFTDataCollator:
@@ -30,19 +39,23 @@ class SFTDataCollator:
 
 
 class PackingCollator:
-    """Lays whole samples one after another in as few rows of at most `tokens` as hold them, about equally full.
-
-    Returns `{"rows": [row, …]}`. A row is flat: `input_ids` and `position_ids` (length,), which restart with each
-    sample; `ends` (samples + 1,) int32, where samples end, from 0; `longest`, of a sample; `learned` (n,), positions
-    that predict a learned token, and `targets` (n,), those tokens. No sample's first token is learned.
-    """
+    """Hands a batch's samples on as they are (Samples), since it is all samples of an update that `rows` lays out."""
 
     def __init__(self, tokens: int):
         self.tokens = tokens
 
-    def __call__(self, samples: list[Sample]) -> dict[str, list[dict]]:
-        rows = pack([len(sample["input_ids"]) for sample in samples], self.tokens)
-        return {"rows": [self.row([samples[i] for i in row]) for row in rows]}
+    def __call__(self, samples: list[Sample]) -> Samples:
+        return Samples(samples)
+
+    def rows(self, samples: list[Sample]) -> list[dict]:
+        """Whole samples one after another in as few rows of at most `tokens` as hold them, about equally full.
+
+        A row is flat: `input_ids` and `position_ids` (length,), which restart with each sample; `ends` (samples + 1,)
+        int32, where samples end, from 0; `longest`, of a sample; `learned` (n,), positions that predict a learned
+        token, and `targets` (n,), those tokens. No sample's first token is learned.
+        """
+        places = pack([len(sample["input_ids"]) for sample in samples], self.tokens)
+        return [self.row([samples[i] for i in row]) for row in places]
 
     def row(self, samples: list[Sample]) -> dict[str, torch.Tensor | int]:
         lengths = [len(sample["input_ids"]) for sample in samples]
@@ -63,23 +76,27 @@ class PackingCollator:
 def pack(lengths: list[int], limit: int) -> list[list[int]]:
     """Places in `lengths`, by row: each in one row, none of which is above `limit`; the same for the same lengths.
 
-    The longest first, each to the emptiest row, with one row more where that overflows.
+    The longest first, each to the emptiest row; as few rows as that needs, by bisection.
 
     Raises:
         ValueError: one alone is above the limit.
     """
     if max(lengths) > limit:
         raise ValueError(f"a sample of {max(lengths)} tokens does not fit rows of {limit}; raise pack_to")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for count in range(-(-sum(lengths) // limit), len(lengths) + 1):
-        heap = [(0, row) for row in range(count)]
-        rows: list[list[int]] = [[] for _ in range(count)]
-        for i in order:
-            filled, row = heap[0]
-            if filled + lengths[i] > limit:
-                break
-            heapq.heapreplace(heap, (filled + lengths[i], row))
-            rows[row].append(i)
-        else:
-            return rows
-    raise AssertionError("a row for each sample always fits")
+    fewest = -(-sum(lengths) // limit)
+    counts = range(fewest, len(lengths))  # a row for each sample always fits
+    count = fewest + bisect_left(counts, True, key=lambda count: spread(lengths, limit, count) is not None)
+    return spread(lengths, limit, count)
+
+
+def spread(lengths: list[int], limit: int, count: int) -> list[list[int]] | None:
+    """`pack` to so many rows; None: one would overflow."""
+    heap = [(0, row) for row in range(count)]
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        filled, row = heap[0]
+        if filled + lengths[i] > limit:
+            return None
+        heapq.heapreplace(heap, (filled + lengths[i], row))
+        rows[row].append(i)
+    return rows

@@ -6,18 +6,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from itertools import chain, islice
 
 import torch
 from loguru import logger
 from torch.utils.data import DataLoader, Sampler, Subset
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from .collator import Samples
 from .loss import TargetLMLoss
 
 
 class LoRATrainer(Trainer):
-    """transformers' Trainer over what component.collator makes: padded batches, or all packed rows of an update.
+    """transformers' Trainer over what component.collator makes: padded batches, or packed rows of whole updates.
 
     An update's loss is the sum over its learned tokens, of all accumulated batches and ranks, divided by their number,
     so that 4 batches of 1 weigh every token as 1 batch of 4 does.
@@ -32,9 +34,19 @@ class LoRATrainer(Trainer):
             self.remove_callback(shown)
         self.add_callback(ProgressReport(show_bar=not self.args.disable_tqdm))
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The batches of an update, and its learned tokens. Packed rows, made of all its samples, are the last one."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches and isinstance(batches[0], Samples):
+            samples = [sample for batch in batches for sample in batch.samples]
+            batches = [[] for _ in batches[1:]] + [self.data_collator.rows(samples)]
+        else:
+            batches = [[batch] for batch in batches]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[list[dict]], device: torch.device) -> torch.Tensor:
         """Learned tokens of one update, over all its batches and all ranks."""
-        count = sum(self.count(part) for batch in batch_samples for part in parts_of(batch))
+        count = sum(self.count(part) for parts in batch_samples for part in parts)
         return self.accelerator.reduce(torch.as_tensor(count, device=device), "sum")
 
     def count(self, part: dict) -> torch.Tensor | int:
@@ -56,18 +68,17 @@ class LoRATrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # ranks average their gradients; the sum is wanted
         return (loss, None) if return_outputs else loss
 
-    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
-        """Forward and backward of a padded batch, or of all packed rows of an update; ranks meet in the last row."""
-        parts = parts_of(inputs)
-        losses = []
-        for part in parts:
-            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+    def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward of a padded batch, or of an update's packed rows; ranks meet in the last one."""
+        total = torch.zeros((), device=self.args.device)
+        for part in inputs:
+            with nullcontext() if part is inputs[-1] else self.accelerator.no_sync(model):
+                total += super().training_step(model, part, num_items_in_batch)
             seen = part["attention_mask"].sum() if "attention_mask" in part else len(part["input_ids"])
             self.tokens_seen += seen if isinstance(seen, int) else seen.to(self.tokens_seen.device)
-        return torch.stack(losses).sum()
+        return total
 
-    def floating_point_ops(self, inputs: dict) -> int:
+    def floating_point_ops(self, inputs: list[dict]) -> int:
         return 0  # the estimate is of no use to us, and knows no rows
 
     def _get_train_sampler(self, train_dataset=None):
@@ -89,7 +100,8 @@ class LoRATrainer(Trainer):
         self.model.eval()
         totals = torch.zeros(2, device=self.args.device)
         with torch.no_grad():
-            for part in (part for batch in batches for part in parts_of(self._prepare_inputs(batch))):
+            parts = (self.data_collator.rows(b.samples) if isinstance(b, Samples) else [b] for b in batches)
+            for part in map(self._prepare_inputs, chain.from_iterable(parts)):
                 totals += torch.stack(
                     (self.summed_loss(self.model, part), torch.as_tensor(self.count(part)).to(totals))
                 )
@@ -106,18 +118,6 @@ class LoRATrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
         self.processing_class.save_pretrained(output_dir)
-
-
-def take_updates_whole(training_args: TrainingArguments) -> None:
-    """Have the collator see all samples of an update, which it lays out in rows: batches of the same global size,
-    nothing accumulated between them."""
-    training_args.per_device_train_batch_size *= training_args.gradient_accumulation_steps
-    training_args.gradient_accumulation_steps = 1
-
-
-def parts_of(batch: dict) -> list[dict]:
-    """What goes through the model at a time: the packed rows of an update, or a padded batch as it is."""
-    return batch.get("rows", [batch])
 
 
 class LengthGroupedSampler(Sampler[int]):

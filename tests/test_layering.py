@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
-    "trainer": {"loss", "checkpoint", "report"},
+    "trainer": {"collator", "loss", "checkpoint", "report"},
     "kernel": {"chatglm"},
     "model": {"argument", "chatglm", "kernel"},
     "inspection": {"dataset", "preprocessing", "reader", "conversation"},

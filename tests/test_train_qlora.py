@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_qlora
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from component.kernel import memory
 from script.make_tiny_model import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +193,16 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
     assert done.stderr.count("training from the base model") == 1  # rank 0 alone speaks
 
 
+def test_the_short_update_at_an_epochs_end_is_that_of_padded_batches(job, tmp_path):
+    settings = {"optim": "sgd", "max_seq_length": 64, "per_device_train_batch_size": 1, "max_steps": 3}
+    settings |= {"gradient_accumulation_steps": 8, "rows": ROWS[:11]}
+    for drop_last in (False, True):
+        padded = job(f"padded-{drop_last}", **settings, pack_to=0, dataloader_drop_last=drop_last)
+        packed = job(f"packed-{drop_last}", **settings, dataloader_drop_last=drop_last)
+        assert losses(padded) == pytest.approx(losses(packed), abs=1e-5)
+        assert largest_difference(padded, packed) <= 1e-5
+
+
 def test_ranks_may_have_different_numbers_of_rows(job, tmp_path):
     settings = {"max_seq_length": 24, "pack_to": 24, "optim": "sgd"}
     whole = job("whole", per_device_train_batch_size=4, **settings)
@@ -364,6 +375,22 @@ def test_bad_lines_and_no_lines_stop_before_the_model_loads(job, tmp_path, capsy
             job(train_file=str(file))
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_card_that_is_too_small_ends_with_exit_code_2_and_the_remedies(job, capsys, monkeypatch):
+    def fit(*args):
+        raise memory.DoesNotFit("rows of 8,192 tokens need about 9.0 GiB: lower pack_to")
+
+    monkeypatch.setattr(memory, "fit", fit)
+    with pytest.raises(SystemExit) as stop:
+        job()
+    assert stop.value.code == 2
+    assert "need about 9.0 GiB: lower pack_to" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_padded_batches_estimates_no_rows(job, capsys):
+    job(dry_run=True, pack_to=0)
+    assert "GPU memory by estimate" not in capsys.readouterr().out
 
 
 def test_an_earlier_run_is_refused_and_on_request_moved_aside(job, capsys):

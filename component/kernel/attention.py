@@ -76,7 +76,7 @@ SAMPLE_BY_SAMPLE = Attention("sample by sample", sample_by_sample_forward, sampl
 
 def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
     """Torch's own variable-length flash attention where the card, the type and the head's size allow it."""
-    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256
+    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and head_dim % 8 == 0
     if (
         fits
         and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -156,7 +156,7 @@ class LayerFunction(torch.autograd.Function):
             kept = Activations(hidden)
         elif layer.checkpointing == SELECTIVE:
             kept.gate_up = None
-        if layer.checkpointing == OFFLOAD and hidden.is_cuda:
+        if host is not None:
             host.put(layer.number, hidden)
             kept.hidden = None
         values = [getattr(kept, item.name) for item in fields(kept)]

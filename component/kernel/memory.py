@@ -107,8 +107,13 @@ def fit(forward: PackedForward, tokens: int | None, checkpointing: str, longest:
     """
     device = forward.model.device
     if not forward.layers or device.type != "cuda":  # nothing to estimate with, or nothing to run out of
+        if not forward.layers:  # a model's own layers keep all or their input alone
+            checkpointing = {"auto": "auto", NONE: NONE}.get(checkpointing, FULL)
         auto = FULL if device.type == "cuda" else NONE
         size = max(PLANS[0][0] if forward.layers else UNFUSED_TOKENS, longest)
+        if tokens != 0 and not forward.layers and not forward.isolates():
+            logger.warning("padded batches, which are slower: in rows, this model's samples would see each other")
+            tokens = 0
         plan = Plan(size if tokens is None else tokens, auto if checkpointing == "auto" else checkpointing)
         forward.use(plan.checkpointing)
         logger.info(plan)
@@ -118,13 +123,16 @@ def fit(forward: PackedForward, tokens: int | None, checkpointing: str, longest:
         for size, kept in PLANS
         if checkpointing in ("auto", kept) and (tokens is None or size == PLANS[0][0])
     ]
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    # Of all ranks' cards the fullest, so that all try the same plans.
+    free = least(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), device)
+    optimizer_bytes += 4 * dist.is_initialized()  # DistributedDataParallel has a copy of the gradients
     fixed = fixed_bytes(forward, optimizer_bytes)
+    beside = optimizer_bytes * sum(weight.numel() for weight in forward.model.parameters() if weight.requires_grad)
     sizes = {plan: estimate(forward.layers, forward.vocab, fixed, plan) for plan in dict.fromkeys(plans)}
     fitting = [plan for plan, size in sizes.items() if size < SPARE * free] or [min(sizes, key=sizes.get)]
     for plan in fitting:
         forward.use(plan.checkpointing)
-        if everywhere(forward.probe(plan.tokens), device):
+        if least(forward.probe(plan.tokens, beside), device):
             logger.info(f"{plan}: about {sizes[plan] / GIB:.1f} of {free / GIB:.1f} GiB")
             return plan
         logger.warning(f"{plan}: out of memory on the longest row")
@@ -134,10 +142,10 @@ def fit(forward: PackedForward, tokens: int | None, checkpointing: str, longest:
     )
 
 
-def everywhere(here: bool, device: torch.device) -> bool:
-    """Whether it is so on every rank."""
+def least(number: int, device: torch.device) -> int:
+    """The smallest of all ranks' numbers."""
     if not dist.is_initialized():
-        return here
-    flag = torch.tensor(int(here), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag)
+        return number
+    value = torch.tensor(int(number), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value.item()

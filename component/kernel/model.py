@@ -37,6 +37,7 @@ class PackedForward:
 
     def __init__(self, model: PeftModel, max_length: int, fuses: bool = True):
         self.model: PreTrainedModel = model.get_base_model()
+        self.max_length = max_length
         self.own_forward = self.model.forward
         self.host: HostMemory | None = None
         try:
@@ -57,7 +58,7 @@ class PackedForward:
         """Have layers keep what layer.CHECKPOINTING says; a model's own layers know all or nothing."""
         if not self.layers and checkpointing != NONE:
             name = "activation_checkpointing_enable"  # its name from transformers 5.2x on
-            enable = getattr(self.model, name, self.model.gradient_checkpointing_enable)
+            enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         for layer in self.layers:
             layer.checkpointing = checkpointing
@@ -67,16 +68,19 @@ class PackedForward:
     def on_cuda(self) -> bool:
         return self.model.device.type == "cuda"
 
-    def probe(self, tokens: int) -> bool:
-        """Whether a row of so many tokens goes forward and backward without running out of memory."""
+    def probe(self, tokens: int, beside: int = 0) -> bool:
+        """Whether a row of so many tokens, in samples as long as may be, goes forward and backward without running out
+        of memory, `beside` so many bytes that are still to come."""
         device = self.model.device
         places = torch.arange(tokens, device=device)
-        ids = places % self.vocab
-        row = {"input_ids": ids, "position_ids": places, "longest": tokens, "learned": places[:-1], "targets": ids[1:]}
-        row["ends"] = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        ids, longest = places % self.vocab, min(tokens, self.max_length)
+        ends = torch.tensor([*range(0, tokens, longest), tokens], dtype=torch.int32, device=device)
+        row = {"input_ids": ids, "position_ids": places % longest, "ends": ends, "longest": longest}
         try:
+            reserved = torch.empty(beside, dtype=torch.uint8, device=device)
             with torch.random.fork_rng(devices=[]):
-                self(**row).backward()
+                self(**row, learned=places[:-1], targets=ids[1:]).backward()
+            del reserved
             return True
         except torch.cuda.OutOfMemoryError:
             return False
@@ -84,6 +88,21 @@ class PackedForward:
             for weight in self.model.parameters():
                 weight.grad = None
             torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def isolates(self) -> bool:
+        """Whether samples of a row do not see each other in the model's own layers: some know no positions that restart
+        (Bloom, Falcon and OPT of transformers 5). Other first samples must not change what is said of the second."""
+        device, training = self.model.device, self.model.training
+        places = torch.arange(8, device=device)
+        ids = torch.stack([torch.cat((places * factor + 8, places + 8)) for factor in (1, 3)]) % self.vocab
+        self.model.eval()
+        one, other = (
+            self.own_forward(input_ids=row[None], position_ids=places.repeat(2)[None], use_cache=False).logits[0, 8:]
+            for row in ids
+        )
+        self.model.train(training)
+        return ((one - other).abs().max() <= 1e-2 * one.abs().max()).item()
 
     def __call__(self, *args, targets: torch.Tensor | None = None, **row):
         if targets is None:
@@ -98,8 +117,9 @@ class PackedForward:
         cos, sin = rotary_angles(self.model, position_ids)
         seed = int(torch.randint(1 << 31, ())) if self.model.training else None
         row = Row(Bounds(ends, longest), cos, sin, seed)
+        host = self.host if torch.is_grad_enabled() else None  # an evaluation has no backward to keep anything for
         for layer in self.layers:
-            hidden = LayerFunction.apply(hidden, layer, row, self.host, *layer.adapters)
+            hidden = LayerFunction.apply(hidden, layer, row, host, *layer.adapters)
         norm, eps = norm_of(final_norm(self.model))
         head, ops = self.model.get_output_embeddings().weight, self.layers[0].ops
         return HeadLoss.apply(hidden, learned, targets, norm, eps, head, ops, torch.is_grad_enabled())
@@ -123,9 +143,13 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
         raise Unfused(f"{name} is not one of {', '.join(FAMILIES)}")
     check(config, max_length)
     device, dtype = model.device, model.get_input_embeddings().weight.dtype
-    attention, ops = choose_attention(device, dtype, config.head_dim), choose_ops(device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 says none
+    attention, ops = choose_attention(device, dtype, head_dim), choose_ops(device)
     if device.type == "cuda" and attention is not FLASH:
-        logger.warning(f"attention {attention.name}: flash attention needs Ampere or newer and half precision")
+        logger.warning(
+            f"attention {attention.name}: flash attention needs Ampere or newer, half precision, and a head_dim of at "
+            f"most 256 that 8 divides, not {head_dim}"
+        )
     layers = []
     for number, parts in enumerate(FAMILIES[name](model)):
         norm, eps = norm_of(parts.pop("norm"))
@@ -144,8 +168,8 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
                 **projections,
                 heads=config.num_attention_heads,
                 groups=config.num_key_value_heads,
-                head_dim=config.head_dim,
-                scaling=config.head_dim**-0.5,
+                head_dim=head_dim,
+                scaling=head_dim**-0.5,
                 interleaved=name in INTERLEAVED,
                 attention=attention,
                 ops=ops,
@@ -174,16 +198,17 @@ def check(config, max_length: int) -> None:
 
 
 def choose_ops(device: torch.device) -> ModuleType:
-    """Triton's kernels on CUDA, if Triton is there and knows the card."""
+    """Triton's kernels on CUDA, if Triton is there, knows the card and can build one."""
     if device.type == "cuda":
         try:
             if torch.cuda.get_device_capability(device) < (7, 5):
                 raise ImportError("Triton needs a Turing card or a newer one")
             from . import triton_kernels
 
+            triton_kernels.swiglu(torch.ones(1, 2, device=device))
             return triton_kernels
-        except ImportError as error:
-            logger.warning(f"plain operations, which are slower: {error}")
+        except Exception as error:  # Triton has its own for a missing compiler, header or folder
+            logger.warning(f"plain operations, which are slower: {type(error).__name__}: {error}")
     return plain
 
 

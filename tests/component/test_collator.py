@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,7 @@ def sample(ids: list[int], mask: list[int]) -> dict:
 
 
 def test_a_row_holds_whole_samples_whose_positions_restart():
-    (row,) = PackingCollator(8)([sample([5, 6, 7], [0, 0, 1]), sample([8, 9], [1, 1])])["rows"]
+    (row,) = PackingCollator(8).rows([sample([5, 6, 7], [0, 0, 1]), sample([8, 9], [1, 1])])
     assert row["input_ids"].tolist() == [5, 6, 7, 8, 9]
     assert row["position_ids"].tolist() == [0, 1, 2, 0, 1]
     assert row["ends"].tolist() == [0, 3, 5]
@@ -34,6 +36,12 @@ def test_every_sample_is_in_one_row_and_no_row_is_too_long(lengths, limit):
     assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in row) <= limit for row in rows)
     assert rows == pack(lengths, limit)
+
+
+def test_thousands_of_samples_of_which_two_never_fit_one_row_are_packed_at_once():
+    started = time.perf_counter()
+    assert len(pack([513] * 3000, 1024)) == 3000
+    assert time.perf_counter() - started < 2  # a row more at a time, it takes 11 s
 
 
 def test_a_sample_above_the_limit_is_named():

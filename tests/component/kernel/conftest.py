@@ -50,7 +50,7 @@ CONFIGS = {
     "glm": GlmConfig(**SHAPE, attention_bias=True),
     "llama": LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE),
     "mistral": MistralConfig(**SHAPE),
-    "qwen2": Qwen2Config(**SHAPE),
+    "qwen2": Qwen2Config(**{key: size for key, size in SHAPE.items() if key != "head_dim"}),  # as published ones are
     "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=True),
 }
 

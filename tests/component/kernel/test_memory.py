@@ -23,7 +23,7 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gib * 2**30), 0))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         monkeypatch.setattr(forward, "use", lambda kept: probed.append(kept))
-        monkeypatch.setattr(forward, "probe", lambda tokens: tokens <= longest)
+        monkeypatch.setattr(forward, "probe", lambda tokens, beside: tokens <= longest)
         return forward, probed
 
     return pretend
@@ -43,6 +43,46 @@ def test_a_plan_that_fails_its_probe_gives_way_to_the_next(card, log):
     assert fit(forward, None, "auto", 64, 0) == Plan(4096, "none")
     assert probed == ["none", "none"]
     assert "rows of 8,192 tokens, activation_checkpointing none: out of memory on the longest row" in "".join(log)
+
+
+def test_ranks_plan_with_the_fullest_card_and_so_try_the_same_plans(card, monkeypatch):
+    forward, probed = card(80)
+    seen = []
+
+    def all_reduce(value, operation):
+        seen.append(value.item())
+        value.fill_(min(value.item(), 2**20))
+
+    monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(memory.dist, "all_reduce", all_reduce)
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda value, device: tensor(value))
+    assert fit(forward, None, "auto", 64, 0).checkpointing == "offload"
+    assert seen == [80 * 2**30, 1]
+    assert probed == ["offload"]
+
+
+def test_a_probe_has_samples_as_long_as_may_be_and_room_for_the_optimizer(monkeypatch):
+    model = make_model("llama")
+    forward, rows, sizes = PackedForward(model, 24), [], []
+    fused, empty = forward.fused, torch.empty
+    monkeypatch.setattr(forward, "fused", lambda targets, **row: rows.append(row) or fused(targets, **row))
+    monkeypatch.setattr(torch, "empty", lambda *size, **more: sizes.append(size) or empty(*size, **more))
+    assert forward.probe(64, 1000)
+    (row,) = rows
+    assert row["ends"].tolist() == [0, 24, 48, 64]
+    assert row["longest"] == 24
+    assert row["position_ids"].tolist() == [*range(24), *range(24), *range(16)]
+    assert sizes[0] == (1000,)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_probe_keeps_room_for_both_moments_of_an_optimizer_on_the_card(card, monkeypatch):
+    forward, _ = card(80)
+    asked = []
+    monkeypatch.setattr(forward, "probe", lambda tokens, beside: asked.append(beside) or True)
+    fit(forward, None, "auto", 64, 8)
+    assert asked == [8 * sum(weight.numel() for weight in forward.model.parameters() if weight.requires_grad)]
 
 
 def test_where_nothing_fits_the_remedies_are_named(card):

@@ -1,14 +1,22 @@
 """Packed rows through fused layers equal padded batches through the model's own, in loss and every gradient."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, OPTConfig
 
+import component.kernel
 from component.collator import PackingCollator, SFTDataCollator
 from component.kernel import attention, plain
 from component.kernel.attention import Bounds, choose_attention
 from component.kernel.layer import CHECKPOINTING
+from component.kernel.memory import fit
 from component.kernel.model import PackedForward, choose_ops
 from component.loss import TargetLMLoss
+from component.model import find_linear_names
 
 from .conftest import gradients, make_model, make_samples
 
@@ -28,7 +36,7 @@ def padded(model, samples):
 
 def packed(model, samples, tokens=64):
     total = 0.0
-    for row in PackingCollator(tokens)(samples)["rows"]:
+    for row in PackingCollator(tokens).rows(samples):
         loss = model(**row)
         loss.backward()
         total += loss.item()
@@ -62,6 +70,29 @@ def test_what_layers_keep_changes_no_gradient(family, checkpointing):
     forward.use(checkpointing)
     torch.manual_seed(3)
     assert_equal(packed(model, samples), expected, 1e-6)
+
+
+def test_inputs_go_to_the_hosts_memory_and_come_back_but_not_in_evaluation():
+    class Host(dict):
+        def put(self, number, hidden):
+            self[number] = hidden.clone()
+
+        take = dict.pop
+
+    model, samples = make_model("llama"), make_samples()
+    expected = padded(model, samples)
+    forward = PackedForward(model, 64)
+    forward.use("offload")
+    forward.host = Host()
+    (row,) = PackingCollator(64).rows(samples)
+    with torch.no_grad():
+        model(**row)
+    assert not forward.host
+    loss = model(**row)
+    assert list(forward.host) == [0, 1]
+    loss.backward()
+    assert not forward.host
+    assert_equal((loss.item(), gradients(model)), expected)
 
 
 def test_packed_and_plain_equals_padded(family):
@@ -103,7 +134,7 @@ def test_dropout_is_peft_s_in_distribution_and_off_in_evaluation():
     assert packed(model, samples)[0] != packed(model, samples)[0]
     model.eval()
     with torch.no_grad():
-        losses = {model(**PackingCollator(64)(samples)["rows"][0]).item() for _ in range(2)}
+        losses = {model(**PackingCollator(64).rows(samples)[0]).item() for _ in range(2)}
     expected = padded(model, samples)[0]
     assert len(losses) == 1
     assert losses.pop() == pytest.approx(expected, rel=1e-5)
@@ -115,7 +146,7 @@ def test_gradients_under_dropout_are_those_of_the_loss():
     PackedForward(model, 64)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     directions = [torch.randn_like(weight) for weight in weights]
-    (row,) = PackingCollator(64)(samples)["rows"]
+    (row,) = PackingCollator(64).rows(samples)
 
     def loss_at(step: float) -> torch.Tensor:
         torch.manual_seed(5)
@@ -171,8 +202,21 @@ def test_what_fused_layers_do_not_have_goes_the_plain_way_and_is_said(family, ch
     expected = padded(model, samples)
     assert PackedForward(model, 64).layers == []
     assert reason in "".join(log)
-    if "sliding_window" not in changes:
-        assert_equal(packed(model, samples), expected)
+    assert_equal(packed(model, samples), expected)
+
+
+@pytest.mark.parametrize("tokens", [None, 64])
+@pytest.mark.parametrize(("config", "packs"), [(BloomConfig, False), (OPTConfig, False), (GPTNeoXConfig, True)])
+def test_a_model_whose_samples_would_see_each_other_is_padded_and_that_is_said(config, packs, tokens, log):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(vocab_size=97, ffn_dim=96, word_embed_proj_dim=64, **sizes))
+    targets = find_linear_names(model)
+    forward = PackedForward(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets)), 64)
+    plan = fit(forward, tokens, "auto", 64, 0)
+    assert bool(plan.tokens) is packs
+    assert ("padded batches, which are slower: in rows, this model's samples" in "".join(log)) is not packs
+    assert forward.model.training
 
 
 def test_flash_is_for_ampere_and_half_precision_and_others_are_named(monkeypatch):
@@ -184,6 +228,7 @@ def test_flash_is_for_ampere_and_half_precision_and_others_are_named(monkeypatch
         ((7, 5), torch.float16, 128, attention.SAMPLE_BY_SAMPLE),
         ((9, 0), torch.float32, 128, attention.SAMPLE_BY_SAMPLE),
         ((9, 0), torch.bfloat16, 288, attention.SAMPLE_BY_SAMPLE),
+        ((9, 0), torch.bfloat16, 100, attention.SAMPLE_BY_SAMPLE),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert choose_attention(device, dtype, width) is expected
@@ -192,8 +237,21 @@ def test_flash_is_for_ampere_and_half_precision_and_others_are_named(monkeypatch
 def test_without_triton_the_plain_operations_are_used_and_said(monkeypatch, log):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert choose_ops(torch.device("cuda")) is plain
-    assert "plain operations, which are slower: Triton needs a Turing card" in "".join(log)
+    assert "plain operations, which are slower: ImportError: Triton needs a Turing card" in "".join(log)
     assert choose_ops(torch.device("cpu")) is plain
+
+
+def test_a_triton_that_cannot_build_kernels_is_replaced_and_said(monkeypatch, log):
+    def fail(gate_up):
+        raise RuntimeError("Failed to find C compiler")
+
+    kernels = SimpleNamespace(swiglu=fail)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))
+    monkeypatch.setitem(sys.modules, "component.kernel.triton_kernels", kernels)
+    monkeypatch.setattr(component.kernel, "triton_kernels", kernels, raising=False)
+    assert choose_ops(torch.device("cuda")) is plain
+    assert "plain operations, which are slower: RuntimeError: Failed to find C compiler" in "".join(log)
 
 
 def test_attention_sample_by_sample_is_causal_attention_of_each():
