@@ -18,9 +18,6 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this mac
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">"
 
 
-NAMED = {"conversations": [{"role": "{toString}", "content": "x"}]}
-
-
 def dom(page: Path, fragment: str = "") -> str:
     """The page's elements after its program has run."""
     command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--lang=en"]
@@ -45,7 +42,8 @@ def make_page(tmp_path, tiny_tokenizer):
 def test_rows_calls_and_faults_are_laid_out_and_data_stays_text(make_page):
     call = {"role": "tool", "name": "weather", "parameters": {"city": HOSTILE}, "observation": {"t": HOSTILE}}
     row = {"conversations": [{"role": "user", "content": HOSTILE}, call, {"role": "assistant", "content": "end"}]}
-    page, _ = make_page([row, {"conversations": [{"role": HOSTILE, "content": "x"}]}, row, NAMED])
+    faulty = [{"conversations": [{"role": role, "content": "x"}]} for role in (HOSTILE, "{toString}")]
+    page, _ = make_page([row, *faulty, row])
     shown = dom(page, "#row=1")
     assert "<img" not in shown[shown.index("<body") : shown.index('id="data"')]
     assert "<img" not in shown[shown.index("</script>", shown.index('id="data"')) :].split("<script")[0]
