@@ -13,7 +13,7 @@ from .model import PackedForward
 GIB = 2**30
 FOUR_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a value: itself, and its shares of an 8-bit scale and of that one's
 SPARE = 0.92  # of the card's memory that may be planned with; fragments and libraries take the rest
-# (tokens of a row, what layers keep), fastest first, as measured on an H100 (benchmark/README.md).
+# (tokens of a row, what layers keep), fastest first. Measured are 8,192 and the offloaded 2,048 (benchmark/README.md).
 PLANS = (
     (8192, NONE),
     (4096, NONE),
@@ -38,7 +38,8 @@ class Plan:
     checkpointing: str
 
     def __str__(self) -> str:
-        return f"rows of {self.tokens:,} tokens, activation_checkpointing {self.checkpointing}"
+        layout = f"rows of {self.tokens:,} tokens" if self.tokens else "padded batches"
+        return f"{layout}, activation_checkpointing {self.checkpointing}"
 
 
 def estimate(layers: list[Layer], vocab: int, fixed: int, plan: Plan) -> int:
