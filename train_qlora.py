@@ -42,11 +42,11 @@ def train(cli: argparse.Namespace) -> None:
     from component.collator import PackingCollator, SFTDataCollator
     from component.dataset import DATA_FORMATS, load_datasets, select_format
     from component.distributed import on_rank_zero
-    from component.kernel.memory import fit, optimizer_bytes, table
+    from component.kernel.memory import fit, optimizer_bytes
     from component.kernel.model import PackedForward
     from component.loss import TargetLMLoss
-    from component.model import attach_lora, load_model, load_tokenizer, sketch_model
-    from component.report import parameter_table, plot_loss, render_sample
+    from component.model import attach_lora, load_model, load_tokenizer
+    from component.report import parameter_table, plot_loss
     from component.trainer import LoRATrainer
 
     # 1. Settings
@@ -69,13 +69,7 @@ def train(cli: argparse.Namespace) -> None:
         )
     )
     if cli.dry_run:
-        show_settings(args, training_args)
-        print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")
-        steps = training_args.max_steps if args.streaming else count_steps(len(train_dataset), training_args)
-        forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.pack_to != 0)
-        if forward.layers:
-            print(table(forward, args.pack_to or max(8192, args.max_seq_length), optimizer_bytes(training_args.optim)))
-        print(f"{steps} steps. No weights were loaded.")
+        show_run(args, training_args, tokenizer, train_dataset)
         return
 
     # 3. Model
@@ -126,6 +120,22 @@ def peak_memory() -> str:
     import torch
 
     return f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" * torch.cuda.is_available()
+
+
+def show_run(args, training_args, tokenizer, train_dataset) -> None:
+    """What a dry run prints: settings, a sample, memory by estimate, steps."""
+    from component.kernel.memory import optimizer_bytes, table
+    from component.kernel.model import PackedForward
+    from component.model import sketch_model
+    from component.report import render_sample
+
+    show_settings(args, training_args)
+    print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")
+    forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.pack_to != 0)
+    if forward.layers:
+        print(table(forward, args.pack_to or max(8192, args.max_seq_length), optimizer_bytes(training_args.optim)))
+    steps = training_args.max_steps if args.streaming else count_steps(len(train_dataset), training_args)
+    print(f"{steps} steps. No weights were loaded.")
 
 
 def show_settings(args, training_args) -> None:

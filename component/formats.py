@@ -158,6 +158,7 @@ def answer_call(turns: list[Turn], pending: dict[int, str], identity: Any, text:
 
 
 def parse_calls(message: dict, place: str) -> list[Turn]:
+    """The calls of an assistant's message, by `tool_calls` or the older `function_call`."""
     if message.get("tool_calls") in (None, []):
         legacy = message.get("function_call")
         return [] if legacy is None else [parse_call(legacy, f"{place}.function_call")]

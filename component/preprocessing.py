@@ -258,6 +258,7 @@ def chunks(rows: Iterable[tuple[int, int, bytes | DataError]]) -> Iterator[Chunk
 
 
 def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
+    """Parse, and if the task's last part says so render, the rows of a chunk."""
     renderer, chunk, renders = task
     ids, mask = array("i"), bytearray()  # which grow from lists faster than numpy makes an array of one
     ends, lines, notes, rejected, fitted, odd = [], [], bytearray(), [], [], []
@@ -284,6 +285,7 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
 
 
 def add(report: DataReport, outcome: Outcome, files: list[Path]) -> None:
+    """Count a chunk's outcome in the report."""
     report.rows += outcome.rows
     report.turns += outcome.turns
     report.kept += len(outcome.ends)

@@ -107,15 +107,8 @@ def fit(forward: PackedForward, tokens: int | None, checkpointing: str, longest:
         DoesNotFit: nothing fits.
     """
     device = forward.model.device
-    if not forward.layers or device.type != "cuda":  # nothing to estimate with, or nothing to run out of
-        if not forward.layers:  # a model's own layers keep all or their input alone
-            checkpointing = {"auto": "auto", NONE: NONE}.get(checkpointing, FULL)
-        auto = FULL if device.type == "cuda" else NONE
-        size = max(PLANS[0][0] if forward.layers else UNFUSED_TOKENS, longest)
-        if tokens != 0 and not forward.layers and not forward.isolates():
-            logger.warning("padded batches, which are slower: in rows, this model's samples would see each other")
-            tokens = 0
-        plan = Plan(size if tokens is None else tokens, auto if checkpointing == "auto" else checkpointing)
+    if not forward.layers or device.type != "cuda":
+        plan = unproven_plan(forward, tokens, checkpointing, longest)
         forward.use(plan.checkpointing)
         logger.info(plan)
         return plan
@@ -141,6 +134,20 @@ def fit(forward: PackedForward, tokens: int | None, checkpointing: str, longest:
         f"{plan} needs about {sizes[plan] / GIB:.1f} GiB, of which {free / GIB:.1f} are free: lower pack_to, "
         "max_seq_length or lora_rank, set activation_checkpointing to auto, or free the card of other programs"
     )
+
+
+def unproven_plan(forward: PackedForward, tokens: int | None, checkpointing: str, longest: int) -> Plan:
+    """Where there is nothing to estimate with (a model's own layers) or nothing to run out of (a CPU)."""
+    if checkpointing == "auto":
+        checkpointing = FULL if forward.on_cuda else NONE
+    size = PLANS[0][0]
+    if not forward.layers:
+        size = UNFUSED_TOKENS
+        checkpointing = NONE if checkpointing == NONE else FULL  # a model's own layers keep all, or their input alone
+        if tokens != 0 and not forward.isolates():
+            logger.warning("padded batches, which are slower: in rows, this model's samples would see each other")
+            tokens = 0
+    return Plan(max(size, longest) if tokens is None else tokens, checkpointing)
 
 
 def least(number: int, device: torch.device) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ..chatglm.modeling_chatglm import rotary_embedding
 from . import plain
 from .attention import FLASH, Bounds, choose_attention
 from .head import HeadLoss
@@ -261,7 +262,5 @@ def rotary_angles(model: PreTrainedModel, position_ids: torch.Tensor) -> tuple[t
         wide = torch.empty(0, device=position_ids.device)  # float32 in, float32 out
         cos, sin = model.base_model.rotary_emb(wide, position_ids[None])
         return tuple(part[0, :, : part.shape[-1] // 2].contiguous() for part in (cos, sin))
-    from ..chatglm.modeling_chatglm import rotary_embedding
-
     cos, sin = rotary_embedding(model.config, position_ids[None], torch.float32)
     return cos[0, 0].contiguous(), sin[0, 0].contiguous()

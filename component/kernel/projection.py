@@ -96,21 +96,22 @@ class Projection:
         """
         low = self.low(x, seed)
         if x.stride(0) == self.in_features:
-            weight = self.weight()
-            out = x @ weight.t() if self.bias is None else torch.addmm(self.bias, x, weight.t())
+            out = self.product(x, self.weight())
             for path in self.paths:
                 up = path.up.detach().to(self.dtype)
                 out[:, path.columns].addmm_(low[:, path.ranks], up.t(), alpha=path.scaling)
             return out, low
-        weight = self.weight(self.rank)
+        weight = self.weight(self.room)
         ups = weight[:, self.in_features :]
         if len(self.bases) > 1:  # a path is only in its own columns and ranks
             ups.zero_()
         for path in self.paths:
             torch.mul(path.up.detach(), path.scaling, out=ups[path.columns, path.ranks])
         wide = x.as_strided((len(x), weight.shape[1]), (x.stride(0), 1))
-        out = wide @ weight.t() if self.bias is None else torch.addmm(self.bias, wide, weight.t())
-        return out, low.clone()  # the wide input need not live on
+        return self.product(wide, weight), low.clone()  # the wide input need not live on
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight.t() if self.bias is None else torch.addmm(self.bias, x, weight.t())
 
     def low(self, x: torch.Tensor, seed: int | None) -> torch.Tensor | None:
         if not self.paths:
