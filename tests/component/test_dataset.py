@@ -442,7 +442,7 @@ def test_workers_of_a_killed_process_end(tmp_path):
         import os, sys, time
         from component.preprocessing import in_order
         def work(task):
-            print(os.getpid(), flush=True)
+            os.write(1, b"%d\\n" % os.getpid())  # at once, so that two workers' lines do not mix
             time.sleep(1)
         list(in_order(work, [(None, i) for i in range(100)], 2))
     """
