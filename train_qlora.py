@@ -36,57 +36,67 @@ def describe_settings() -> str:
 def train(cli: argparse.Namespace) -> None:
     # torch and transformers take seconds to import, which --help need not wait for.
     from loguru import logger
-    from transformers import set_seed
 
-    from component.checkpoint import FINAL, find_resume_point, prepare_output_dir
-    from component.collator import PackingCollator, SFTDataCollator
-    from component.dataset import DATA_FORMATS, load_datasets, select_format
+    from component.checkpoint import FINAL, RunFolder
+    from component.dataset import select_format
     from component.distributed import on_rank_zero
-    from component.kernel.memory import fit, optimizer_bytes
-    from component.kernel.model import PackedForward
-    from component.loss import TargetLMLoss
-    from component.model import attach_lora, load_model, load_tokenizer
-    from component.report import parameter_table, plot_loss
-    from component.trainer import LoRATrainer
+    from component.identity import describe_run
+    from component.model import load_tokenizer
 
-    # 1. Settings
     args, training_args = load_arguments(cli.train_args_file, cli.overrides)
     data_format, reason = select_format(args.model_name_or_path, args.data_format)
     logger.info(f"model {args.model_name_or_path}, data format {data_format}: {reason}")
-    resume_from = find_resume_point(training_args.output_dir, training_args.resume_from_checkpoint)
-    if not cli.dry_run:
-        on_rank_zero(lambda: prepare_output_dir(training_args.output_dir, bool(resume_from), args.overwrite_output_dir))
-
-    # 2. Data
     tokenizer = load_tokenizer(args)
-    train_dataset, eval_dataset = on_rank_zero(
-        lambda: load_datasets(
-            args,
-            DATA_FORMATS[data_format],
-            tokenizer,
-            training_args.seed,
-            output_dir=None if cli.dry_run else training_args.output_dir,
-        )
-    )
     if cli.dry_run:
-        show_run(args, training_args, tokenizer, train_dataset)
+        show_run(args, training_args, data_format, tokenizer)
         return
+    identity = on_rank_zero(lambda: describe_run(args, training_args, data_format, tokenizer))
+    with RunFolder(training_args.output_dir, identity) as folder:
+        start = on_rank_zero(
+            lambda: folder.open(
+                training_args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_despite_changes
+            )
+        )
+        if start.is_done:
+            logger.info(f"this run is done: {folder.path / FINAL}; overwrite_output_dir=true begins it anew")
+        else:
+            fine_tune(args, training_args, data_format, tokenizer, folder, start)
 
-    # 3. Model
+
+def fine_tune(args, training_args, data_format: str, tokenizer, folder, start) -> None:
+    """From data to the final adapter, in a folder that this run holds."""
+    from loguru import logger
+    from transformers import set_seed
+
+    from component.collator import PackingCollator, SFTDataCollator
+    from component.dataset import DATA_FORMATS, load_datasets
+    from component.distributed import on_rank_zero
+    from component.interruption import watch
+    from component.kernel.memory import fit, optimizer_bytes
+    from component.kernel.model import PackedForward
+    from component.loss import TargetLMLoss
+    from component.model import attach_lora, load_model
+    from component.report import parameter_table, plot_loss
+    from component.trainer import LoRATrainer
+
+    # 1. Data
+    train_dataset, eval_dataset = on_rank_zero(
+        lambda: load_datasets(args, DATA_FORMATS[data_format], tokenizer, training_args.seed, output_dir=folder.path)
+    )
+
+    # 2. Model
     logger.info(
         f"loading {args.model_name_or_path} in 4 bits on {training_args.device}, {args.compute_dtype} arithmetic"
     )
     set_seed(training_args.seed)
     model = attach_lora(load_model(args, training_args), args)
     logger.info(f"parameters\n{parameter_table(model)}")
+
+    # 3. Layout: rows and what layers keep. A run that goes on has the one that it began with.
+    layout = start.plan or {"tokens": args.pack_to, "checkpointing": args.activation_checkpointing}
     forward = PackedForward(model, args.max_seq_length, fuses=args.pack_to != 0)
-    plan = fit(
-        forward,
-        args.pack_to,
-        args.activation_checkpointing,
-        args.max_seq_length,
-        optimizer_bytes(training_args.optim),
-    )
+    plan = fit(forward, **layout, longest=args.max_seq_length, optimizer_bytes=optimizer_bytes(training_args.optim))
+    folder.plan = dataclasses.asdict(plan)
     collator = PackingCollator(plan.tokens) if plan.tokens else SFTDataCollator(tokenizer, args.max_seq_length)
 
     # 4. Training
@@ -98,22 +108,23 @@ def train(cli: argparse.Namespace) -> None:
         data_collator=collator,
         processing_class=tokenizer,
         loss=TargetLMLoss(),
+        folder=folder,
+        watch=watch,
+        max_skipped_updates=args.max_skipped_updates,
     )
-    logger.info(f"resuming from {resume_from}" if resume_from else "training from the base model")
-    result = trainer.train(resume_from_checkpoint=resume_from)
+    on_rank_zero(lambda: folder.check_room(trainer.checkpoint_size()))
+    logger.info(f"continuing from {start.checkpoint}" if start.checkpoint else "training from the base model")
+    result = trainer.train(resume_from_checkpoint=start.checkpoint)
 
-    # 5. Results
-    final = os.path.join(training_args.output_dir, FINAL)
-    trainer.save_model(final)
+    # 5. Results. The final adapter comes last: where it is, the run is done.
+    picture = folder.path / "loss.png"
     trainer.save_state()
     if trainer.is_world_process_zero():
-        picture = os.path.join(training_args.output_dir, "loss.png")
         plot_loss(trainer.state.log_history, picture)
-        logger.info(f"done: {result.global_step} steps in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
-        logger.info(f"adapter and tokenizer: {final}")
-        logger.info(
-            f"loss curve: {picture}; its figures: {os.path.join(training_args.output_dir, 'trainer_state.json')}"
-        )
+    final = trainer.save_final()
+    logger.info(f"done: {result.global_step} steps in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
+    logger.info(f"adapter and tokenizer: {final}")
+    logger.info(f"loss curve: {picture}; its figures: {folder.path / 'trainer_state.json'}")
 
 
 def peak_memory() -> str:
@@ -122,13 +133,18 @@ def peak_memory() -> str:
     return f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" * torch.cuda.is_available()
 
 
-def show_run(args, training_args, tokenizer, train_dataset) -> None:
+def show_run(args, training_args, data_format: str, tokenizer) -> None:
     """What a dry run prints: settings, a sample, memory by estimate, steps."""
+    from component.dataset import DATA_FORMATS, load_datasets
+    from component.distributed import on_rank_zero
     from component.kernel.memory import optimizer_bytes, table
     from component.kernel.model import PackedForward
     from component.model import sketch_model
     from component.report import render_sample
 
+    train_dataset, _ = on_rank_zero(
+        lambda: load_datasets(args, DATA_FORMATS[data_format], tokenizer, training_args.seed, output_dir=None)
+    )
     show_settings(args, training_args)
     print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")
     forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.pack_to != 0)
@@ -158,19 +174,32 @@ def count_steps(rows: int, training_args) -> int:
 
 def main() -> None:
     cli = parse_command_line()
+    from component.interruption import Interrupted, die_with_parent, watch
+
+    watch.install()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+        die_with_parent()
     from loguru import logger
 
-    from component.checkpoint import CheckpointError
+    from component.checkpoint import CheckpointError, StorageError
     from component.conversation import DataError
     from component.kernel.memory import DoesNotFit
     from component.report import configure_logging
+    from component.trainer import NumericError
 
     configure_logging(rank=int(os.environ.get("RANK", 0)))
+    exit_codes = {NumericError: 3, StorageError: 4} | dict.fromkeys(
+        (ArgumentError, CheckpointError, DataError, DoesNotFit), 2
+    )
     try:
         train(cli)
-    except (ArgumentError, CheckpointError, DataError, DoesNotFit) as error:
+    except tuple(exit_codes) as error:
         logger.error(error)
-        sys.exit(2)
+        sys.exit(exit_codes[type(error)])
+    except Interrupted as interruption:
+        logger.info(f"{interruption}: stopped; the same command continues")
+        sys.stderr.flush()
+        os._exit(interruption.exit_code)  # without waiting for other ranks, which may still be at work
     finally:
         import torch.distributed as dist
 

@@ -129,6 +129,17 @@ class QLoRAArguments:
     overwrite_output_dir: bool = setting(
         False, "Start anew in an output_dir that holds a run; what is there is moved aside, not deleted."
     )
+    resume_despite_changes: bool = setting(
+        False,
+        "Continue a run whose settings, data, format, base model or number of processes are not those that it began "
+        "with, or from a damaged checkpoint that resume_from_checkpoint names.",
+    )
+    max_skipped_updates: int = setting(
+        0,
+        "Updates with a loss or gradient that is not finite that are left out before the run stops.",
+        is_not_negative,
+        "0 or a positive integer",
+    )
 
     def __post_init__(self):
         for item in fields(self):
@@ -186,10 +197,24 @@ POSITIVE = (
     "eval_steps",
 )
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed")
-UNSUPPORTED = ("fsdp", "parallelism_config", "use_liger_kernel")  # they would replace parts that are ours
+# They would replace parts that are ours, or leave checkpoints that cannot be continued.
+UNSUPPORTED = (
+    "fsdp",
+    "parallelism_config",
+    "use_liger_kernel",
+    "auto_find_batch_size",
+    "enable_jit_checkpoint",
+    "save_only_model",
+    "push_to_hub",
+)
 
 # What the dataset, the loss and the trainer rely on.
-FIXED = {"remove_unused_columns": False, "label_names": ["target_mask"], "label_smoothing_factor": 0.0}
+FIXED = {
+    "remove_unused_columns": False,
+    "label_names": ["target_mask"],
+    "label_smoothing_factor": 0.0,
+    "logging_nan_inf_filter": False,  # it hides what stops a run here
+}
 
 
 def load_arguments(

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,11 +20,17 @@ def fingerprint(parts: Iterable[str | Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Path):
-            with open(part, "rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
+            digest.update(contents(part, part.stat().st_size, part.stat().st_mtime_ns))
         else:
             digest.update(hashlib.blake2b(part.encode(errors="surrogatepass")).digest())
     return digest.hexdigest()
+
+
+@cache
+def contents(path: Path, size: int, changed: int) -> bytes:
+    """A digest of a file, made once for as long as the file does not change."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -1,69 +1,347 @@
-"""Where a run writes, and where it continues from."""
+"""The folder of a run: who may write there, where the run continues from, and checkpoints that are whole or absent."""
 
+import errno
+import hashlib
+import json
+import os
 import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from loguru import logger
 
-FINAL = "final"
+from .cache import sync
+
+FINAL, MANIFEST, ASIDE = "final", "manifest.json", "aside"
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")  # to continue at all
+OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(ValueError):
-    """A fault in the output folder or in what is to be resumed."""
+    """What is to be resumed is not this run, or its folder is somebody else's."""
+
+
+class StorageError(ValueError):
+    """The output folder cannot be written to or read from as a run needs it."""
+
+
+class Damaged(Exception):
+    """A folder that is not what its manifest says, or has none."""
+
+
+@dataclass
+class Start:
+    """Where a run begins: at `checkpoint` with the layout of rows (`plan`) that it had, or at the base model."""
+
+    checkpoint: str | None = None
+    plan: dict | None = None
+    is_done: bool = False
+
+
+class RunFolder:
+    """An output folder, held by one run until it is left. All is done on rank 0, where the folder was opened.
+
+    Args:
+        path: the folder, made if it is not there.
+        identity: what decides the run's numbers (component.identity); the same identity is the same run.
+    """
+
+    def __init__(self, path: str | Path, identity: dict):
+        self.path = Path(path).resolve()
+        self.identity = identity
+        self.plan: dict | None = None
+        self.lock = FileLock(self.path / ".lock")
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.lock.release()
+
+    def open(self, resume: str | bool | None = None, overwrite: bool = False, despite_changes: bool = False) -> Start:
+        """Lock the folder, move aside what is broken, and find where to begin.
+
+        Args:
+            resume: "auto" or None, the newest checkpoint that verifies, if any; True, the same, and there must be one;
+                False, none, and the folder must hold no run; or a checkpoint's path.
+            overwrite: move a folder that holds a run aside and begin anew, unless `resume` asks for a checkpoint.
+            despite_changes: continue a run of another identity, or from a given checkpoint that is damaged.
+
+        Raises:
+            CheckpointError: another process holds the folder, it is another run's, or has nothing to continue from.
+            StorageError: it cannot be written to, or no checkpoint in it verifies.
+        """
+        resume = {None: "auto", "true": True, "false": False}.get(resume, resume)
+        self.take()
+        held = [*find_checkpoints(self.path), *self.path.glob(FINAL)]
+        if held and overwrite and resume in ("auto", False):
+            self.move_away()
+        elif held and resume is False:
+            raise CheckpointError(
+                f"{self.path} holds a run already ({', '.join(path.name for path in held)}): continue it by leaving "
+                "resume_from_checkpoint out, choose another output_dir, or set overwrite_output_dir=true, which moves "
+                "it aside"
+            )
+        elif held:
+            return self.find_start(resume, despite_changes)
+        if resume not in ("auto", False):
+            raise CheckpointError(
+                f"resume_from_checkpoint is {str(resume).lower()}, but {self.path} holds no checkpoint; start without "
+                "it"
+            )
+        return Start()
+
+    def take(self) -> None:
+        """Make the folder, lock it for the life of this process, and clear what a killed save left."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+            for path in self.path.glob(".tmp-*"):
+                remove(path)
+            (self.path / ".tmp-probe").mkdir()
+            (self.path / ".tmp-probe").rmdir()
+        except Timeout:
+            raise CheckpointError(
+                f"{self.path}: another run is writing here; wait for it, or choose another output_dir"
+            ) from None
+        except OSError as error:
+            raise StorageError(f"output_dir {self.path} cannot be written to ({error}); choose another") from None
+
+    def move_away(self) -> None:
+        aside = self.path.with_name(f"{self.path.name}.{datetime.now():%Y%m%d-%H%M%S}")
+        self.path.rename(aside)
+        self.lock.release()
+        logger.info(f"moved the earlier run to {aside}")
+        self.take()
+
+    def find_start(self, resume: str | bool, despite_changes: bool) -> Start:
+        """Of a folder that holds a run. Nothing is moved before it is clear that this run may continue."""
+        given = None if resume in ("auto", True) else self.given_checkpoint(resume)
+        candidates = [given] if given else [*self.path.glob(FINAL), *reversed(find_checkpoints(self.path))]
+        broken: dict[Path, str] = {}
+        for folder in candidates:
+            try:
+                manifest = verify(folder)
+            except Damaged as damage:
+                broken[folder] = str(damage)
+                continue
+            is_final = folder.name == FINAL
+            changes = differences(manifest["run"], self.identity)
+            if changes and not despite_changes:
+                raise CheckpointError(self.describe_changes(folder, changes))
+            if is_final and not changes:
+                return Start(is_done=True)
+            self.warn_of_changes(folder, manifest, changes)
+            if is_final:  # a run that goes on under other settings
+                self.set_aside(folder, "the run goes on")
+                continue
+            break
+        else:
+            if not given or not despite_changes:
+                raise self.nothing_verifies(broken)
+            folder, manifest = given, {}
+            logger.warning(f"{given}: {broken.pop(given)}; going on from it all the same, which is not exact")
+            if missing := [name for name in NEEDED if not (given / name).is_file()]:
+                raise StorageError(f"{given / missing[0]} is missing; nothing can go on from there")
+        for path, damage in broken.items():
+            self.set_aside(path, damage)
+        for path in find_checkpoints(self.path):
+            if step_of(path) > step_of(folder):
+                self.set_aside(path, f"the run goes on from {folder.name}")
+        return Start(str(folder), manifest.get("plan"))
+
+    def given_checkpoint(self, path: str) -> Path:
+        checkpoint = Path(path).resolve()
+        if checkpoint not in find_checkpoints(self.path):
+            known = ", ".join(found.name for found in find_checkpoints(self.path)) or "none"
+            raise CheckpointError(
+                f"resume_from_checkpoint={path!r} is not a checkpoint of output_dir {self.path} (there: {known}); a "
+                "run continues in its own folder, and no other folder's optimizer state is opened"
+            )
+        return checkpoint
+
+    def describe_changes(self, folder: Path, changes: list[str]) -> str:
+        return "\n  ".join([f"{folder} is of a run that is not this one:", *changes]) + (
+            "\nSet these as they were, choose another output_dir, begin anew with overwrite_output_dir=true, or go on "
+            "all the same with resume_despite_changes=true"
+        )
+
+    def warn_of_changes(self, folder: Path, manifest: dict, changes: list[str]) -> None:
+        changes = changes + differences({"version": manifest["versions"]}, {"version": versions()})
+        if changes:
+            logger.warning("\n  ".join([f"going on from {folder.name} is not exact:", *changes]))
+
+    def nothing_verifies(self, broken: dict[Path, str]) -> ValueError:
+        found = "\n  ".join([f"{self.path}: nothing to continue from:", *(f"{p.name}: {d}" for p, d in broken.items())])
+        remedy = "overwrite_output_dir=true moves the folder aside and begins anew"
+        if any((path / MANIFEST).exists() for path in broken):
+            return StorageError(
+                f"{found}\n{remedy}; resume_despite_changes=true with resume_from_checkpoint=FOLDER goes on from what "
+                "is left of one, which is not exact"
+            )
+        return CheckpointError(f"{found}\nNone is a checkpoint of this program. Choose another output_dir; {remedy}")
+
+    def set_aside(self, path: Path, reason: str) -> None:
+        target = self.path / ASIDE / f"{path.name}.{datetime.now():%Y%m%d-%H%M%S-%f}"
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        logger.warning(f"{path.name}: {reason}; moved to {target}")
+
+    def begin(self, name: str) -> Path:
+        """An empty temporary folder, for what `finish` publishes under `name`."""
+        folder = self.path / f".tmp-{name}"
+        remove(folder)
+        folder.mkdir()
+        return folder
+
+    def finish(self, name: str, step: int, world_size: int) -> Path:
+        """Seal the temporary folder of `name` and rename it: from here on it is there, and whole."""
+        folder, target = self.path / f".tmp-{name}", self.path / name
+        facts = {"step": step, "world_size": world_size, "plan": self.plan, "run": self.identity}
+        seal(folder, facts | {"versions": versions()})
+        os.rename(folder, target)
+        sync(self.path)
+        return target
+
+    def rotate(self, limit: int | None, keep: Iterable[Path] = ()) -> None:
+        """Delete this run's oldest checkpoints, but never its newest two, those in `keep`, or anything else."""
+        if not limit:
+            return
+        own = [path for path in find_checkpoints(self.path) if self.is_own(path)]
+        for path in own[: -max(limit, 2)]:
+            if path not in keep:
+                doomed = self.path / f".tmp-{path.name}"
+                path.rename(doomed)  # never half a checkpoint under its name
+                remove(doomed)
+
+    def is_own(self, checkpoint: Path) -> bool:
+        try:
+            return not differences(verify(checkpoint, deep=False)["run"], self.identity)
+        except Damaged:
+            return False
+
+    def check_room(self, checkpoint_size: int) -> None:
+        """Raise StorageError unless two more checkpoints of so many bytes fit on the disk, one to be written and one to
+        stay."""
+        free = shutil.disk_usage(self.path).free
+        if free < 2 * checkpoint_size:
+            raise StorageError(
+                f"output_dir {self.path}: two checkpoints need {show_size(2 * checkpoint_size)}, and "
+                f"{show_size(free)} are free; make room, or choose another output_dir"
+            )
+
+    def failed(self, name: str, error: Exception) -> StorageError:
+        """After a save that could not be finished: its remains are gone, and the error says what was there to write
+        on."""
+        folder = self.path / f".tmp-{name}"
+        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+        remove(folder)
+        whole = [path.name for path in find_checkpoints(self.path)]
+        return StorageError(
+            f"{self.path / name} could not be written ({type(error).__name__}: {error}); {show_size(written)} were, "
+            f"{show_size(shutil.disk_usage(self.path).free)} are free. "
+            + (f"{whole[-1]} is untouched: make room, and the same command continues from it" if whole else "Make room")
+        )
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoint folders of a run, oldest step first."""
-    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*"))
-    return [Path(output_dir, match[0]) for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
+    return sorted((path for path in Path(output_dir).glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
-def find_resume_point(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> str | None:
-    """The checkpoint folder to continue from: the path given, the newest for True, None for a new run.
-
-    Raises:
-        CheckpointError: there is none, or it lacks what resuming needs.
-    """
-    if resume_from_checkpoint in (None, False, "false"):
-        return None
-    if resume_from_checkpoint in (True, "true"):
-        checkpoints = find_checkpoints(output_dir)
-        if not checkpoints:
-            raise CheckpointError(
-                f"resume_from_checkpoint is true, but {output_dir} holds no checkpoint; start without it"
-            )
-        path = checkpoints[-1]
-    else:
-        path = Path(resume_from_checkpoint)
-    for name in ("adapter_model.safetensors", "trainer_state.json", "optimizer.pt"):
-        if not (path / name).is_file():
-            raise CheckpointError(f"resume_from_checkpoint: {path / name} is missing; choose another checkpoint")
-    return str(path)
+def step_of(checkpoint: Path) -> int:
+    match = re.fullmatch(r"checkpoint-(\d{1,15})", checkpoint.name)
+    return int(match[1]) if match else -1
 
 
-def prepare_output_dir(output_dir: str | Path, resuming: bool, overwrite: bool) -> None:
-    """Make the folder of a run. A folder that holds another run is refused, or moved aside with `overwrite`.
+def seal(folder: Path, facts: dict) -> None:
+    """Have every file of `folder` on the disk, and a manifest of `facts`, sizes and sha256, itself checked."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(sync, paths))
+        digests = pool.map(sha256, paths)
+        files = {
+            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        }
+    manifest = facts | {"files": files}
+    path = folder / MANIFEST
+    path.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=1), encoding="utf-8")
+    for place in (path, *(place for place in folder.rglob("*") if place.is_dir()), folder):
+        sync(place)
+
+
+def verify(folder: Path, deep: bool = True) -> dict:
+    """The manifest of a sealed folder. Without `deep`, contents of files are not read.
 
     Raises:
-        CheckpointError: it holds a run and `overwrite` is false, or it cannot be written to.
+        Damaged: it differs from its manifest, or has none.
     """
-    output_dir = Path(output_dir)
-    held = [*find_checkpoints(output_dir), *output_dir.glob(FINAL)]
-    if held and not resuming:
-        if not overwrite:
-            raise CheckpointError(
-                f"{output_dir} holds a run already ({', '.join(path.name for path in held)}): continue it "
-                "with resume_from_checkpoint=true, choose another output_dir, or set overwrite_output_dir=true, which "
-                "moves it aside"
-            )
-        aside = output_dir.with_name(f"{output_dir.name}.{datetime.now():%Y%m%d-%H%M%S}")
-        output_dir.rename(aside)
-        logger.info(f"moved the earlier run to {aside}")
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / ".writable"
-        probe.touch()
-        probe.unlink()
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        claimed = manifest.pop("checksum")
+        if claimed != checksum(manifest):
+            raise ValueError
+        files = {folder / name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except FileNotFoundError:
+        raise Damaged(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged(f"{MANIFEST} is damaged") from None
+    for path, (size, _) in files.items():
+        if not path.is_file():
+            raise Damaged(f"{path.name} is missing")
+        if path.stat().st_size != size:
+            raise Damaged(f"{path.name} has {path.stat().st_size:,} bytes, not {size:,}")
+    if deep:
+        with ThreadPoolExecutor() as pool:
+            for path, digest in zip(files, pool.map(sha256, files), strict=True):
+                if digest != files[path][1]:
+                    raise Damaged(f"{path.name} has other contents than were written")
+    return manifest
+
+
+def checksum(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"output_dir {output_dir} cannot be written to ({error})") from None
+        return str(error)
+
+
+def versions() -> dict[str, str]:
+    return {library: version(library) for library in LIBRARIES}
+
+
+def differences(was: dict, now: dict, prefix: str = "") -> list[str]:
+    """A line for each key under which two nested objects of JSON values differ."""
+    lines = []
+    for key in sorted(was.keys() | now.keys()):
+        old, new = was.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {json.dumps(old)} then, {json.dumps(new)} now")
+    return lines
+
+
+def remove(path: Path) -> None:
+    """A file, a link (not what it leads to) or a folder, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def show_size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

@@ -85,6 +85,13 @@ class SFTDataset(Dataset):
         number, line = self.store.place(index)
         return f"{self.files[number]}:{line}"
 
+    def find(self, input_ids: list[int]) -> str | None:
+        """`file:line` of the first sample of these tokens."""
+        for index in np.flatnonzero(self.lengths == len(input_ids)).tolist():
+            if np.array_equal(self.store[index][0], input_ids):
+                return self.place(index)
+        return None
+
     def __len__(self) -> int:
         return len(self.store)
 
@@ -243,6 +250,10 @@ class Mixture(Subset):
             offset += len(part)
             logger.info(f"{part.files[0]}: {count} of {total} samples by its weight of {weight:g}")
         super().__init__(ConcatDataset(parts), np.concatenate(chosen))
+
+    def find(self, input_ids: list[int]) -> str | None:
+        """`file:line` of the first sample of these tokens."""
+        return next(filter(None, (part.find(input_ids) for part in self.dataset.datasets)), None)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Work that one process does for all."""
+"""Work that one process does for all, and work that all do or none has done."""
 
 import itertools
 import pickle
@@ -34,3 +34,23 @@ def on_rank_zero(make: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def on_every_rank(work: Callable[[], None]) -> None:
+    """Run `work` on every rank, and return when all have; the lowest rank's exception is raised on all."""
+    error = None
+    try:
+        work()
+    except Exception as raised:
+        error = raised
+    if error := next(filter(None, gather(error)), None):
+        raise error
+
+
+def gather(value: Result) -> list[Result]:
+    """Each rank's value, which must be picklable, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,21 +1,39 @@
-"""Trainer for an adapter: the loss over learned tokens, exact under accumulation and ranks; adapter-only saves."""
+"""Trainer for an adapter: the loss over learned tokens, exact under accumulation and ranks; checkpoints that are whole
+or absent; a stop at signals, at figures that are not finite, and at a full disk, on all ranks at once."""
 
+import json
+import os
 import random
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from itertools import chain, islice
+from functools import partial
+from itertools import chain, islice, repeat
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from loguru import logger
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler, Subset
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from .checkpoint import FINAL, RunFolder
 from .collator import Samples
+from .distributed import gather, on_every_rank, on_rank_zero
+from .interruption import Interrupted, SignalWatch, outlive_signals
 from .loss import TargetLMLoss
+
+SHOWN_ROWS = 20  # of an update that has to be named
+OVERFLOWS = 20  # float16 updates in a row that may overflow: its loss scale halves at each
+
+
+class NumericError(ValueError):
+    """A loss, a gradient or a weight is not finite."""
 
 
 class LoRATrainer(Trainer):
@@ -23,20 +41,44 @@ class LoRATrainer(Trainer):
 
     An update's loss is the sum over its learned tokens, of all accumulated batches and ranks, divided by their number,
     so that 4 batches of 1 weigh every token as 1 batch of 4 does.
+
+    Args:
+        folder: where checkpoints go, on rank 0 opened; without one there are none.
+        watch: of signals; `train` leaves by Interrupted after the update in which one came, and a checkpoint.
+        max_skipped_updates: updates that are not finite and may be left out before NumericError is raised.
     """
 
-    def __init__(self, *args, loss: TargetLMLoss, **kwargs):
+    def __init__(
+        self,
+        *args,
+        loss: TargetLMLoss,
+        folder: RunFolder | None = None,
+        watch: SignalWatch | None = None,
+        max_skipped_updates: int = 0,
+        **kwargs,
+    ):
         # As compute_loss_func, the loss is not scaled a second time for accumulation.
         super().__init__(*args, compute_loss_func=loss, **kwargs)
         self.loss = loss
+        self.folder, self.watch, self.max_skipped_updates = folder, watch or SignalWatch(), max_skipped_updates
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self.signal = 0  # that all ranks know of
+        self.saved_step = self.checked_step = self.skipped = self.overflows = 0
         for shown in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown)
-        self.add_callback(ProgressReport(show_bar=not self.args.disable_tqdm))
+        for callback in (ProgressReport(show_bar=not self.args.disable_tqdm), LossWatch(), Continuation(self)):
+            self.add_callback(callback)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if loader.num_workers:
+            loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The batches of an update, and its learned tokens. Packed rows, made of all its samples, are the last one."""
         batches = list(islice(epoch_iterator, num_batches))
+        self.update, self.update_loss, self.loss_before = batches, torch.zeros((), device=device), self._tr_loss.clone()
         if batches and isinstance(batches[0], Samples):
             samples = [sample for batch in batches for sample in batch.samples]
             batches = [[] for _ in batches[1:]] + [self.data_collator.rows(samples)]
@@ -76,7 +118,68 @@ class LoRATrainer(Trainer):
                 total += super().training_step(model, part, num_items_in_batch)
             seen = part["attention_mask"].sum() if "attention_mask" in part else len(part["input_ids"])
             self.tokens_seen += seen if isinstance(seen, int) else seen.to(self.tokens_seen.device)
+        self.update_loss += total
         return total
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Called when the gradients of an update are complete, before they are used."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        finite = [
+            torch.isfinite(torch.as_tensor(value, device=self.args.device)) for value in (self.update_loss, grad_norm)
+        ]
+        self.signal, bad_loss, bad_gradient = self.agree(self.watch.received, *(~value for value in finite))
+        overflowed = bad_gradient and not bad_loss and self.accelerator.scaler is not None
+        self.overflows = self.overflows + 1 if overflowed else 0
+        if bad_loss or self.overflows > OVERFLOWS or (bad_gradient and not overflowed):
+            self.refuse_update("loss" if bad_loss else "gradient")
+        return grad_norm
+
+    def agree(self, *values: int | torch.Tensor) -> list[int]:
+        """The largest of each value over all ranks."""
+        facts = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=self.args.device) for value in values])
+        if dist.is_initialized():
+            dist.all_reduce(facts, dist.ReduceOp.MAX)
+        return facts.tolist()
+
+    def refuse_update(self, what: str) -> None:
+        """Leave the update out, or raise NumericError where none may be; its rows are named on rank 0."""
+        step = self.state.global_step + 1
+        rows = "\n  ".join(chain.from_iterable(gather(self.suspects())))
+        message = f"step {step}: the {what} is not finite. Rows of this update:\n  {rows}"
+        self.skipped += 1
+        if self.skipped > self.max_skipped_updates:
+            whole = f"checkpoint-{self.saved_step} is as it was" if self.saved_step else "there is no checkpoint yet"
+            raise NumericError(
+                f"{message}\nNothing of it was used; {whole}. Look at these rows (script/inspect_data.py), lower "
+                "learning_rate, or set max_skipped_updates to leave such updates out"
+            )
+        logger.warning(f"{message}\nleft out, {self.skipped} of max_skipped_updates={self.max_skipped_updates}")
+        self.accelerator.gradient_state._set_sync_gradients(False)  # the optimizer's step now does nothing
+        self._tr_loss.copy_(self.loss_before)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+
+    @torch.no_grad()
+    def suspects(self) -> list[str]:
+        """`file:line` of the update's samples whose loss is not finite; of all its samples where none or all are so."""
+        samples = list(chain.from_iterable(map(self.unbatch, self.update)))
+        self.model.eval()
+        bad = [not torch.isfinite(self.loss_of(sample)) for sample in samples]
+        self.model.train()
+        named = samples if all(bad) or not any(bad) else [s for s, is_bad in zip(samples, bad, strict=True) if is_bad]
+        names = [place_of(self.train_dataset, sample["input_ids"]) for sample in named[:SHOWN_ROWS]]
+        return [*names, f"and {len(named) - SHOWN_ROWS} more"] if len(named) > SHOWN_ROWS else names
+
+    def unbatch(self, batch: Samples | dict[str, torch.Tensor]) -> list[dict[str, list[int]]]:
+        if isinstance(batch, Samples):
+            return batch.samples
+        lengths = batch["attention_mask"].sum(1).tolist()
+        return [{key: batch[key][row, :length].tolist() for key in batch} for row, length in enumerate(lengths)]
+
+    def loss_of(self, sample: dict[str, list[int]]) -> torch.Tensor:
+        batch = self.data_collator([sample])
+        part = self.data_collator.rows(batch.samples)[0] if isinstance(batch, Samples) else batch
+        return self.summed_loss(self.model, self._prepare_inputs(part))
 
     def floating_point_ops(self, inputs: list[dict]) -> int:
         return 0  # the estimate is of no use to us, and knows no rows
@@ -96,20 +199,137 @@ class LoRATrainer(Trainer):
         """Loss per learned token over the whole of `eval_dataset`, each row counted once on any number of ranks."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         own = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
-        batches = DataLoader(own, self.args.eval_batch_size, collate_fn=self.data_collator)
+        # Its own generator: the state of the random numbers is the same whether a run evaluates or not.
+        batches = DataLoader(own, self.args.eval_batch_size, collate_fn=self.data_collator, generator=torch.Generator())
+        rounds = -(-len(dataset) // (self.args.eval_batch_size * self.args.world_size))  # of the rank with most rows
         self.model.eval()
         totals = torch.zeros(2, device=self.args.device)
         with torch.no_grad():
-            parts = (self.data_collator.rows(b.samples) if isinstance(b, Samples) else [b] for b in batches)
-            for part in map(self._prepare_inputs, chain.from_iterable(parts)):
-                totals += torch.stack(
-                    (self.summed_loss(self.model, part), torch.as_tensor(self.count(part)).to(totals))
-                )
+            for batch in islice(chain(batches, repeat(None)), rounds):
+                parts = self.data_collator.rows(batch.samples) if isinstance(batch, Samples) else filter(None, [batch])
+                for part in map(self._prepare_inputs, parts):
+                    totals += torch.stack(
+                        (self.summed_loss(self.model, part), torch.as_tensor(self.count(part)).to(totals))
+                    )
+                self.leave_if_asked()  # the resumed run evaluates (Continuation)
         totals = self.accelerator.reduce(totals, "sum")
         metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        begun = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        self.resumed_from, self.saved_step = resume_from_checkpoint, self.state.global_step
+        self.watch.deferred = True
+        return begun
+
+    def load_progress(self, checkpoint: str) -> None:
+        """What this rank had counted since the last log line."""
+        path = Path(checkpoint, f"progress_{self.args.process_index}.json")
+        if not path.is_file():  # of another number of processes, which the log has said is not exact
+            return
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        self._tr_loss.fill_(progress["loss_since_log"])
+        self.tokens_seen.fill_(progress["tokens_seen"])
+        self._globalstep_last_logged, self.skipped = progress["last_log"], progress["skipped"]
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """After an update, and once more after an epoch, where what is due at its end is still to come."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        ends_epoch = float(self.state.epoch).is_integer() or self.control.should_training_stop
+        is_second, self.checked_step = self.state.global_step == self.checked_step, self.state.global_step
+        if self.signal and (is_second or not ends_epoch):
+            self.leave_if_asked()
+
+    def leave_if_asked(self) -> None:
+        """If a signal came to any rank: a checkpoint of this step, and Interrupted on all of them."""
+        (self.signal,) = self.agree(self.watch.received)
+        if self.signal:
+            self._save_checkpoint(self.model, None)
+            raise Interrupted(self.signal)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Whole or absent: all ranks write to a temporary folder, which rank 0 seals and renames."""
+        step = self.state.global_step
+        if self.folder is None or step == self.saved_step:
+            return
+        name = f"checkpoint-{step}"
+        if self.state.best_global_step:
+            best = self.folder.path / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
+        self.check_finite()
+        self.write_sealed(name, self.write_checkpoint)
+        self.saved_step = step
+        best = self.state.best_model_checkpoint
+        on_rank_zero(lambda: self.folder.rotate(self.args.save_total_limit, [Path(best)] if best else []))
+
+    def write_sealed(self, name: str, write: Callable[[str], None]) -> None:
+        """Have `write` fill a folder on every rank, and publish it in the run's folder; its error is StorageError."""
+        try:
+            temporary = on_rank_zero(lambda: self.folder.begin(name))
+            on_every_rank(lambda: write(str(temporary)))
+            on_rank_zero(lambda: self.folder.finish(name, self.state.global_step, self.args.world_size))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            cause = error
+            raise on_rank_zero(lambda: self.folder.failed(name, cause)) from error
+
+    def write_checkpoint(self, folder: str) -> None:
+        self.save_model(folder, _internal_call=True)
+        self._save_optimizer_and_scheduler(folder)
+        self._save_scaler(folder)
+        self._save_rng_state(folder)
+        progress = {
+            "loss_since_log": self._tr_loss.item(),
+            "last_log": self._globalstep_last_logged,
+            "tokens_seen": self.tokens_seen.item(),
+            "skipped": self.skipped,
+        }
+        Path(folder, f"progress_{self.args.process_index}.json").write_text(json.dumps(progress), encoding="utf-8")
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(folder, "trainer_state.json"))
+
+    def checkpoint_size(self) -> int:
+        """Bytes of a checkpoint, about: the adapter, and its optimizer's state."""
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        state = 2 if "8bit" in self.args.optim else 0 if "sgd" in self.args.optim else 8
+        return sum(weight.numel() * (weight.element_size() + state) for weight in trained)
+
+    def check_finite(self) -> None:
+        """Raise NumericError rather than write a weight or an optimizer's figure that is not finite."""
+        states = chain.from_iterable(state.items() for state in self.optimizer.state.values())
+        tensors = chain(
+            ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad),
+            ((f"the optimizer's {name}", value) for name, value in states if isinstance(value, torch.Tensor)),
+        )
+        bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if bad:
+            raise NumericError(
+                f"step {self.state.global_step}: {bad[0]} and {len(bad) - 1} others are not finite, so nothing is "
+                "written; lower learning_rate"
+            )
+
+    def save_final(self) -> str:
+        """Publish adapter and tokenizer as FINAL: the mark of a run that is done."""
+        self.check_finite()
+        self.leave_if_asked()
+
+        def write(folder: str) -> None:
+            self.save_model(folder, _internal_call=True)
+            self.leave_if_asked()
+
+        self.write_sealed(FINAL, write)
+        return str(self.folder.path / FINAL)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter and the tokenizer, as safetensors and JSON; no pickle of the arguments."""
@@ -118,6 +338,18 @@ class LoRATrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
         self.processing_class.save_pretrained(output_dir)
+
+
+def start_worker(seed_worker: Callable[[int], None] | None, worker: int) -> None:
+    outlive_signals()
+    if seed_worker:
+        seed_worker(worker)
+
+
+def place_of(dataset, input_ids: list[int]) -> str:
+    """`file:line` of the first sample with these tokens, where the dataset knows it."""
+    place = dataset.find(input_ids) if hasattr(dataset, "find") else None
+    return place or f"a sample of {len(input_ids)} tokens that begins with {input_ids[:10]}"
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -144,6 +376,60 @@ class LengthGroupedSampler(Sampler[int]):
         first = max(range(len(batches)), key=lambda i: max(self.lengths[j] for j in batches[i]))
         batches[0], batches[first] = batches[first], batches[0]
         return iter([i for batch in batches for i in batch] + last)
+
+
+class Continuation(TrainerCallback):
+    """When the loop is set up to continue: counters as they were, and an evaluation that a signal cut short."""
+
+    def __init__(self, trainer: LoRATrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.global_step:
+            return
+        self.trainer.load_progress(self.trainer.resumed_from)
+        due = {
+            "steps": lambda: state.global_step % state.eval_steps == 0,
+            "epoch": lambda: float(state.epoch).is_integer(),
+        }.get(args.eval_strategy, lambda: False)
+        done = any(entry["step"] == state.global_step for entry in state.log_history if "eval_loss" in entry)
+        if due() and not done and (args.eval_delay or 0) <= state.global_step:
+            self.trainer._determine_best_metric(self.trainer.evaluate(), None)
+
+
+class LossWatch(TrainerCallback):
+    """Warns, once for each, of losses that look like a mistake, with the likely cause."""
+
+    WINDOW, SPIKE, ZERO = 50, 3.0, 1e-6  # logged losses; times their median; a loss
+
+    def __init__(self):
+        self.losses: list[float] = []
+        self.said: set[str] = set()
+
+    def on_log(self, args, state, control, logs: dict, **kwargs):
+        if "loss" not in logs:
+            return
+        loss, before = logs["loss"], self.losses[-self.WINDOW :]
+        self.losses.append(loss)
+        if loss < self.ZERO:
+            self.say(state, "zero", f"the loss is {loss:.1e}: are all answers alike, or known to the model already?")
+        if len(before) >= 10 and loss > max(self.SPIKE * statistics.median(before), 1):
+            usual = statistics.median(before)
+            self.say(
+                state, "spike", f"the loss is {loss:.2f} after {usual:.2f}: odd rows, or too high a learning_rate?"
+            )
+        windows, rest = divmod(len(self.losses), self.WINDOW)
+        if windows > 1 and not rest:
+            first, last = map(statistics.median, (self.losses[: self.WINDOW], self.losses[-self.WINDOW :]))
+            if last >= first:
+                self.say(
+                    state, "flat", f"the loss is {last:.4f}, and was {first:.4f} at first: is learning_rate right?"
+                )
+
+    def say(self, state, kind: str, message: str) -> None:
+        if kind not in self.said and state.is_world_process_zero:
+            logger.warning(f"step {state.global_step}: {message}")
+        self.said.add(kind)
 
 
 class ProgressReport(TrainerCallback):

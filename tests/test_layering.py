@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
-    "trainer": {"collator", "loss", "checkpoint", "report"},
+    "trainer": {"checkpoint", "collator", "distributed", "interruption", "loss"},
+    "identity": {"cache", "model", "reader"},
     "kernel": {"chatglm"},
     "model": {"argument", "chatglm", "kernel"},
     "inspection": {"dataset", "preprocessing", "reader", "conversation"},
@@ -21,10 +22,11 @@ ALLOWED = {
     "cache": set(),
     "argument": set(),
     "chatglm": set(),
-    "checkpoint": set(),
+    "checkpoint": {"cache"},
     "collator": {"loss"},
     "conversation": set(),
     "distributed": set(),
+    "interruption": set(),
     "loss": set(),
     "report": set(),
 }

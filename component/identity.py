@@ -1,0 +1,109 @@
+"""What makes two runs the same run: everything that decides its numbers, as JSON that can be compared and shown."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from .cache import fingerprint
+from .model import from_pretrained
+from .reader import find_files
+
+# Settings that no trained number depends on, by name or by the beginning of the name.
+WITHOUT_EFFECT = {
+    "batch_eval_metrics",
+    "cache_dir",
+    "dataloader_multiprocessing_context",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_timeout",
+    "debug",
+    "deepspeed",
+    "disable_tqdm",
+    "greater_is_better",
+    "include_for_metrics",
+    "include_num_input_tokens_seen",
+    "load_best_model_at_end",
+    "local_rank",
+    "max_bad_share",
+    "metric_for_best_model",
+    "on_bad_row",
+    "output_dir",
+    "overwrite_output_dir",
+    "per_device_eval_batch_size",
+    "prediction_loss_only",
+    "preprocessing_workers",
+    "project",
+    "push_to_hub",
+    "report_to",
+    "restore_callback_states_from_checkpoint",
+    "resume_despite_changes",
+    "resume_from_checkpoint",
+    "run_name",
+    "skip_memory_metrics",
+    "torch_empty_cache_steps",
+}
+BEGINNINGS = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
+ELSEWHERE = {"train_file", "model_name_or_path", "data_format"}  # by content, below
+WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # a file of weights above WHOLE bytes counts by samples of it
+
+
+def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
+    """The identity of a run: its settings, and digests of data, format and base model.
+
+    Args:
+        args: QLoRAArguments.
+        training_args: transformers.TrainingArguments.
+    """
+    settings = training_args.to_dict() | dataclasses.asdict(args)
+    skipped = WITHOUT_EFFECT | ELSEWHERE
+    if not args.streaming:
+        skipped = skipped | {"dataloader_num_workers"}  # a stream's order depends on it
+    decisive = {key: value for key, value in settings.items() if key not in skipped and not key.startswith(BEGINNINGS)}
+    return {
+        "settings": json.loads(json.dumps(decisive, default=str)),
+        "world_size": training_args.world_size,
+        "data": describe_data(args.train_file, args.streaming),
+        "format": {"name": data_format, "tokenizer": describe_tokenizer(tokenizer)},
+        "base_model": describe_base(args),
+    }
+
+
+def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -> dict | str:
+    """A digest of the files' contents; of a stream, which may be larger than can be read twice, of names and sizes."""
+    if isinstance(source, dict):
+        return {digest: weight for part, weight in source.items() for digest in [describe_data(part, streaming)]}
+    files = find_files(source)
+    return fingerprint([f"{file.name} {file.stat().st_size}" for file in files] if streaming else files)
+
+
+def describe_tokenizer(tokenizer) -> str:
+    return fingerprint(
+        [json.dumps(sorted(tokenizer.get_vocab().items())), json.dumps(tokenizer.chat_template, default=str)]
+    )
+
+
+def describe_base(args) -> str:
+    """The hub's commit, or a digest of a folder's configuration and weights, of large files by samples."""
+    config = from_pretrained(AutoConfig, args)
+    folder = Path(args.model_name_or_path)
+    if not folder.is_dir():
+        return f"{args.model_name_or_path} {config._commit_hash}"
+    return fingerprint([folder / "config.json", *map(sample, sorted(folder.glob("*.safetensors")))])
+
+
+def sample(path: Path) -> str:
+    """A digest of a file's size, head and evenly spread blocks; of the whole of a small one."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with open(path, "rb") as file:
+        if size <= WHOLE:
+            digest.update(file.read())
+        else:
+            for place in range(SAMPLES):
+                file.seek((size - BLOCK) * place // (SAMPLES - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()

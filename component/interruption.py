@@ -1,0 +1,59 @@
+"""Signals that ask a run to leave: at once before and after training, at the end of the update during it."""
+
+import ctypes
+import os
+import signal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class Interrupted(BaseException):
+    """A signal asks to leave. Like KeyboardInterrupt, no `except Exception` catches it."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+class SignalWatch:
+    """Remembers the first signal, and raises Interrupted unless `deferred`: then somebody asks for `received`.
+
+    A SIGINT after it leaves without a word. Children keep out of it: their parent decides.
+    """
+
+    def __init__(self):
+        self.received = 0
+        self.deferred = False
+        self.process = os.getpid()
+
+    def install(self) -> None:
+        for signum in SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # such as SIGHUP under nohup
+                signal.signal(signum, self.handle)
+
+    def handle(self, signum: int, frame) -> None:
+        if os.getpid() != self.process:
+            return
+        if self.received and signum == signal.SIGINT:
+            os._exit(128 + signum)
+        first, self.received = not self.received, self.received or signum
+        if not self.deferred:
+            raise Interrupted(self.received)
+        if first:  # not through the logger, which may be what was interrupted
+            os.write(2, f"{signal.Signals(signum).name}: leaving after this update and a checkpoint\n".encode())
+
+
+watch = SignalWatch()
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it dies, so that none is left behind."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def outlive_signals() -> None:
+    """For helper processes: signals to the whole group are the parent's business, and its death is theirs."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    die_with_parent()
