@@ -20,7 +20,6 @@ import os
 import pkgutil
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys

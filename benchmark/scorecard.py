@@ -52,13 +52,9 @@ def parse_command_line() -> argparse.Namespace:
 def main() -> None:
     cli = parse_command_line()
     cases = choose(cli.cases)
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if cli.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="scorecard-"))
     try:
-        prepare(folder)
         outcomes = try_all(cases, cli, folder)
     finally:
         shutil.rmtree(folder)
@@ -97,7 +93,11 @@ def prepare(root: Path) -> None:
 
 def try_all(cases: list[Case], cli: argparse.Namespace, root: Path) -> dict[tuple[int, str], list[Check]]:
     """The tries of each case and program, made by `jobs` processes."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if cli.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     load_libraries()
+    prepare(root)
     outcomes: dict[tuple[int, str], list[Check]] = {}
     labs = [
         (case, {"program": program, "seed": seed, "seeds": cli.seeds if case.seeded else 1})
