@@ -163,7 +163,7 @@ def kills_at_random(lab: Lab) -> Iterator[Check]:
     settings = {"max_steps": 12 + 6 * kills, "save_steps": 2, "save_total_limit": 2, "logging_steps": 10}
     reference = lab.reference(**settings)
     draw = random.Random(lab.seed)
-    begun, startup = 0, 0.5
+    begun, startup, trained = 0, 0.5, 0
     for number in range(kills):
         run = lab.start("random", **settings)
         if number == 0:
@@ -172,12 +172,13 @@ def kills_at_random(lab: Lab) -> Iterator[Check]:
         kill(run.process.pid)
         run.wait()
         lost = begun - run.begins_at() if run.begun() else 0
-        begun = max(run.begun(), begun - lost if run.begun() else begun)
+        begun, trained = max(run.begun(), begun - lost), trained + bool(run.begun())
         expected = {"a kill": run.code == -signal.SIGKILL, "at most save_steps lost": lost <= 2}
         yield check(f"random kill {number + 1}", run, expected, lost_steps=lost)
     last = lab.run("random", **settings)
     lost = begun - last.begins_at()
-    yield exactly(lab, "after all random kills", last, reference, {"few lost": lost <= 2}, lost_steps=lost)
+    facts = {"lost_steps": lost, "random kills in training": trained}
+    yield exactly(lab, "after all random kills", last, reference, {"at most save_steps lost": lost <= 2}, **facts)
 
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -362,6 +363,8 @@ def violations_of_order(trace: Path, folder: Path) -> tuple[int, list[str]]:
                 unsynced |= {created, str(Path(created).parent)}
             elif synced:
                 unsynced.discard(synced)
+            elif old in unsynced:  # a library's own temporary file, renamed in the folder
+                unsynced = unsynced - {old} | {new}
             elif old and Path(old).parent == folder and Path(old).name.startswith(".tmp-"):
                 violations += [f"{new}: {path} is not synced" for path in unsynced if path.startswith(old)]
                 published += 1
