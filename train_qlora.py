@@ -33,7 +33,7 @@ def describe_settings() -> str:
     return "\n".join(lines)
 
 
-def train(cli: argparse.Namespace) -> None:
+def train(cli: argparse.Namespace, watch) -> None:
     # torch and transformers take seconds to import, which --help need not wait for.
     from loguru import logger
 
@@ -60,10 +60,10 @@ def train(cli: argparse.Namespace) -> None:
         if start.is_done:
             logger.info(f"this run is done: {folder.path / FINAL}; overwrite_output_dir=true begins it anew")
         else:
-            fine_tune(args, training_args, data_format, tokenizer, folder, start)
+            fine_tune(args, training_args, data_format, tokenizer, folder, start, watch)
 
 
-def fine_tune(args, training_args, data_format: str, tokenizer, folder, start) -> None:
+def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, watch) -> None:
     """From data to the final adapter, in a folder that this run holds."""
     from loguru import logger
     from transformers import set_seed
@@ -71,7 +71,6 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start) -
     from component.collator import PackingCollator, SFTDataCollator
     from component.dataset import DATA_FORMATS, load_datasets
     from component.distributed import on_rank_zero
-    from component.interruption import watch
     from component.kernel.memory import fit, optimizer_bytes
     from component.kernel.model import PackedForward
     from component.loss import TargetLMLoss
@@ -174,11 +173,20 @@ def count_steps(rows: int, training_args) -> int:
 
 def main() -> None:
     cli = parse_command_line()
-    from component.interruption import Interrupted, die_with_parent, watch
+    from component.interruption import Interrupted, SignalWatch, die_with_parent
 
-    watch.install()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         die_with_parent()
+    try:
+        with SignalWatch() as watch:
+            run(cli, watch)
+    except Interrupted as interruption:
+        print(f"{interruption}: stopped; the same command continues", file=sys.stderr, flush=True)
+        os._exit(interruption.exit_code)  # without waiting for other ranks, which may still be at work
+
+
+def run(cli: argparse.Namespace, watch) -> None:
+    """Train, and turn what can go wrong into a line and an exit code."""
     from loguru import logger
 
     from component.checkpoint import CheckpointError, StorageError
@@ -192,18 +200,14 @@ def main() -> None:
         (ArgumentError, CheckpointError, DataError, DoesNotFit), 2
     )
     try:
-        train(cli)
+        train(cli, watch)
     except tuple(exit_codes) as error:
         logger.error(error)
         sys.exit(exit_codes[type(error)])
-    except Interrupted as interruption:
-        logger.info(f"{interruption}: stopped; the same command continues")
-        sys.stderr.flush()
-        os._exit(interruption.exit_code)  # without waiting for other ranks, which may still be at work
     finally:
         import torch.distributed as dist
 
-        if dist.is_initialized():
+        if dist.is_initialized() and not watch.received:
             dist.destroy_process_group()
 
 
