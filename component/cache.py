@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{folder}.lock")
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -47,7 +48,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
             temporary.mkdir()
             try:
                 make(temporary)
-                for path in (*temporary.iterdir(), temporary):
+                for path in (*temporary.rglob("*"), temporary):
                     sync(path)
                 os.rename(temporary, folder)
                 sync(folder.parent)
@@ -56,6 +57,22 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     finally:
         lock.release()
     return folder
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """A file of a run, replaced when its successor is whole. Where a link stands, it is replaced, never followed."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
+        try:
+            temporary.write(data)
+            temporary.flush()
+            os.fsync(temporary.fileno())
+            os.chmod(temporary.name, 0o644)
+            os.replace(temporary.name, path)
+        except BaseException:
+            os.unlink(temporary.name)
+            raise
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -44,6 +44,7 @@ def inspect(cli: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from component.argument import load_arguments
+    from component.cache import write_atomically
     from component.conversation import DataError
     from component.dataset import DATA_FORMATS, rules_of, select_format
     from component.inspection import Inspection
@@ -69,7 +70,7 @@ def inspect(cli: argparse.Namespace) -> None:
         print(f"{title} for {args.model_name_or_path}, data format {data_format}\n\n{inspection.table()}")
     if cli.html:
         page = inspection.html(title, args.model_name_or_path, data_format, cli.rows)
-        cli.html.write_text(page, "utf-8", errors="backslashreplace")
+        write_atomically(cli.html, page.encode(errors="backslashreplace"))
         print(f"page: {cli.html}")
 
 
