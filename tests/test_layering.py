@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "trainer": {"collator", "loss", "checkpoint", "report"},
     "kernel": {"chatglm"},
-    "model": {"argument", "chatglm", "kernel"},
+    "model": {"argument", "chatglm", "kernel", "trust"},
+    "trust": {"argument"},
     "inspection": {"dataset", "preprocessing", "reader", "conversation"},
     "dataset": {"preprocessing", "cache", "formats", "reader", "template", "conversation"},
     "preprocessing": {"formats", "reader", "template", "conversation"},
@@ -26,7 +27,7 @@ ALLOWED = {
     "conversation": set(),
     "distributed": set(),
     "loss": set(),
-    "report": set(),
+    "report": {"cache"},
 }
 BENCHMARK_PARTS = ("benchmark.common", "benchmark.variants")  # of benchmark/step.py
 PROGRAMS = [ROOT / "train_qlora.py", *sorted(ROOT.glob("script/*.py")), *sorted(ROOT.glob("benchmark/*.py"))]
