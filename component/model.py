@@ -86,7 +86,7 @@ def from_pretrained(auto_class: type, name_or_path: str, **kwargs):
     except ArgumentError:
         raise
     except (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, SafetensorError) as error:
-        fault = f"{name_or_path!r}: {error}"
+        fault = f"model {name_or_path!r}: {error}"
         if "trust_remote_code" in str(error):
             fault = f"{Path(name_or_path, 'tokenizer_config.json')}: the class that auto_map names is not known"
         raise ArgumentError(

@@ -50,6 +50,8 @@ def inspect(cli: argparse.Namespace) -> None:
     from component.inspection import Inspection
     from component.model import load_tokenizer
 
+    if cli.html and (cli.html.is_symlink() or (cli.html.exists() and not cli.html.is_file())):
+        raise DataError(f"--html {cli.html}: a link or no file; give the name of a file")
     given = {"model_name_or_path": cli.model, "train_file": cli.data}
     given |= {} if cli.train_args_file else {"output_dir": "unused"}
     overrides = [f"{key}={value}" for key, value in given.items() if value]

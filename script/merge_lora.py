@@ -92,10 +92,12 @@ def merge(cli: argparse.Namespace, base: str) -> None:
         model = from_pretrained(AutoModelForCausalLM, base, dtype=dtype, **quantization)
         if cli.from_4bit:
             model = model.dequantize()
+        adapted = load_adapter(model, cli.adapter)
         try:
-            model = load_adapter(model, cli.adapter).merge_and_unload(safe_merge=True)
+            model = adapted.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise ArgumentError(f"--adapter {cli.adapter}: {error}") from error
+        vars(model.config).pop("auto_map", None)  # the base's Python is not copied, and must not be asked for
         model.save_pretrained(folder, max_shard_size=cli.max_shard_size)
         tokenizer.save_pretrained(folder)
 

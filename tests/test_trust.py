@@ -3,6 +3,7 @@
 Every hostile file leaves a canary when it is run; none may sing. Case 45 of the reliability scorecard.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -155,6 +156,19 @@ def test_a_hostile_model_is_refused_by_every_program_and_runs_nothing(
         assert not canary.exists(), program.__name__
 
 
+def test_a_hubs_model_is_checked_as_a_folder_is(model_folder, canary, monkeypatch):
+    from component.argument import ArgumentError
+    from component.trust import check_model
+
+    model = model_folder()
+    found = lambda name, file, **_: str(model / file) if name == "someone/model" and (model / file).exists() else None  # noqa: E731
+    monkeypatch.setattr("component.trust.cached_file", found)
+    check_model("someone/model")
+    edit(model / "config.json", model_type="evil", auto_map=REMOTE)
+    with pytest.raises(ArgumentError, match="model_type 'evil' is not known"):
+        check_model("someone/model")
+
+
 def test_an_official_folder_loads_in_every_program_and_its_python_and_pickles_do_not(
     model_folder, adapter_folder, settings, tmp_path, canary
 ):
@@ -174,7 +188,7 @@ def test_an_official_folder_loads_in_every_program_and_its_python_and_pickles_do
         call(chat_demo, "--model", model, "--adapter", adapter)
     assert stop.value.code == 1  # it chatted, and was not taught by the sample data
     for folder in (tmp_path / "run/final", tmp_path / "merged"):
-        assert "Evil" not in (folder / "tokenizer_config.json").read_text()
+        assert not [file for file in folder.glob("*.json") if "Evil" in file.read_text()]
         assert not list(folder.rglob("*.py"))
 
 
@@ -303,12 +317,22 @@ def test_a_run_follows_no_link_that_lies_in_its_folder(model_folder, settings, t
     assert not (tmp_path / "run" / planted).is_symlink()
 
 
-def test_the_page_replaces_a_link_and_does_not_follow_it(model_folder, settings, tmp_path):
+def test_a_page_is_not_written_through_a_link(model_folder, settings, tmp_path, capsys):
     (tmp_path / "victim").write_text("precious")
-    (tmp_path / "page.html").symlink_to(tmp_path / "victim")
-    call(inspect_data, *settings(model_folder()), "--html", tmp_path / "page.html")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    for page in (tmp_path / "link", "/dev/stdout"):
+        assert f"--html {page}: a link" in refusal(capsys, inspect_data, *settings(model_folder()), "--html", page)
     assert (tmp_path / "victim").read_text() == "precious"
-    assert (tmp_path / "page.html").read_text().startswith("<!")
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_checkpoints_pickles_run_nothing_on_resume(model_folder, settings, tmp_path, canary, file):
+    options = settings(model_folder(), save_strategy="steps", save_steps=1)
+    call(train_qlora, *options)
+    (tmp_path / "run/final").rename(tmp_path / "final")
+    (tmp_path / "run/checkpoint-1" / file).write_bytes(pickle.dumps(Bomb(canary)))
+    with contextlib.suppress(Exception, SystemExit):  # how it fails is not the point here
+        call(train_qlora, *options, f"resume_from_checkpoint={tmp_path / 'run/checkpoint-1'}")
 
 
 SECRETS = {
@@ -328,7 +352,8 @@ UNCAUGHT = """if True:
         warnings.warn(f"a warning with {password}")
         logging.getLogger("transformers").error(f"an error with {password}")
         logging.getLogger("huggingface_hub").error(f"an error with {password}")
-        raise RuntimeError(f"failed with {password} of {os.environ['HF_TOKEN']} at {os.environ['HTTPS_PROXY']}")
+        proxy, token = os.environ["HTTPS_PROXY"], os.environ["HF_TOKEN"]
+        raise RuntimeError(f"failed with {password} of {token} at {proxy} {training_args.hub_token}")
     import component.model
     component.model.load_model = fail
     train_qlora.main()

@@ -156,35 +156,35 @@ def test_an_adapter_of_a_tied_head_is_refused(model_folder, adapter_folder, tmp_
     assert "shares with its embedding" in refusal(capsys, "--adapter", adapter, "--output", tmp_path / "merged")
 
 
-# Runs the program, and kills it at the k-th call of what touches the output's folder.
+# The program, killed at a moment such as "rename 1", before the first renaming, or "rename 2", after it.
 KILLED = """if True:
-    import os, signal, sys
-    from script import merge_lora
+    import collections, os, signal, sys
     import safetensors.torch, transformers.modeling_utils, transformers
-    count, deadly = 0, int(sys.argv.pop(1))
+    from script import merge_lora
+    counts, deadly = collections.Counter(), sys.argv.pop(1)
     def watch(owner, name):
         call = getattr(owner, name)
+        def pass_moment():
+            counts[name] += 1
+            print(f"moment {name} {counts[name]}", flush=True)
+            if deadly == f"{name} {counts[name]}":
+                os.kill(os.getpid(), signal.SIGKILL)
         def watched(*args, **kwargs):
-            global count
-            for _ in range(2):  # before, and after
-                count += 1
-                if count == deadly:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if _ == 0:
-                    result = call(*args, **kwargs)
+            pass_moment()
+            result = call(*args, **kwargs)
+            pass_moment()
             return result
         setattr(owner, name, watched)
-    watch(os, "fsync"), watch(os, "rename"), watch(os, "mkdir")
+    watch(os, "fsync"), watch(os, "rename")
     watch(transformers.PreTrainedModel, "save_pretrained")
     watch(transformers.PreTrainedTokenizerBase, "save_pretrained")
     watch(transformers.modeling_utils, "safe_save_file")
     merge_lora.main()
-    print("calls", count)
 """
 
 
-def run_killed(at: int, options: tuple) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", KILLED, str(at), *map(str, options)]
+def run_killed(moment: str, options: tuple) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", KILLED, moment, *map(str, options)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -201,14 +201,13 @@ def chatglm_merge(model_folder, adapter_folder, tmp_path):
     return options, tmp_path / "merged", logits(base, adapter)
 
 
-@pytest.mark.parametrize("at", [2, 4, 7, 12])
-def test_a_killed_merge_leaves_all_or_nothing(chatglm_merge, at):
+@pytest.mark.parametrize("moment", ["safe_save_file 2", "save_pretrained 3", "fsync 3", "rename 1", "rename 2"])
+def test_a_killed_merge_leaves_all_or_nothing(chatglm_merge, moment):
     options, output, expected = chatglm_merge
-    assert run_killed(at, options).returncode == -signal.SIGKILL
-    if output.exists():
-        assert is_whole(output, expected)
-        shutil.rmtree(output)
-    merge(*options)
+    assert run_killed(moment, options).returncode == -signal.SIGKILL
+    assert output.exists() == (moment == "rename 2")
+    if not output.exists():
+        merge(*options)
     assert is_whole(output, expected)
     assert not list(output.parent.glob(".tmp-*"))
 
@@ -217,14 +216,16 @@ def test_a_killed_merge_leaves_all_or_nothing(chatglm_merge, at):
 def test_a_merge_killed_at_every_moment_leaves_all_or_nothing(chatglm_merge):
     """Case 8 of the reliability scorecard, for merging: before and after every call that touches the disk."""
     options, output, expected = chatglm_merge
-    at, absent = 0, 0
-    while run_killed(at := at + 1, options).returncode == -signal.SIGKILL:
-        absent += not output.exists()
-        assert not output.exists() or is_whole(output, expected)
+    moments = re.findall("moment (.*)", run_killed("never", options).stdout)
+    assert len(moments) > 20
+    left = []
+    for moment in moments:
         shutil.rmtree(output, ignore_errors=True)
-    assert is_whole(output, expected)
-    assert absent > 10
-    assert at - absent >= 2  # the last moments are after the rename
+        assert run_killed(moment, options).returncode == -signal.SIGKILL
+        if output.exists():
+            assert is_whole(output, expected), moment
+            left.append(moment)
+    assert left == moments[moments.index("rename 2") :]
 
 
 def test_a_full_disk_is_said_with_exit_code_4(chatglm_merge, capsys, monkeypatch):
