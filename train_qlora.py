@@ -6,6 +6,7 @@ torchrun --nproc_per_node=N train_qlora.py --train_args_file FILE
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -68,6 +69,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     from loguru import logger
     from transformers import set_seed
 
+    from component.cache import write_atomically
     from component.collator import PackingCollator, SFTDataCollator
     from component.dataset import DATA_FORMATS, load_datasets
     from component.distributed import on_rank_zero
@@ -116,14 +118,14 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     result = trainer.train(resume_from_checkpoint=start.checkpoint)
 
     # 5. Results. The final adapter comes last: where it is, the run is done.
-    picture = folder.path / "loss.png"
-    trainer.save_state()
+    picture, figures = folder.path / "loss.png", folder.path / "trainer_state.json"
     if trainer.is_world_process_zero():
+        write_atomically(figures, json.dumps(dataclasses.asdict(trainer.state), indent=2).encode())
         plot_loss(trainer.state.log_history, picture)
     final = trainer.save_final()
     logger.info(f"done: {result.global_step} steps in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
     logger.info(f"adapter and tokenizer: {final}")
-    logger.info(f"loss curve: {picture}; its figures: {folder.path / 'trainer_state.json'}")
+    logger.info(f"loss curve: {picture}; its figures: {figures}")
 
 
 def peak_memory() -> str:
@@ -191,11 +193,13 @@ def run(cli: argparse.Namespace, watch) -> None:
 
     from component.checkpoint import CheckpointError, StorageError
     from component.conversation import DataError
+    from component.distributed import TOLD
     from component.kernel.memory import DoesNotFit
     from component.report import configure_logging
     from component.trainer import NumericError
 
-    configure_logging(rank=int(os.environ.get("RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    configure_logging(rank)
     exit_codes = {NumericError: 3, StorageError: 4} | dict.fromkeys(
         (ArgumentError, CheckpointError, DataError, DoesNotFit), 2
     )
@@ -203,6 +207,8 @@ def run(cli: argparse.Namespace, watch) -> None:
         train(cli, watch)
     except tuple(exit_codes) as error:
         logger.error(error)
+        if rank and TOLD not in getattr(error, "__notes__", ()):
+            print(f"rank {rank}: {error}", file=sys.stderr)
         sys.exit(exit_codes[type(error)])
     finally:
         import torch.distributed as dist

@@ -117,7 +117,7 @@ class RunFolder:
     def move_away(self) -> None:
         aside = self.path.with_name(f"{self.path.name}.{datetime.now():%Y%m%d-%H%M%S}")
         self.path.rename(aside)
-        self.lock.release()
+        self.lock.release(force=True)
         logger.info(f"moved the earlier run to {aside}")
         self.take()
 
