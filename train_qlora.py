@@ -6,6 +6,7 @@ torchrun --nproc_per_node=N train_qlora.py --train_args_file FILE
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -33,7 +34,7 @@ def describe_settings() -> str:
     return "\n".join(lines)
 
 
-def train(cli: argparse.Namespace) -> None:
+def train(cli: argparse.Namespace, watch) -> None:
     # torch and transformers take seconds to import, which --help need not wait for.
     from loguru import logger
 
@@ -60,18 +61,18 @@ def train(cli: argparse.Namespace) -> None:
         if start.is_done:
             logger.info(f"this run is done: {folder.path / FINAL}; overwrite_output_dir=true begins it anew")
         else:
-            fine_tune(args, training_args, data_format, tokenizer, folder, start)
+            fine_tune(args, training_args, data_format, tokenizer, folder, start, watch)
 
 
-def fine_tune(args, training_args, data_format: str, tokenizer, folder, start) -> None:
+def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, watch) -> None:
     """From data to the final adapter, in a folder that this run holds."""
     from loguru import logger
     from transformers import set_seed
 
+    from component.cache import write_atomically
     from component.collator import PackingCollator, SFTDataCollator
     from component.dataset import DATA_FORMATS, load_datasets
     from component.distributed import on_rank_zero
-    from component.interruption import watch
     from component.kernel.memory import fit, optimizer_bytes
     from component.kernel.model import PackedForward
     from component.loss import TargetLMLoss
@@ -117,14 +118,14 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start) -
     result = trainer.train(resume_from_checkpoint=start.checkpoint)
 
     # 5. Results. The final adapter comes last: where it is, the run is done.
-    picture = folder.path / "loss.png"
-    trainer.save_state()
+    picture, figures = folder.path / "loss.png", folder.path / "trainer_state.json"
     if trainer.is_world_process_zero():
+        write_atomically(figures, json.dumps(dataclasses.asdict(trainer.state), indent=2).encode())
         plot_loss(trainer.state.log_history, picture)
     final = trainer.save_final()
     logger.info(f"done: {result.global_step} steps in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
     logger.info(f"adapter and tokenizer: {final}")
-    logger.info(f"loss curve: {picture}; its figures: {folder.path / 'trainer_state.json'}")
+    logger.info(f"loss curve: {picture}; its figures: {figures}")
 
 
 def peak_memory() -> str:
@@ -174,36 +175,45 @@ def count_steps(rows: int, training_args) -> int:
 
 def main() -> None:
     cli = parse_command_line()
-    from component.interruption import Interrupted, die_with_parent, watch
+    from component.interruption import Interrupted, SignalWatch, die_with_parent
 
-    watch.install()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         die_with_parent()
+    try:
+        with SignalWatch() as watch:
+            run(cli, watch)
+    except Interrupted as interruption:
+        print(f"{interruption}: stopped; the same command continues", file=sys.stderr, flush=True)
+        os._exit(interruption.exit_code)  # without waiting for other ranks, which may still be at work
+
+
+def run(cli: argparse.Namespace, watch) -> None:
+    """Train, and turn what can go wrong into a line and an exit code."""
     from loguru import logger
 
     from component.checkpoint import CheckpointError, StorageError
     from component.conversation import DataError
+    from component.distributed import TOLD
     from component.kernel.memory import DoesNotFit
     from component.report import configure_logging
     from component.trainer import NumericError
 
-    configure_logging(rank=int(os.environ.get("RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    configure_logging(rank)
     exit_codes = {NumericError: 3, StorageError: 4} | dict.fromkeys(
         (ArgumentError, CheckpointError, DataError, DoesNotFit), 2
     )
     try:
-        train(cli)
+        train(cli, watch)
     except tuple(exit_codes) as error:
         logger.error(error)
+        if rank and TOLD not in getattr(error, "__notes__", ()):
+            print(f"rank {rank}: {error}", file=sys.stderr)
         sys.exit(exit_codes[type(error)])
-    except Interrupted as interruption:
-        logger.info(f"{interruption}: stopped; the same command continues")
-        sys.stderr.flush()
-        os._exit(interruption.exit_code)  # without waiting for other ranks, which may still be at work
     finally:
         import torch.distributed as dist
 
-        if dist.is_initialized():
+        if dist.is_initialized() and not watch.received:
             dist.destroy_process_group()
 
 

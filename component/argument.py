@@ -262,7 +262,8 @@ def check_setting(key: str, value: Any, known: dict[str, Any], source: str) -> N
     if key not in known:
         raise ArgumentError(f"{source}: unknown key {key!r}{suggest(key, known)}")
     if not is_a(value, known[key]):
-        raise ArgumentError(f"{source}: {key} must be {name_type(known[key])}, got {show(value)}")
+        shown = type(value).__name__ if key.endswith("_token") else show(value)
+        raise ArgumentError(f"{source}: {key} must be {name_type(known[key])}, got {shown}")
     for keys, holds, bound in ((POSITIVE, is_positive, "above 0"), (NOT_NEGATIVE, is_not_negative, "at least 0")):
         if key in keys and value is not None and not holds(value):
             raise ArgumentError(f"{source}: {key} must be {bound}, got {show(value)}")
@@ -290,7 +291,7 @@ def read_json_object(source: str) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"{source}: cannot be read ({error})") from None
     if not isinstance(values, dict):
-        raise ArgumentError(f"{source}: must hold one JSON object, got {show(values)}")
+        raise ArgumentError(f"{source}: must hold one JSON object, got {type(values).__name__}")
     return values
 
 
@@ -316,6 +317,8 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> dic
             target, value = "train_sampling_strategy", "group_by_length" if value else "random"
         elif key in CHECKPOINTING_KEYS and isinstance(value, bool):  # transformers' setting, under both its names
             target, value = CHECKPOINTING_KEYS[0], "full" if value else "none"
+        elif key == "hub_token" and isinstance(value, str):
+            target = "HF_TOKEN"  # which no settings are saved or shown with
         elif key in RENAMED_KEYS and (key not in known or RENAMED_KEYS[key] is None):
             target = RENAMED_KEYS[key]
         else:

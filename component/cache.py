@@ -41,7 +41,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{folder}.lock")
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -54,7 +54,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
             temporary.mkdir()
             try:
                 make(temporary)
-                for path in (*temporary.iterdir(), temporary):
+                for path in (*temporary.rglob("*"), temporary):
                     sync(path)
                 os.rename(temporary, folder)
                 sync(folder.parent)
@@ -63,6 +63,22 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     finally:
         lock.release()
     return folder
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """A file of a run, replaced when its successor is whole. Where a link stands, it is replaced, never followed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "xb") as file:  # x: not where another has put something in the meantime
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

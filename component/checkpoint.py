@@ -117,44 +117,37 @@ class RunFolder:
     def move_away(self) -> None:
         aside = self.path.with_name(f"{self.path.name}.{datetime.now():%Y%m%d-%H%M%S}")
         self.path.rename(aside)
-        self.lock.release()
+        self.lock.release(force=True)
         logger.info(f"moved the earlier run to {aside}")
         self.take()
 
     def find_start(self, resume: str | bool, despite_changes: bool) -> Start:
         """Of a folder that holds a run. Nothing is moved before it is clear that this run may continue."""
         given = None if resume in ("auto", True) else self.given_checkpoint(resume)
-        candidates = [given] if given else [*self.path.glob(FINAL), *reversed(find_checkpoints(self.path))]
         broken: dict[Path, str] = {}
-        for folder in candidates:
+        for folder in [given] if given else [*self.path.glob(FINAL), *reversed(find_checkpoints(self.path))]:
             try:
                 manifest = verify(folder)
             except Damaged as damage:
                 broken[folder] = str(damage)
                 continue
-            is_final = folder.name == FINAL
             changes = differences(manifest["run"], self.identity)
             if changes and not despite_changes:
                 raise CheckpointError(self.describe_changes(folder, changes))
-            if is_final and not changes:
+            if folder.name != FINAL:
+                break
+            if not changes:
                 return Start(is_done=True)
-            self.warn_of_changes(folder, manifest, changes)
-            if is_final:  # a run that goes on under other settings
-                self.set_aside(folder, "the run goes on")
-                continue
-            break
         else:
             if not given or not despite_changes:
                 raise self.nothing_verifies(broken)
-            folder, manifest = given, {}
-            logger.warning(f"{given}: {broken.pop(given)}; going on from it all the same, which is not exact")
+            folder, manifest, changes = given, {}, [f"{broken.pop(given)}"]
             if missing := [name for name in NEEDED if not (given / name).is_file()]:
                 raise StorageError(f"{given / missing[0]} is missing; nothing can go on from there")
-        for path, damage in broken.items():
-            self.set_aside(path, damage)
-        for path in find_checkpoints(self.path):
-            if step_of(path) > step_of(folder):
-                self.set_aside(path, f"the run goes on from {folder.name}")
+        self.warn_of_changes(folder, manifest, changes)
+        for path in [*self.path.glob(FINAL), *find_checkpoints(self.path)]:
+            if path in broken or path.name == FINAL or step_of(path) > step_of(folder):
+                self.set_aside(path, broken.get(path, f"the run goes on from {folder.name}"))
         return Start(str(folder), manifest.get("plan"))
 
     def given_checkpoint(self, path: str) -> Path:
@@ -174,7 +167,8 @@ class RunFolder:
         )
 
     def warn_of_changes(self, folder: Path, manifest: dict, changes: list[str]) -> None:
-        changes = changes + differences({"version": manifest["versions"]}, {"version": versions()})
+        then, now = manifest.get("versions", {}), versions()
+        changes = changes + [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
         if changes:
             logger.warning("\n  ".join([f"going on from {folder.name} is not exact:", *changes]))
 

@@ -16,7 +16,7 @@ from loguru import logger
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, get_worker_info
 
 from . import conversation, formats, preprocessing, reader, template
-from .cache import default_cache_dir, fingerprint, make_once
+from .cache import default_cache_dir, fingerprint, make_once, write_atomically
 from .conversation import DataError
 from .preprocessing import DataRules, RowRenderer, TokenStore, judge, prepare, read_files
 from .reader import find_files
@@ -211,7 +211,7 @@ def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir
             with_rejected[part.store.folder] = None
             path = Path(output_dir, "rejected.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"".join((folder / "rejected.jsonl").read_bytes() for folder in with_rejected))
+            write_atomically(path, b"".join((folder / "rejected.jsonl").read_bytes() for folder in with_rejected))
             logger.warning(f"rejected rows and why: {path}")
         judge(part.store.report, part.files, rules)
         log_report(part.store.report, part.files, rules)

@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 Result = TypeVar("Result")
 calls = itertools.count()
+TOLD = "told by rank 0"
 
 
 def on_rank_zero(make: Callable[[], Result]) -> Result:
@@ -32,7 +33,7 @@ def on_rank_zero(make: Callable[[], Result]) -> Result:
         outcome = pickle.loads(store.get(key))
     result, error = outcome
     if error is not None:
-        raise error
+        raise known_to_all(error)
     return result
 
 
@@ -44,7 +45,14 @@ def on_every_rank(work: Callable[[], None]) -> None:
     except Exception as raised:
         error = raised
     if error := next(filter(None, gather(error)), None):
-        raise error
+        raise known_to_all(error)
+
+
+def known_to_all(error: Exception) -> Exception:
+    """An error that is raised on every rank, and need be told on rank 0 alone."""
+    if dist.is_initialized() and dist.get_rank():
+        error.add_note(TOLD)
+    return error
 
 
 def gather(value: Result) -> list[Result]:

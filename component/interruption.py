@@ -17,9 +17,8 @@ class Interrupted(BaseException):
 
 
 class SignalWatch:
-    """Remembers the first signal, and raises Interrupted unless `deferred`: then somebody asks for `received`.
-
-    A SIGINT after it leaves without a word. Children keep out of it: their parent decides.
+    """Within its block, remembers the first signal, and raises Interrupted unless `deferred`: then somebody asks for
+    `received`. A SIGINT after it leaves without a word. Children keep out of it: their parent decides.
     """
 
     def __init__(self):
@@ -27,10 +26,16 @@ class SignalWatch:
         self.deferred = False
         self.process = os.getpid()
 
-    def install(self) -> None:
-        for signum in SIGNALS:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # such as SIGHUP under nohup
-                signal.signal(signum, self.handle)
+    def __enter__(self) -> "SignalWatch":
+        handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self.replaced = {signum: old for signum, old in handlers.items() if old != signal.SIG_IGN}  # as nohup sets it
+        for signum in self.replaced:
+            signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for signum, old in self.replaced.items():
+            signal.signal(signum, old)
 
     def handle(self, signum: int, frame) -> None:
         if os.getpid() != self.process:
@@ -42,9 +47,6 @@ class SignalWatch:
             raise Interrupted(self.received)
         if first:  # not through the logger, which may be what was interrupted
             os.write(2, f"{signal.Signals(signum).name}: leaving after this update and a checkpoint\n".encode())
-
-
-watch = SignalWatch()
 
 
 def die_with_parent() -> None:

@@ -1,9 +1,13 @@
 """The tokenizer, the 4-bit base model and its LoRA adapter."""
 
+from pathlib import Path
+
 import torch
 from bitsandbytes.nn import Linear4bit
 from loguru import logger
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,6 +21,7 @@ from transformers import (
 
 from . import chatglm  # noqa: F401  registers ChatGLM2/3 with the Auto classes
 from .argument import ArgumentError, QLoRAArguments
+from .trust import check_adapter, check_model
 
 
 def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
@@ -25,7 +30,7 @@ def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
     Raises:
         ArgumentError: no such model, or one that needs Python of its own.
     """
-    tokenizer = from_pretrained(AutoTokenizer, args)
+    tokenizer = from_pretrained(AutoTokenizer, args.model_name_or_path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -37,16 +42,10 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
     Embeddings, norms and the output head stay in `compute_dtype`.
     """
     compute_dtype = getattr(torch, args.compute_dtype)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
     model = from_pretrained(
         AutoModelForCausalLM,
-        args,
-        quantization_config=quantization,
+        args.model_name_or_path,
+        quantization_config=four_bit(compute_dtype),
         dtype=compute_dtype,
         device_map={"": training_args.device},
     )
@@ -61,18 +60,38 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
 
 def sketch_model(args: QLoRAArguments) -> PeftModel:
     """The model with its adapter on the meta device: every shape, no weights. In half precision, as on a card."""
-    config = from_pretrained(AutoConfig, args)
+    config = from_pretrained(AutoConfig, args.model_name_or_path)
     with torch.device("meta"):
         return attach_lora(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), args)
 
 
-def from_pretrained(auto_class: type, args: QLoRAArguments, **kwargs):
+def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def from_pretrained(auto_class: type, name_or_path: str, **kwargs):
+    """`auto_class.from_pretrained`, after `check_model`, from safetensors, without Python of the model's own.
+
+    Raises:
+        ArgumentError: no such model, or one that needs more than that.
+    """
     try:
-        return auto_class.from_pretrained(args.model_name_or_path, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+        check_model(name_or_path)
+        return auto_class.from_pretrained(name_or_path, trust_remote_code=False, use_safetensors=True, **kwargs)
+    except ArgumentError:
+        raise
+    except (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, SafetensorError) as error:
+        fault = f"model {name_or_path!r}: {error}"
+        if "trust_remote_code" in str(error):
+            fault = f"{Path(name_or_path, 'tokenizer_config.json')}: the class that auto_map names is not known"
         raise ArgumentError(
-            f"model_name_or_path={args.model_name_or_path!r}: {error}\nGive a folder with the model's files, or "
-            "the hub name of a model that transformers knows; a model's own Python is never run"
+            f"{fault}\nGive a folder with the model's files, weights as safetensors, or the hub name of a model that "
+            "transformers knows; a model's own Python is never run"
         ) from error
 
 
@@ -104,3 +123,27 @@ def attach_lora(model: PreTrainedModel, args: QLoRAArguments) -> PeftModel:
         target_modules=targets,
     )
     return get_peft_model(model, config)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The model with a trained adapter, every tensor of which has found its layer.
+
+    Raises:
+        ArgumentError: no adapter that `check_adapter` lets pass, or one of another model.
+    """
+    check_adapter(Path(folder))
+    with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
+        saved = set(file.keys())
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{folder}: not an adapter of {model.name_or_path!r} ({error}); give its base") from error
+    if strays := saved ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
+        raise ArgumentError(f"{folder}: {min(strays)} has no place in {model.name_or_path!r}; give the adapter's base")
+    head = model.get_output_embeddings()
+    if model.config.tie_word_embeddings and isinstance(head, BaseTunerLayer):
+        raise ArgumentError(
+            f"{folder}: it adapts the output head, which {model.name_or_path!r} shares with its embedding; leave the "
+            "head out of target_modules"
+        )
+    return adapted

@@ -1,7 +1,10 @@
 """What a person looks at: log lines, tables, a rendered sample, the picture of the loss."""
 
+import io
 import logging
 import math
+import os
+import re
 import sys
 import warnings
 from collections import defaultdict
@@ -12,16 +15,54 @@ from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .cache import write_atomically
+
 LEARNED, PLAIN = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
 
 
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD)S?$")
+SECRET_TEXT = re.compile(r"(?<=://)[^/\s'\"]+@|\bhf_\w{20,}")
+
+
+def redact(text: str) -> str:
+    """A text without the values of environment variables that are secret by their name (of 8 characters on),
+    credentials in URLs, and Hugging Face tokens."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET_NAME.search(name):
+            text = text.replace(value, f"<{name}>")
+    return SECRET_TEXT.sub(lambda match: "<credentials>@" if match[0].endswith("@") else "<token>", text)
+
+
+class RedactedStream:
+    """Standard output or error, all that is written to which passes `redact`: lines, tables, tracebacks, warnings."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.stream.write(redact(text))
+
+
 def configure_logging(rank: int) -> None:
-    """One readable line an event, on rank 0 alone, above the progress bar. Libraries speak up from warnings on."""
+    """One readable line an event, on rank 0 alone, above the progress bar. Libraries speak up from warnings on.
+
+    Nothing that is printed from here on holds a secret.
+    """
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, RedactedStream) else RedactedStream(stream) for stream in (sys.stdout, sys.stderr)
+    )
     logger.remove()
     if rank == 0:
         logger.add(
-            lambda line: tqdm.write(line, file=sys.stderr, end=""), format="{time:HH:mm:ss} {level: <7} {message}"
+            lambda line: tqdm.write(line, file=sys.stderr, end=""),
+            format="{time:HH:mm:ss} {level: <7} {message}",
+            diagnose=False,  # a traceback shows code, never the values of variables
         )
+    for name in ("transformers", "huggingface_hub"):
+        logging.getLogger(name).handlers = [logging.lastResort]  # theirs hold the error stream of their import
     transformers_logging.set_verbosity(logging.WARNING if rank == 0 else logging.ERROR)
     transformers_logging.disable_progress_bar()
     # Not for the user: a hint at a package of kernels from a hub, and how peft reads a renamed property.
@@ -75,5 +116,7 @@ def plot_loss(history: list[dict], path: str | Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
     pyplot.close(figure)
+    write_atomically(path, picture.getvalue())

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from .checkpoint import FINAL, RunFolder
 from .collator import Samples
-from .distributed import gather, on_every_rank, on_rank_zero
+from .distributed import gather, known_to_all, on_every_rank, on_rank_zero
 from .interruption import Interrupted, SignalWatch, outlive_signals
 from .loss import TargetLMLoss
 
@@ -149,9 +149,11 @@ class LoRATrainer(Trainer):
         self.skipped += 1
         if self.skipped > self.max_skipped_updates:
             whole = f"checkpoint-{self.saved_step} is as it was" if self.saved_step else "there is no checkpoint yet"
-            raise NumericError(
-                f"{message}\nNothing of it was used; {whole}. Look at these rows (script/inspect_data.py), lower "
-                "learning_rate, or set max_skipped_updates to leave such updates out"
+            raise known_to_all(
+                NumericError(
+                    f"{message}\nNothing of it was used; {whole}. Look at these rows (script/inspect_data.py), lower "
+                    "learning_rate, or set max_skipped_updates to leave such updates out"
+                )
             )
         logger.warning(f"{message}\nleft out, {self.skipped} of max_skipped_updates={self.max_skipped_updates}")
         self.accelerator.gradient_state._set_sync_gradients(False)  # the optimizer's step now does nothing
@@ -314,9 +316,11 @@ class LoRATrainer(Trainer):
         )
         bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
         if bad:
-            raise NumericError(
-                f"step {self.state.global_step}: {bad[0]} and {len(bad) - 1} others are not finite, so nothing is "
-                "written; lower learning_rate"
+            raise known_to_all(
+                NumericError(
+                    f"step {self.state.global_step}: {bad[0]} and {len(bad) - 1} others are not finite, so nothing is "
+                    "written; lower learning_rate"
+                )
             )
 
     def save_final(self) -> str:

@@ -1,4 +1,4 @@
-"""The last step of `make demo`: the official chat snippet, before and after the adapter.
+"""The last step of `make demo`: a chat with the model, before and after the adapter.
 
 python script/chat_demo.py [--model models/chatglm3-tiny] [--adapter output/chatglm3-tiny/final]
 
@@ -17,13 +17,15 @@ from component.report import configure_logging
 
 configure_logging(rank=0)  # before peft, whose import is not quiet
 
-from peft import PeftModel
+from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import component.chatglm  # noqa: F401  registers ChatGLM with the Auto classes
-from component.conversation import Conversation
+from component.argument import ArgumentError
+from component.conversation import Conversation, DataError
 from component.formats import read_conversations
+from component.model import from_pretrained, load_adapter
 from component.template import TOOLS_PROMPT
+from component.trust import check_adapter
 
 
 def find_lessons(data: Path) -> list[Conversation]:
@@ -47,12 +49,16 @@ def main() -> None:
     parser.add_argument("--adapter", default="output/chatglm3-tiny/final")
     parser.add_argument("--data", type=Path, default=Path("data/dummy_data_chatglm3.jsonl"))
     cli = parser.parse_args()
-    lessons = find_lessons(cli.data)
-
-    tokenizer = AutoTokenizer.from_pretrained(cli.model, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(cli.model, trust_remote_code=True).eval()
-    before = [ask(model, tokenizer, lesson) for lesson in lessons]
-    model = PeftModel.from_pretrained(model, cli.adapter).eval()
+    try:
+        lessons = find_lessons(cli.data)
+        check_adapter(Path(cli.adapter))
+        tokenizer = from_pretrained(AutoTokenizer, cli.model)
+        model = from_pretrained(AutoModelForCausalLM, cli.model).eval()
+        before = [ask(model, tokenizer, lesson) for lesson in lessons]
+        model = load_adapter(model, cli.adapter).eval()
+    except (ArgumentError, DataError, OSError) as error:
+        logger.error(error)
+        sys.exit(2)
     after = [ask(model, tokenizer, lesson) for lesson in lessons]
 
     right = True

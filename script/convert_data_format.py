@@ -93,7 +93,7 @@ def rejected_path(output: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_or_absent(output: Path | None) -> Iterator[BinaryIO | None]:
-    """A file that replaces `output` when all is written. What is no plain file, such as a pipe, is written directly."""
+    """A file that replaces `output`, be it a link, when all is written. What is no file, as a pipe, is written to."""
     if output is None:
         yield None
         return
@@ -101,7 +101,6 @@ def whole_or_absent(output: Path | None) -> Iterator[BinaryIO | None]:
         with open(output, "wb") as file:
             yield file
         return
-    output = output.resolve()  # the file that a link leads to is replaced, not the link
     with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", delete=False) as temporary:
         try:
             with compressing(temporary, output.name) as file:
@@ -138,6 +137,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
     try:
         sources = find_files(cli.input)
+        if cli.output.is_symlink() and cli.output.is_file():
+            raise DataError(f"{cli.output}: a link to {cli.output.resolve()}; give that name if you mean that file")
         if not cli.output.resolve().name.endswith(OUTPUTS) and (cli.output.is_file() or not cli.output.exists()):
             raise DataError(f"{cli.output}: JSON Lines are written; end the name with {', '.join(OUTPUTS)}")
         summary = convert_files(sources, cli.output, cli.to, cli.source, skip=cli.on_bad_row == "skip")

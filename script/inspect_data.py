@@ -44,11 +44,14 @@ def inspect(cli: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from component.argument import load_arguments
+    from component.cache import write_atomically
     from component.conversation import DataError
     from component.dataset import DATA_FORMATS, rules_of, select_format
     from component.inspection import Inspection
     from component.model import load_tokenizer
 
+    if cli.html and (cli.html.is_symlink() or (cli.html.exists() and not cli.html.is_file())):
+        raise DataError(f"--html {cli.html}: a link or no file; give the name of a file")
     given = {"model_name_or_path": cli.model, "train_file": cli.data}
     given |= {} if cli.train_args_file else {"output_dir": "unused"}
     overrides = [f"{key}={value}" for key, value in given.items() if value]
@@ -69,7 +72,7 @@ def inspect(cli: argparse.Namespace) -> None:
         print(f"{title} for {args.model_name_or_path}, data format {data_format}\n\n{inspection.table()}")
     if cli.html:
         page = inspection.html(title, args.model_name_or_path, data_format, cli.rows)
-        cli.html.write_text(page, "utf-8", errors="backslashreplace")
+        write_atomically(cli.html, page.encode(errors="backslashreplace"))
         print(f"page: {cli.html}")
 
 

@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from loguru import logger
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from component.argument import QLoRAArguments
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from component.model import attach_lora
 from script.make_tiny_model import train_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -87,3 +92,48 @@ def log():
     sink = logger.add(lambda line: lines.append(str(line)))
     yield lines
     logger.remove(sink)
+
+
+@pytest.fixture
+def model_folder(tmp_path, tiny_tokenizer):
+    """Makes folders as a user has them: a random two-layer model of a family, its tokenizer and its configuration."""
+
+    def make(family: str = "chatglm", **changes) -> Path:
+        folder = tmp_path / f"{family}3-nano"
+        torch.manual_seed(0)
+        shape = {"hidden_size": 64, "num_attention_heads": 4, "initializer_range": 0.1}
+        if family == "chatglm":
+            config = ChatGLMConfig(padded_vocab_size=448, ffn_hidden_size=64, num_layers=2, kv_channels=16, **shape)
+            ChatGLMForConditionalGeneration(config).save_pretrained(folder)
+            tiny_tokenizer.save_pretrained(folder)
+        else:
+            sizes = {"vocab_size": 258, "intermediate_size": 64, "num_hidden_layers": 2, **shape, **changes}
+            LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+            alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+            tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+                folder
+            )
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def adapter_folder(tmp_path):
+    """Makes a random adapter of a model's folder, whose path is what it names as its base."""
+
+    def make(base: Path, **changes) -> Path:
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        args = QLoRAArguments(model_name_or_path=str(base), train_file="x", lora_rank=4)
+        model = attach_lora(model, args) if not changes else get_peft_model(model, LoraConfig(r=4, **changes))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+        return tmp_path / "adapter"
+
+    return make

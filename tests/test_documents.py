@@ -48,6 +48,8 @@ def test_the_other_commands_are_known_and_run():
         "--to openai",
         "python script/inspect_data.py --train_args_file train_args/qlora/chatglm3-tiny-sft-qlora.json "
         "--html /tmp/report.html",  # run by tests/script/test_inspect_data.py
+        "python script/merge_lora.py --adapter output/chatglm3-6b/final --base /models/chatglm3-6b "
+        "--output models/merged",  # run by tests/script/test_merge_lora.py
     }
 
 

@@ -12,7 +12,8 @@ ALLOWED = {
     "trainer": {"checkpoint", "collator", "distributed", "interruption", "loss"},
     "identity": {"cache", "model", "reader"},
     "kernel": {"chatglm"},
-    "model": {"argument", "chatglm", "kernel"},
+    "model": {"argument", "chatglm", "kernel", "trust"},
+    "trust": {"argument"},
     "inspection": {"dataset", "preprocessing", "reader", "conversation"},
     "dataset": {"preprocessing", "cache", "formats", "reader", "template", "conversation"},
     "preprocessing": {"formats", "reader", "template", "conversation"},
@@ -28,7 +29,7 @@ ALLOWED = {
     "distributed": set(),
     "interruption": set(),
     "loss": set(),
-    "report": set(),
+    "report": {"cache"},
 }
 # Of benchmark/step.py, and of benchmark/scorecard.py.
 BENCHMARK_PARTS = ("benchmark.common", "benchmark.variants", "benchmark.faults", "benchmark.cases")

@@ -378,7 +378,7 @@ def test_bad_lines_and_no_lines_stop_before_the_model_loads(job, tmp_path, capsy
 
 
 def test_a_card_that_is_too_small_ends_with_exit_code_2_and_the_remedies(job, capsys, monkeypatch):
-    def fit(*args):
+    def fit(*args, **kwargs):
         raise memory.DoesNotFit("rows of 8,192 tokens need about 9.0 GiB: lower pack_to")
 
     monkeypatch.setattr(memory, "fit", fit)
@@ -397,8 +397,11 @@ def test_an_earlier_run_is_refused_and_on_request_moved_aside(job, capsys):
     folder = job()
     before = adapter(folder / "final")
     with pytest.raises(SystemExit):
-        job()
+        job(resume_from_checkpoint=False)
     assert "holds a run already (final)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        job(learning_rate=1e-3)
+    assert "settings.learning_rate: 0.01 then, 0.001 now" in capsys.readouterr().err
     job(overwrite_output_dir=True, learning_rate=1e-3)
     (aside,) = folder.parent.glob("run.2*")
     kept = adapter(aside / "final")

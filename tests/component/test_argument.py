@@ -183,3 +183,14 @@ def test_an_eval_file_turns_evaluation_on(load, tmp_path):
     assert load(eval_file=file)[1].eval_strategy == "epoch"
     assert load(eval_file=file, eval_steps=5)[1].eval_strategy == "steps"
     assert load()[1].eval_strategy == "no"
+
+
+def test_a_token_in_the_file_goes_to_the_environment_and_into_no_settings(load, monkeypatch, log):
+    monkeypatch.setenv("HF_TOKEN", "earlier")
+    _, training_args = load(hub_token="canary")
+    assert os.environ["HF_TOKEN"] == "canary"
+    assert training_args.hub_token is None
+    assert "hub_token is now the environment variable HF_TOKEN" in "".join(log)
+    assert "canary" not in "".join(log)
+    with pytest.raises(ArgumentError, match=r"hub_token must be text or null, got list$"):
+        load(hub_token=["canary"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from component.cache import fingerprint, make_once
+from component.cache import fingerprint, make_once, write_atomically
 
 
 def fill(folder: Path) -> None:
@@ -65,6 +65,24 @@ def test_of_several_processes_one_makes_and_the_others_wait(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     assert (tmp_path / "makers").read_text() == "x"
+
+
+def test_a_file_is_replaced_whole_and_a_link_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "file").symlink_to(tmp_path / "victim")
+    write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "file").read_text() == "new"
+    assert not (tmp_path / "file").is_symlink()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "file", b"newer")
+    assert (tmp_path / "file").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "victim"}
 
 
 def test_a_fingerprint_is_of_content_and_order(tmp_path):

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from loguru import logger
 from torch import nn
 
 from component.formats import parse_chatglm3
-from component.report import parameter_table, plot_loss, render_sample
+from component.report import configure_logging, parameter_table, plot_loss, redact, render_sample
 from component.template import render_chatglm3
 
 
@@ -40,3 +41,24 @@ def test_a_sample_shows_its_learned_stretches(tiny_tokenizer):
 def test_the_loss_is_drawn(tmp_path, history):
     plot_loss(history, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_secrets_are_replaced_and_what_only_looks_like_them_is_not(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "0123456789")
+    monkeypatch.setenv("SHORT_TOKEN", "true")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false_and_long")
+    shown = redact("a 0123456789 b true false_and_long https://me:pw@host/x https://host/a@b hf_" + "a" * 30)
+    assert shown == "a <SOME_API_KEY> b true false_and_long https://<credentials>@host/x https://host/a@b <token>"
+
+
+def test_a_logged_traceback_shows_no_values(capsys):
+    password = "hush-hush"
+    configure_logging(rank=0)
+    try:
+        int("x" + password[:0])
+    except ValueError:
+        logger.exception("failed")
+    shown = capsys.readouterr().err
+    assert "failed" in shown
+    assert "password[:0]" in shown
+    assert "hush-hush" not in shown.replace('password = "hush-hush"', "")

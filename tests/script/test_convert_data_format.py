@@ -123,7 +123,7 @@ def test_an_output_whose_name_promises_something_else_is_refused(tmp_path, name)
     )
 
 
-def test_a_pipe_is_written_and_a_link_followed_and_neither_replaced(tmp_path):
+def test_a_pipe_is_written_and_a_link_refused_and_neither_replaced(tmp_path):
     source = write(tmp_path / "in.jsonl", [ROW])
     done = run("--input", source, "--output", "/dev/stdout")
     assert json.loads(done.stdout)["id"] == 7
@@ -131,10 +131,17 @@ def test_a_pipe_is_written_and_a_link_followed_and_neither_replaced(tmp_path):
     assert Path("/dev/stdout").is_symlink()
     (tmp_path / "real.jsonl").write_text("earlier")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
-    assert run("--input", source, "--output", tmp_path / "link.jsonl").returncode == 0
-    assert (tmp_path / "link.jsonl").is_symlink()
-    assert json.loads((tmp_path / "real.jsonl").read_text())["id"] == 7
-    assert oct(os.stat(tmp_path / "real.jsonl").st_mode)[-3:] == "644"
+    done = run("--input", source, "--output", tmp_path / "link.jsonl")
+    assert done.returncode == 2
+    assert f"link.jsonl: a link to {tmp_path / 'real.jsonl'}; give that name" in done.stderr
+    assert (tmp_path / "real.jsonl").read_text() == "earlier"
+    (tmp_path / "out.jsonl.rejected.jsonl").symlink_to(tmp_path / "real.jsonl")
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    assert run("--input", source, "--output", tmp_path / "out.jsonl", "--on_bad_row", "skip").returncode == 0
+    assert (tmp_path / "real.jsonl").read_text() == "earlier"
+    assert not (tmp_path / "nowhere.jsonl").exists()
+    assert json.loads((tmp_path / "out.jsonl").read_text())["id"] == 7
+    assert oct(os.stat(tmp_path / "out.jsonl").st_mode)[-3:] == "644"
 
 
 def test_the_command_reports_what_was_lost_and_exits_with_2_on_a_fault(tmp_path):

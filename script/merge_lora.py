@@ -1,0 +1,108 @@
+"""Merge an adapter into its base model: a folder that loads and runs as any other model does, without peft.
+
+python script/merge_lora.py --adapter FOLDER --output FOLDER [--base MODEL] [--dtype TYPE] [--from_4bit]
+
+Two merges can be meant. By default the adapter is added to the full-precision base. With --from_4bit it is added to the
+weights that it was trained beside: those of the base after quantisation to 4 bits and back. In both the result is saved
+in --dtype; it is never quantised again, which would round the adapter away. OUTPUT appears only when it is whole.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", type=Path, required=True, metavar="FOLDER", help="such as output/x/final")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not exist")
+    parser.add_argument("--base", metavar="MODEL", help="folder or hub name [the folder in adapter_config.json]")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the merge and the result [bfloat16]")
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file of weights [5GB]")
+    parser.add_argument("--from_4bit", action="store_true", help="merge into the base's 4-bit values, as in training")
+    cli = parser.parse_args()
+
+    from component.report import configure_logging
+
+    configure_logging(rank=0)  # before peft, whose import is not quiet
+
+    from loguru import logger
+    from safetensors import SafetensorError
+
+    from component.argument import ArgumentError
+
+    try:
+        base = check(cli)
+        merge(cli, base)
+    except ArgumentError as error:
+        logger.error(error)
+        sys.exit(2)
+    except (OSError, SafetensorError) as error:
+        logger.error(f"{cli.output}: could not be written ({error}); nothing was left there")
+        sys.exit(4)
+    print(f"merged model: {cli.output}")
+
+
+def check(cli: argparse.Namespace) -> str:
+    """The base to merge into, after all that can be refused before a weight is read."""
+    from component.argument import ArgumentError
+    from component.trust import check_adapter, check_model, find, read
+
+    if cli.output.exists() or cli.output.is_symlink():
+        raise ArgumentError(f"--output {cli.output}: exists; choose another name, or remove it")
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", cli.max_shard_size):
+        raise ArgumentError(f"--max_shard_size {cli.max_shard_size!r}: expected a size such as 500MB or 5GB")
+    named = check_adapter(cli.adapter).get("base_model_name_or_path")
+    base = cli.base or named
+    if not cli.base and (not named or ".." in Path(named).parts or not Path(named).is_dir()):
+        raise ArgumentError(
+            f"{cli.adapter / 'adapter_config.json'}: base_model_name_or_path is {named!r}, which is no folder here; "
+            "give the base with --base, so that nothing but what you name is loaded"
+        )
+    check_model(base)
+    config = find(base, "config.json")
+    quantised = config and read(config).get("quantization_config")
+    if quantised and not (cli.from_4bit and quantised.get("load_in_4bit")):
+        raise ArgumentError(
+            f"{config}: the base is quantised, and a merge into rounded weights is not the model that full precision "
+            "gives; give that with --base, or set --from_4bit if it is bitsandbytes' 4 bits and you want them"
+        )
+    return base
+
+
+def merge(cli: argparse.Namespace, base: str) -> None:
+    import torch
+    from loguru import logger
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from component.argument import ArgumentError
+    from component.cache import make_once
+    from component.model import four_bit, from_pretrained, load_adapter
+
+    def fill(folder: Path) -> None:
+        dtype = getattr(torch, cli.dtype)
+        logger.info(f"loading {base} in {cli.dtype}{', by way of 4 bits' * cli.from_4bit}")
+        tokenizer = from_pretrained(AutoTokenizer, base)
+        quantization = {"quantization_config": four_bit(dtype)} if cli.from_4bit else {}
+        model = from_pretrained(AutoModelForCausalLM, base, dtype=dtype, **quantization)
+        if cli.from_4bit:
+            model = model.dequantize()
+        adapted = load_adapter(model, cli.adapter)
+        try:
+            model = adapted.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise ArgumentError(f"--adapter {cli.adapter}: {error}") from error
+        vars(model.config).pop("auto_map", None)  # the base's Python is not copied, and must not be asked for
+        model.save_pretrained(folder, max_shard_size=cli.max_shard_size)
+        tokenizer.save_pretrained(folder)
+
+    make_once(cli.output, fill)
+
+
+if __name__ == "__main__":
+    main()

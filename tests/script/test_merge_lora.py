@@ -1,0 +1,242 @@
+"""A merged model is its base with the adapter, whole or absent."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from component.model import four_bit, load_adapter
+from script import merge_lora
+
+ROOT = Path(__file__).parents[2]
+IDS = torch.arange(3, 43).reshape(2, 20)
+
+
+def merge(*options) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["merge_lora.py", *map(str, options)])
+        merge_lora.main()
+
+
+def refusal(capsys, *options) -> str:
+    with pytest.raises(SystemExit) as stop:
+        merge(*options)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def logits(folder: Path, adapter: Path | None = None, **options) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    model = load_adapter(model, adapter) if adapter else model
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # as in training: where it is on, it computes in bfloat16
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"), [("chatglm", False), ("llama", False), ("llama", True)], ids=["chatglm", "llama", "tied"]
+)
+def test_a_merge_in_float32_gives_the_logits_of_base_and_adapter(model_folder, adapter_folder, tmp_path, family, tied):
+    """Case 33 of the reliability scorecard."""
+    base = model_folder(family, tie_word_embeddings=tied)
+    adapter = adapter_folder(base)
+    merge("--adapter", adapter, "--output", tmp_path / "merged", "--dtype", "float32")
+    merged, expected = logits(tmp_path / "merged"), logits(base, adapter)
+    assert difference(merged, expected) <= 1e-5
+    assert difference(merged, logits(base)) > 0.1
+    with (
+        safe_open(base / "model.safetensors", "pt") as old,
+        safe_open(tmp_path / "merged/model.safetensors", "pt") as new,
+    ):
+        assert set(old.keys()) == set(new.keys())
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "tokenizer_config.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".py")) or name.startswith("adapter")]
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_merge_from_4_bits_gives_the_logits_of_training(model_folder, adapter_folder, tmp_path):
+    base = model_folder()
+    adapter = adapter_folder(base)
+    options = ("--adapter", adapter, "--dtype", "float32")
+    merge(*options, "--output", tmp_path / "full")
+    merge(*options, "--output", tmp_path / "from4", "--from_4bit")
+    trained = logits(base, adapter, quantization_config=four_bit(torch.float32))
+    assert difference(logits(tmp_path / "from4"), trained) <= 1e-5
+    assert difference(logits(tmp_path / "full"), trained) > 0.01
+    assert "quantization_config" not in json.loads((tmp_path / "from4/config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_saved_in_shards_of_the_size_asked_for(model_folder, adapter_folder, tmp_path, dtype):
+    adapter = adapter_folder(base := model_folder("llama"))
+    merge("--adapter", adapter, "--output", tmp_path / "merged", "--dtype", dtype, "--max_shard_size", "50KB")
+    shards = sorted((tmp_path / "merged").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert {str(w.dtype) for shard in shards for w in load_file(shard).values()} == {f"torch.{dtype}"}
+    expected = logits(base, adapter)
+    assert difference(logits(tmp_path / "merged"), expected) < 0.03 * expected.abs().max()
+
+
+def test_a_merged_chatglm_chats(model_folder, adapter_folder, tmp_path):
+    merge("--adapter", adapter_folder(model_folder()), "--output", tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    response, history = model.chat(tokenizer, "Hello", history=[], do_sample=False, max_new_tokens=3)
+    assert isinstance(response, str)
+    assert [turn["role"] for turn in history] == ["user", "assistant"]
+
+
+def test_the_command_of_the_readme_merges(model_folder, adapter_folder, tmp_path):
+    base = model_folder()
+    adapter = adapter_folder(base)
+    (command,) = re.findall(r"^python script/merge_lora.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    paths = {"output/chatglm3-6b/final": adapter, "/models/chatglm3-6b": base, "models/merged": tmp_path / "merged"}
+    merge(*(paths.get(word, word) for word in command.split()))
+    assert (tmp_path / "merged/model.safetensors").exists()
+
+
+def test_bad_input_is_refused_before_anything_loads(model_folder, adapter_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("component.model.from_pretrained", lambda *_, **__: pytest.fail("something was loaded"))
+    base = model_folder()
+    adapter, output = adapter_folder(base), tmp_path / "merged"
+    usual = ("--adapter", adapter, "--output", output)
+    assert "no adapter_config.json there" in refusal(capsys, "--adapter", base, "--output", output)
+    assert "this is an adapter" in refusal(capsys, *usual, "--base", adapter)
+    assert "--max_shard_size 'big'" in refusal(capsys, *usual, "--max_shard_size", "big")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for taken in (base, tmp_path / "link"):
+        assert f"{taken}: exists; choose another name" in refusal(capsys, "--adapter", adapter, "--output", taken)
+    config = json.loads((base / "config.json").read_text())
+    for quantization in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_4bit": True}):
+        (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        assert "the base is quantised" in refusal(capsys, *usual)
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        merge(*usual, "--dtype", "int8")
+    assert not output.exists()
+
+
+def test_an_adapter_of_another_model_and_one_with_nan_are_refused(model_folder, adapter_folder, tmp_path, capsys):
+    adapter = adapter_folder(model_folder("llama"))
+    usual = ("--adapter", adapter, "--output", tmp_path / "merged")
+    assert "not an adapter of" in refusal(capsys, *usual, "--base", model_folder("chatglm"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    spoiled = {name: weight * float("nan") if "lora_B" in name else weight for name, weight in weights.items()}
+    save_file(spoiled, adapter / "adapter_model.safetensors")
+    assert "NaNs detected" in refusal(capsys, *usual)
+    stray = {"base_model.model.model.layers.9.q_proj.lora_A.weight": torch.ones(4, 64)}
+    save_file(weights | stray, adapter / "adapter_model.safetensors")
+    assert "layers.9.q_proj.lora_A.weight has no place" in refusal(capsys, *usual)
+    save_file(dict(list(weights.items())[1:]), adapter / "adapter_model.safetensors")
+    assert "has no place" in refusal(capsys, *usual)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_a_tied_head_is_refused(model_folder, adapter_folder, tmp_path, capsys):
+    adapter = adapter_folder(
+        model_folder("llama", tie_word_embeddings=True), task_type="CAUSAL_LM", target_modules=["lm_head"]
+    )
+    assert "shares with its embedding" in refusal(capsys, "--adapter", adapter, "--output", tmp_path / "merged")
+
+
+# The program, killed at a moment such as "rename 1", before the first renaming, or "rename 2", after it.
+KILLED = """if True:
+    import collections, os, signal, sys
+    import safetensors.torch, transformers.modeling_utils, transformers
+    from script import merge_lora
+    counts, deadly = collections.Counter(), sys.argv.pop(1)
+    def watch(owner, name):
+        call = getattr(owner, name)
+        def pass_moment():
+            counts[name] += 1
+            print(f"moment {name} {counts[name]}", flush=True)
+            if deadly == f"{name} {counts[name]}":
+                os.kill(os.getpid(), signal.SIGKILL)
+        def watched(*args, **kwargs):
+            pass_moment()
+            result = call(*args, **kwargs)
+            pass_moment()
+            return result
+        setattr(owner, name, watched)
+    watch(os, "fsync"), watch(os, "rename")
+    watch(transformers.PreTrainedModel, "save_pretrained")
+    watch(transformers.PreTrainedTokenizerBase, "save_pretrained")
+    watch(transformers.modeling_utils, "safe_save_file")
+    merge_lora.main()
+"""
+
+
+def run_killed(moment: str, options: tuple) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", KILLED, moment, *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def is_whole(folder: Path, expected: torch.Tensor) -> bool:
+    AutoTokenizer.from_pretrained(folder)
+    return difference(logits(folder), expected) <= 1e-5
+
+
+@pytest.fixture
+def chatglm_merge(model_folder, adapter_folder, tmp_path):
+    base = model_folder()
+    adapter = adapter_folder(base)
+    options = ("--adapter", adapter, "--output", tmp_path / "merged", "--dtype", "float32")
+    return options, tmp_path / "merged", logits(base, adapter)
+
+
+@pytest.mark.parametrize("moment", ["safe_save_file 2", "save_pretrained 3", "fsync 3", "rename 1", "rename 2"])
+def test_a_killed_merge_leaves_all_or_nothing(chatglm_merge, moment):
+    options, output, expected = chatglm_merge
+    assert run_killed(moment, options).returncode == -signal.SIGKILL
+    assert output.exists() == (moment == "rename 2")
+    if not output.exists():
+        merge(*options)
+    assert is_whole(output, expected)
+    assert not list(output.parent.glob(".tmp-*"))
+
+
+@pytest.mark.slow
+def test_a_merge_killed_at_every_moment_leaves_all_or_nothing(chatglm_merge):
+    """Case 8 of the reliability scorecard, for merging: before and after every call that touches the disk."""
+    options, output, expected = chatglm_merge
+    moments = re.findall("moment (.*)", run_killed("never", options).stdout)
+    assert len(moments) > 20
+    left = []
+    for moment in moments:
+        shutil.rmtree(output, ignore_errors=True)
+        assert run_killed(moment, options).returncode == -signal.SIGKILL
+        if output.exists():
+            assert is_whole(output, expected), moment
+            left.append(moment)
+    assert left == moments[moments.index("rename 2") :]
+
+
+def test_a_full_disk_is_said_with_exit_code_4(chatglm_merge, capsys, monkeypatch):
+    options, output, _ = chatglm_merge
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        merge(*options)
+    assert stop.value.code == 4
+    assert "No space left on device" in capsys.readouterr().err
+    assert not output.exists()
