@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from multiprocessing import active_children
 
 from component.argument import ArgumentError, QLoRAArguments, load_arguments
 
@@ -213,6 +214,8 @@ def run(cli: argparse.Namespace, watch) -> None:
     finally:
         import torch.distributed as dist
 
+        for helper in active_children():  # they outlive signals, and would be waited for
+            helper.kill()
         if dist.is_initialized() and not watch.received:
             dist.destroy_process_group()
 
