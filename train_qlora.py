@@ -9,7 +9,9 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
+from multiprocessing import active_children
 
 from component.argument import ArgumentError, QLoRAArguments, load_arguments
 
@@ -184,7 +186,12 @@ def main() -> None:
             run(cli, watch)
     except Interrupted as interruption:
         print(f"{interruption}: stopped; the same command continues", file=sys.stderr, flush=True)
-        os._exit(interruption.exit_code)  # without waiting for other ranks, which may still be at work
+        leave(interruption.exit_code)
+
+
+def leave(exit_code: int) -> None:
+    """At once, without waiting for other ranks, which may still be at work."""
+    os._exit(exit_code)
 
 
 def run(cli: argparse.Namespace, watch) -> None:
@@ -213,6 +220,9 @@ def run(cli: argparse.Namespace, watch) -> None:
     finally:
         import torch.distributed as dist
 
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a helper for an error
+        for helper in active_children():  # they outlive other signals, and would be waited for
+            helper.kill()
         if dist.is_initialized() and not watch.received:
             dist.destroy_process_group()
 

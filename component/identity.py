@@ -88,7 +88,7 @@ def describe_tokenizer(tokenizer) -> str:
 
 def describe_base(args) -> str:
     """The hub's commit, or a digest of a folder's configuration and weights, of large files by samples."""
-    config = from_pretrained(AutoConfig, args)
+    config = from_pretrained(AutoConfig, args.model_name_or_path)
     folder = Path(args.model_name_or_path)
     if not folder.is_dir():
         return f"{args.model_name_or_path} {config._commit_hash}"

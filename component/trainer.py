@@ -226,6 +226,7 @@ class LoRATrainer(Trainer):
         begun = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        self.state.compute_steps(self.args, max_steps)  # as they are set now, not as the checkpoint has them
         self.resumed_from, self.saved_step = resume_from_checkpoint, self.state.global_step
         self.watch.deferred = True
         return begun
@@ -393,7 +394,7 @@ class Continuation(TrainerCallback):
             return
         self.trainer.load_progress(self.trainer.resumed_from)
         due = {
-            "steps": lambda: state.global_step % state.eval_steps == 0,
+            "steps": lambda: state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps,
             "epoch": lambda: float(state.epoch).is_integer(),
         }.get(args.eval_strategy, lambda: False)
         done = any(entry["step"] == state.global_step for entry in state.log_history if "eval_loss" in entry)

@@ -1,6 +1,7 @@
 """Shared fixtures: the reference files where they are present, and tiny stand-ins made in the test process."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import train_qlora
 from component.argument import QLoRAArguments
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from component.model import attach_lora
 from script.make_tiny_model import train_tokenizer
+
+from .runs import ROWS, write_rows
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEXT = [
@@ -137,3 +141,53 @@ def adapter_folder(tmp_path):
         return tmp_path / "adapter"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A folder as a user has it: config, weights and tokenizer of a two-layer ChatGLM3."""
+    folder = tmp_path_factory.mktemp("models") / "chatglm3-nano"
+    folder.mkdir()
+    data = write_rows(folder.parent / "text.jsonl", ROWS)
+    tokenizer = train_tokenizer([data], folder, vocab_size=320)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = ChatGLMConfig(
+        padded_vocab_size=384,
+        hidden_size=64,
+        ffn_hidden_size=64,
+        num_layers=2,
+        num_attention_heads=4,
+        kv_channels=16,
+        initializer_range=0.1,
+    )
+    ChatGLMForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def job(checkpoint, tmp_path):
+    """Runs the command with small settings, in this process; returns the output folder."""
+
+    def run(name: str = "run", rows: list[dict] = ROWS, dry_run: bool = False, **overrides) -> Path:
+        settings = {
+            "output_dir": str(tmp_path / name),
+            "model_name_or_path": str(checkpoint),
+            "train_file": str(write_rows(tmp_path / "train.jsonl", rows)),
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "lora_rank": 4,
+            "lora_dropout": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        } | overrides
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train_qlora.py", "--train_args_file", str(file)] + ["--dry_run"] * dry_run)
+            train_qlora.main()
+        return tmp_path / name
+
+    return run

@@ -9,89 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train_qlora
-from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from component.kernel import memory
-from script.make_tiny_model import train_tokenizer
+
+from .runs import ROWS, adapter, largest_difference, losses, write_rows
 
 ROOT = Path(__file__).parents[1]
-ROWS = [
-    {"conversations": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": "word " * i}]}
-    for i in range(1, 13)
-]
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    """A folder as a user has it: config, weights and tokenizer of a two-layer ChatGLM3."""
-    folder = tmp_path_factory.mktemp("models") / "chatglm3-nano"
-    folder.mkdir()
-    data = write_rows(folder.parent / "text.jsonl", ROWS)
-    tokenizer = train_tokenizer([data], folder, vocab_size=320)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = ChatGLMConfig(
-        padded_vocab_size=384,
-        hidden_size=64,
-        ffn_hidden_size=64,
-        num_layers=2,
-        num_attention_heads=4,
-        kv_channels=16,
-        initializer_range=0.1,
-    )
-    ChatGLMForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def job(checkpoint, tmp_path):
-    """Runs the command with small settings, in this process; returns the output folder."""
-
-    def run(name: str = "run", rows: list[dict] = ROWS, dry_run: bool = False, **overrides) -> Path:
-        settings = {
-            "output_dir": str(tmp_path / name),
-            "model_name_or_path": str(checkpoint),
-            "train_file": str(write_rows(tmp_path / "train.jsonl", rows)),
-            "per_device_train_batch_size": 4,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "lora_rank": 4,
-            "lora_dropout": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        } | overrides
-        file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps(settings), encoding="utf-8")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["train_qlora.py", "--train_args_file", str(file)] + ["--dry_run"] * dry_run)
-            train_qlora.main()
-        return tmp_path / name
-
-    return run
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def losses(folder: Path) -> list[float]:
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    first, second = adapter(one / "final"), adapter(other / "final")
-    assert first.keys() == second.keys()
-    return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
 def test_a_run_leaves_an_adapter_a_tokenizer_and_a_picture_and_no_pickle(job):

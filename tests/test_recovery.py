@@ -1,0 +1,318 @@
+"""Runs that are stopped: by signals, by figures that are not finite, by a full disk. Real kills are in
+benchmark/scorecard.py."""
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_qlora
+from component.checkpoint import RunFolder, find_checkpoints, verify
+from component.kernel.model import PackedForward
+from component.trainer import LoRATrainer, LossWatch
+
+from .runs import ROWS, adapter, largest_difference, losses, write_rows
+
+SETTINGS = {"max_steps": 7, "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+
+
+@pytest.fixture
+def stopped(job, monkeypatch):
+    """Runs a job that has to stop; returns its exit code."""
+    monkeypatch.setattr(train_qlora, "leave", sys.exit)
+
+    def run(*args, **settings) -> int:
+        with pytest.raises(SystemExit) as stop:
+            job(*args, **settings)
+        return stop.value.code
+
+    return run
+
+
+@contextmanager
+def at_call(n: int, owner: object, name: str, action: Callable) -> Iterator[None]:
+    """Within the block, the n-th call of a function begins with `action(its first argument)`."""
+    original, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == n:
+            action(args[0])
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, wrapped)
+        yield
+
+
+def send(signum: int) -> Callable:
+    return lambda _: os.kill(os.getpid(), signum)
+
+
+def poison(trainer: LoRATrainer) -> None:
+    """A NaN in one weight of the adapter."""
+    with torch.no_grad():
+        next(weight for weight in trainer.model.parameters() if weight.requires_grad)[0, 0] = torch.nan
+
+
+def figures(folder: Path) -> list[dict]:
+    """What was logged, but for times."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [{key: value for key, value in entry.items() if "train_" not in key} for entry in history]
+
+
+def optimizer_state(folder: Path) -> list[torch.Tensor]:
+    """Of the last checkpoint."""
+    saved = torch.load(find_checkpoints(folder)[-1] / "optimizer.pt", weights_only=True)
+    return [value for state in saved["state"].values() for value in state.values()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert largest_difference(one, other) == 0
+    assert figures(one) == figures(other)
+    assert all(map(torch.equal, optimizer_state(one), optimizer_state(other)))
+
+
+@pytest.mark.parametrize(
+    ("n", "owner", "name"),
+    [
+        (5, PackedForward, "__call__"),
+        (30, LoRATrainer, "summed_loss"),
+        (1, LoRATrainer, "_save_rng_state"),
+        (7, LoRATrainer, "training_step"),
+        (1, LoRATrainer, "save_final"),
+        (4, RunFolder, "begin"),
+    ],
+    ids=["forward", "evaluation", "save", "last update", "export", "writing of the final adapter"],
+)
+def test_a_run_that_a_signal_stopped_goes_on_as_if_nothing_had_been(job, stopped, tmp_path, n, owner, name):
+    settings = {**SETTINGS, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS)), "eval_steps": 2}
+    settings |= {"per_device_eval_batch_size": 2, "eval_strategy": "steps"}
+    whole = job("whole", **settings)
+    with at_call(n, owner, name, send(signal.SIGTERM)):
+        assert stopped("stopped", **settings) == 143
+    folder = whole.parent / "stopped"
+    assert not (folder / "final").exists()
+    verify(find_checkpoints(folder)[-1])
+    job("stopped", **settings)
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_each_signal_has_its_exit_code_and_a_checkpoint_of_the_very_step(stopped, tmp_path, signum, code):
+    with at_call(2, LoRATrainer, "training_step", send(signum)):
+        assert stopped(**SETTINGS | {"save_strategy": "no"}) == code
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train_sampling_strategy": "group_by_length"},
+        {"pack_to": 0},
+        {"dataloader_num_workers": 2},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 3},
+        {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "logging_strategy": "epoch"},
+    ],
+    ids=["length grouping", "padded", "workers", "accumulation", "epochs"],
+)
+def test_ten_stops_in_one_run_change_nothing(job, stopped, settings):
+    settings = SETTINGS | {"max_steps": 10} | settings
+    whole = job("whole", **settings)
+    steps = json.loads((whole / "trainer_state.json").read_text())["global_step"]
+    for _ in range(steps - 1):
+        with at_call(1, LoRATrainer, "training_step", send(signal.SIGTERM)):
+            assert stopped("stopped", **settings) == 143
+    job("stopped", **settings)
+    assert_same_run(whole, whole.parent / "stopped")
+
+
+def test_a_resumed_run_that_draws_other_data_differs(job, stopped):
+    whole = job("whole", **SETTINGS)
+    with at_call(2, LoRATrainer, "training_step", send(signal.SIGTERM)):
+        stopped("stopped", **SETTINGS)
+    assert stopped("stopped", **SETTINGS, ignore_data_skip=True) == 2
+    job("stopped", **SETTINGS, ignore_data_skip=True, resume_despite_changes=True)
+    assert largest_difference(whole, whole.parent / "stopped") > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "settings.seed: 42 then, 1 now"),
+        ({"learning_rate": 1e-3}, "settings.learning_rate: 0.01 then, 0.001 now"),
+        ({"rows": ROWS[:-1]}, "data: "),
+        ({"data_format": "firefly"}, "format.name: "),
+    ],
+    ids=["seed", "learning rate", "data", "format"],
+)
+def test_another_run_in_the_folder_is_refused_before_the_model_loads(job, stopped, capsys, monkeypatch, change, named):
+    job(**SETTINGS)
+    monkeypatch.setattr("component.model.load_model", lambda *args: pytest.fail("the model was loaded"))
+    assert stopped(**SETTINGS | change) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_another_base_model_is_another_run(job, stopped, checkpoint, capsys, tmp_path):
+    from shutil import copytree
+
+    from safetensors.torch import save_file
+
+    job(**SETTINGS)
+    other = copytree(checkpoint, tmp_path / "chatglm3-other")
+    weights = load_file(other / "model.safetensors")
+    next(iter(weights.values()))[0] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert stopped(**SETTINGS, model_name_or_path=str(other)) == 2
+    assert "base_model: " in capsys.readouterr().err
+
+
+def test_the_same_command_does_nothing_when_the_run_is_done(job, capsys, monkeypatch):
+    folder = job(**SETTINGS)
+    before = adapter(folder / "final")
+    monkeypatch.setattr("component.model.load_model", lambda *args: pytest.fail("the model was loaded"))
+    job(**SETTINGS, logging_dir="elsewhere")
+    assert "this run is done" in capsys.readouterr().err
+    assert all(torch.equal(before[name], weight) for name, weight in adapter(folder / "final").items())
+
+
+def test_a_run_with_its_final_adapter_gone_only_exports_it(job, monkeypatch):
+    folder = job(**SETTINGS)
+    before = adapter(folder / "final")
+    (folder / "final").rename(folder / "lost")
+    monkeypatch.setattr(LoRATrainer, "training_step", lambda *args: pytest.fail("a step was made"))
+    job(**SETTINGS)
+    assert all(torch.equal(before[name], weight) for name, weight in adapter(folder / "final").items())
+
+
+def nan_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in folder.rglob("*.safetensors")
+        if not all(tensor.isfinite().all() for tensor in load_file(path).values())
+    ]
+
+
+@pytest.mark.parametrize("pack_to", [0, None], ids=["padded", "packed"])
+def test_a_weight_that_is_not_finite_stops_the_run_before_the_update(stopped, tmp_path, capsys, pack_to):
+    with at_call(5, LoRATrainer, "training_step", poison):
+        assert stopped(**SETTINGS, pack_to=pack_to) == 3
+    message = capsys.readouterr().err
+    assert "step 5: the loss is not finite" in message
+    assert f"{tmp_path / 'train.jsonl'}:" in message
+    assert "checkpoint-3 is as it was" in message
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    assert not nan_files(tmp_path / "run")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(stopped, tmp_path, capsys):
+    def overflow(trainer: LoRATrainer) -> None:
+        next(weight for weight in trainer.model.parameters() if weight.requires_grad).grad.fill_(torch.inf)
+
+    with at_call(4, LoRATrainer, "_get_grad_norm", overflow):
+        assert stopped(**SETTINGS, max_grad_norm=0) == 3
+    assert "step 4: the gradient is not finite" in capsys.readouterr().err
+    verify(tmp_path / "run" / "checkpoint-3")
+
+
+@pytest.mark.parametrize("max_grad_norm", [0, 1.0])
+def test_a_learning_rate_beyond_all_bounds_writes_nothing_that_is_not_finite(stopped, tmp_path, max_grad_norm):
+    assert stopped(**SETTINGS | {"save_steps": 1}, learning_rate=1e20, max_grad_norm=max_grad_norm) == 3
+    assert not nan_files(tmp_path / "run")
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_bad_row_is_named_alone_and_left_out_as_often_as_is_allowed(job, stopped, tmp_path, capsys, monkeypatch):
+    whole = job("whole", **SETTINGS)
+    original = LoRATrainer.summed_loss
+
+    def summed_loss(self, model, part):
+        is_bad = part["longest"] > 100
+        return original(self, model, part) * (torch.nan if is_bad else 1)
+
+    rows = [*ROWS, {"conversations": [{"role": "user", "content": "x" * 99}, ROWS[0]["conversations"][1]]}]
+    monkeypatch.setattr(LoRATrainer, "summed_loss", summed_loss)
+    settings = SETTINGS | {"max_seq_length": 512, "rows": rows}
+    assert stopped("refused", **settings) == 3
+    named = [line.strip() for line in capsys.readouterr().err.splitlines() if line.strip().startswith(str(tmp_path))]
+    assert named == [f"{tmp_path / 'train.jsonl'}:13"]
+    folder = job("skipped", **settings, max_skipped_updates=2)
+    assert "left out, 1 of max_skipped_updates=2" in capsys.readouterr().err
+    assert all(map(torch.isfinite, map(torch.tensor, losses(folder))))
+    assert not nan_files(folder)
+    assert len(losses(folder)) == len(losses(whole))
+
+
+def test_an_update_that_is_left_out_changes_no_weight_and_no_moment(job, tmp_path, monkeypatch):
+    states = []
+    monkeypatch.setattr(
+        LoRATrainer,
+        "_maybe_log_save_evaluate",
+        lambda self, *args, **kwargs: states.append(
+            [value.clone() for state in self.optimizer.state.values() for value in state.values()]
+            + [weight.detach().clone() for weight in self.model.parameters() if weight.requires_grad]
+        ),
+    )
+    with at_call(3, LoRATrainer, "_get_grad_norm", lambda trainer: trainer.update_loss.fill_(torch.nan)):
+        job(**SETTINGS | {"max_steps": 3, "save_strategy": "no"}, max_skipped_updates=1)
+    first, second, third = states[:3]
+    assert not all(map(torch.equal, first, second))
+    assert all(map(torch.equal, second, third))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(job, stopped, tmp_path, capsys):
+    whole = job("whole", **SETTINGS)
+
+    def fill(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with at_call(2, LoRATrainer, "_save_rng_state", fill):
+        assert stopped(**SETTINGS) == 4
+    message = capsys.readouterr().err
+    assert "checkpoint-6 could not be written (OSError: [Errno 28] No space left on device)" in message
+    assert "checkpoint-3 is untouched" in message
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "checkpoint-3"}
+    job(**SETTINGS)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_step(stopped, capsys, monkeypatch):
+    monkeypatch.setattr("component.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(LoRATrainer, "training_step", lambda *args: pytest.fail("a step was made"))
+    assert stopped(**SETTINGS) == 4
+    assert "1000" not in (message := capsys.readouterr().err)
+    assert "two checkpoints need 0.1" in message
+
+
+def test_the_room_that_is_asked_for_is_what_a_checkpoint_takes(job, monkeypatch):
+    asked = []
+    monkeypatch.setattr(RunFolder, "check_room", lambda self, size: asked.append(size))
+    folder = job(**SETTINGS, lora_rank=128)
+    files = [
+        path.stat().st_size for path in (folder / "checkpoint-6").iterdir() if path.suffix in (".pt", ".safetensors")
+    ]
+    assert asked[0] == pytest.approx(sum(files), rel=0.1)
+
+
+def test_losses_that_look_like_a_mistake_are_told_once(log):
+    watch, state = LossWatch(), SimpleNamespace(global_step=1, is_world_process_zero=True)
+
+    def see(loss: float, times: int) -> list[str]:
+        log.clear()
+        for _ in range(times):
+            watch.on_log(None, state, None, {"loss": loss})
+        return [line.split("the loss is ")[1][:6].strip() for line in log]
+
+    assert see(2.0, 20) == []
+    assert see(7.0, 2) == ["7.00 a"]
+    assert see(2.0, 28) == []
+    assert see(2.0, 100) == ["2.0000"]
+    assert see(0.0, 2) == ["0.0e+0"]
