@@ -292,8 +292,8 @@ class Lab:
         folder.mkdir(parents=True)
 
     def some(self, things: list) -> list:
-        """An evenly spread share of them, at least one."""
-        count = max(1, round(len(things) * self.share))
+        """An evenly spread share of them, at least two."""
+        count = min(len(things), max(2, round(len(things) * self.share)))
         return [things[i * len(things) // count] for i in range(count)]
 
     def settings(self, **changes) -> dict:

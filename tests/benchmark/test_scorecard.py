@@ -29,7 +29,7 @@ def run(*arguments: str, program: tuple[str, ...] = ("benchmark/scorecard.py",))
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     report = tmp_path_factory.mktemp("scorecard") / "report.json"
-    done = run("--cases", ",".join(map(str, SHORT)), "--share", "0.15", "--json", str(report))
+    done = run("--cases", ",".join(map(str, SHORT)), "--share", "0.08", "--json", str(report))
     assert report.exists(), done.stderr
     return json.loads(report.read_text())
 
@@ -43,7 +43,7 @@ def test_a_case(short, case):
 
 
 def test_a_product_that_takes_damaged_checkpoints_fails():
-    done = run("--cases", "2", "--share", "0.2", program=("-c", VERIFIES_ALL))
+    done = run("--cases", "2", "--share", "0.1", program=("-c", VERIFIES_ALL))
     assert done.returncode == 1
     assert "FAIL (adapter_model.safetensors halved: no back to checkpoint-3, checkpoint-6 moved aside" in done.stdout
 
