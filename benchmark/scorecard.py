@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -180,7 +181,7 @@ def figure(checks: list[Check] | None) -> str:
     ranges: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for check in checks for key in check.facts):
         ranges.setdefault(span([check.facts[key] for check in checks if key in check.facts]), []).append(key)
-    parts = [f"{', '.join(keys)}: {values}" for values, keys in ranges.items()]
+    parts = [f"{re.sub(' diff(?=, [^,]+ diff)', '', ', '.join(keys))}: {values}" for values, keys in ranges.items()]
     return "; ".join([f"{sum(not check.failed for check in checks)}/{len(checks)}", *parts])
 
 

@@ -71,8 +71,9 @@ def test_a_delete_before_the_folder_is_synced_and_a_file_that_is_not_are_violati
 
 
 def test_a_figure_sums_up_the_tries_of_a_case():
-    checks = [Check("a", [], {"lost steps": 0, "kept": "3"}), Check("b", ["exit code 0"], {"lost steps": 2})]
-    assert scorecard.figure(checks) == "1/2; lost steps: 0 to 2; kept: 3"
+    same = {"loss diff": 0.0, "LR diff": 0.0, "orphans": 0}
+    checks = [Check("a", [], {"lost steps": 0, "kept": "3"} | same), Check("b", ["exit code 0"], {"lost steps": 2})]
+    assert scorecard.figure(checks) == "1/2; lost steps: 0 to 2; kept: 3; loss, LR diff, orphans: 0"
     assert scorecard.result(checks) == "FAIL (b: no exit code 0)"
     assert scorecard.result([]) == scorecard.result([Check("c", [], {"skipped": 1})]) == "not run"
 
