@@ -365,14 +365,14 @@ def violations_of_order(trace: Path, folder: Path) -> tuple[int, list[str]]:
                 unsynced |= {created, str(Path(created).parent)}
             elif synced:
                 unsynced.discard(synced)
-            elif old in unsynced:  # a library's own temporary file, renamed in the folder
-                unsynced = unsynced - {old} | {new}
             elif old and Path(old).parent == folder and Path(old).name.startswith(".tmp-"):
                 violations += [f"{new}: {path} is not synced" for path in unsynced if path.startswith(old)]
                 published += 1
                 unsynced.add(str(folder))
             elif old and Path(old).parent == folder and str(folder) in unsynced:
                 violations.append(f"{old} is to be deleted before {folder} is synced")
+            elif old in unsynced:  # a library's own temporary file, renamed in the folder
+                unsynced = unsynced - {old} | {new}
         elif (match := DELETED.search(line)) and str(folder) in unsynced:
             path = Path(match[1] or "", match[2])
             if folder in path.parents and published:
