@@ -169,7 +169,8 @@ def kills_at_random(lab: Lab) -> Iterator[Check]:
     for number in range(kills):
         run = lab.start("random", **settings)
         if number == 0:
-            startup = run.wait_for(run.begun) and time.time() - run.started
+            run.wait_for(run.begun)
+            startup = time.time() - run.started
         time.sleep(draw.uniform(0.3, 1.5) * startup)
         kill(run.process.pid)
         run.wait()
