@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-gpu check clean-demo
+.PHONY: demo test test-slow test-gpu scorecard check clean-demo
 
 # The whole way on a CPU: environment, tiny model, training by the real command, chat with the result.
 demo: $(VENV)/ready clean-demo
@@ -23,6 +23,10 @@ test-slow: $(VENV)/ready
 
 test-gpu: $(VENV)/ready
 	$(RUN) -m pytest -m gpu
+
+# Every fault of docs/reliability.md, whose tables it writes anew; root and strace let it try more.
+scorecard: $(VENV)/ready
+	$(RUN) benchmark/scorecard.py --seeds 3 --stock --json output/scorecard.json --output docs/reliability.md
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,98 @@
+"""A short selection of the reliability scorecard, and the scorecard itself: what is broken, it reports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmark import scorecard
+from benchmark.cases import Check, violations_of_order
+
+ROOT = Path(__file__).parents[2]
+SHORT = [1, 2, 6, 7, 10, 11, 13, 16, 17, 30, 36]
+VERIFIES_ALL = """if True:
+    import json
+    import component.checkpoint as checkpoint
+    checkpoint.verify = lambda folder, deep=True: json.loads((folder / "manifest.json").read_bytes())
+    from benchmark import scorecard
+    scorecard.main()
+"""
+
+
+def run(*arguments: str, program: tuple[str, ...] = ("benchmark/scorecard.py",)) -> subprocess.CompletedProcess:
+    command = [sys.executable, *program, "--jobs", "2", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    report = tmp_path_factory.mktemp("scorecard") / "report.json"
+    done = run("--cases", ",".join(map(str, SHORT)), "--share", "0.08", "--json", str(report))
+    assert report.exists(), done.stderr
+    return json.loads(report.read_text())
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_a_case(short, case):
+    tries = [check for check in short["tries"] if check["case"] == case]
+    assert tries
+    for check in tries:
+        assert check["failed"] == [], f"{check['name']}\n{check['log']}"
+
+
+def test_a_product_that_takes_damaged_checkpoints_fails():
+    done = run("--cases", "2", "--share", "0.1", program=("-c", VERIFIES_ALL))
+    assert done.returncode == 1
+    assert "FAIL (adapter_model.safetensors halved: no back to checkpoint-3, checkpoint-6 moved aside" in done.stdout
+
+
+def test_a_delete_before_the_folder_is_synced_and_a_file_that_is_not_are_violations(tmp_path):
+    temporary, done, old = tmp_path / ".tmp-checkpoint-2", tmp_path / "checkpoint-2", tmp_path / "checkpoint-1"
+    lines = [
+        f'7 openat(AT_FDCWD, "{temporary}/optimizer.pt", O_WRONLY|O_CREAT|O_TRUNC, 0666) = 5<x>',
+        f"7 fsync(5<{temporary}/optimizer.pt>) = 0",
+        f"8 fsync(5<{temporary}>) = 0",
+        f'7 rename("{temporary}", "{done}") = 0',
+        f"7 fsync(5<{tmp_path}>) = 0",
+        f'7 unlinkat(5<{old}>, "optimizer.pt", 0) = 0',
+    ]
+
+    def violations(*missing: int) -> list[str]:
+        trace = tmp_path / "trace"
+        trace.write_text("\n".join(line for number, line in enumerate(lines) if number not in missing))
+        return violations_of_order(trace, tmp_path)[1]
+
+    assert violations() == []
+    assert violations(1) == [f"{done}: {temporary}/optimizer.pt is not synced"]
+    assert violations(2) == [f"{done}: {temporary} is not synced"]
+    assert violations(4) == [f"{old}/optimizer.pt is deleted before {tmp_path} is synced"]
+
+
+def test_a_figure_sums_up_the_tries_of_a_case():
+    same = {"loss diff": 0.0, "LR diff": 0.0, "orphans": 0}
+    checks = [Check("a", [], {"lost steps": 0, "kept": "3"} | same), Check("b", ["exit code 0"], {"lost steps": 2})]
+    assert scorecard.figure(checks) == "1/2; lost steps: 0 to 2; kept: 3; loss, LR diff, orphans: 0"
+    assert scorecard.result(checks) == "FAIL (b: no exit code 0)"
+    assert scorecard.result([]) == scorecard.result([Check("c", [], {"skipped": 1})]) == "not run"
+
+
+def test_the_page_keeps_what_is_written_around_its_tables(monkeypatch, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{scorecard.BEGIN}\nold\n{scorecard.END}\nafter\n")
+    passed = {(15, scorecard.PRODUCT): [Check("a second run", [], {"adapter diff": 0.0})]}
+    monkeypatch.setattr(scorecard, "try_all", lambda *_: passed)
+    monkeypatch.setattr(sys, "argv", ["scorecard.py", "--cases", "15,45", "--output", str(page)])
+    with pytest.raises(SystemExit) as stop:
+        scorecard.main()
+    assert stop.value.code == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| 15 | two fresh runs with one seed | identical | 1/1; adapter diff: 0 | pass | earlier: 0.0 |" in text
+    assert "1 pass, 1 not run" in text and "### G. Security" in text
+
+
+def test_an_unknown_case_is_named():
+    with pytest.raises(SystemExit, match="case '99' is unknown; there are 1, 2, 3"):
+        scorecard.choose("1,99")
