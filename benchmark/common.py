@@ -1,10 +1,12 @@
 """What the variants of benchmark/step.py share: shapes, random 4-bit models made in place, the samples, the clock."""
 
 import math
+import platform
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,6 +28,8 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from component.chatglm import ChatGLMConfig
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "liger-kernel", "trl", "unsloth")
 
 BATCH, ACCUMULATION = 8, 8
 SAMPLES = BATCH * ACCUMULATION  # all of them are one update
@@ -307,3 +311,23 @@ def figures(run: Run, clock: Clock, losses: list[float], learned: int, checkpoin
 def count_labels(trainer: Trainer) -> int:
     """Learned tokens of one pass over the trainer's own batches. No sample's first token is learned."""
     return sum(int((batch["labels"] != -100).sum()) for batch in trainer.get_train_dataloader())
+
+
+def machine() -> dict:
+    """Card and versions. Asking for the card's name takes none of its memory."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": card, "python": platform.python_version(), "versions": versions}
+
+
+def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    """Markdown, its columns aligned but for the last."""
+    widths = [max(map(len, column)) for column in zip(columns, *([*row[:-1], ""] for row in rows), strict=True)]
+    rule = ["-" * width for width in widths]
+    lines = ["| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in (columns, rule, *rows)]
+    return "\n".join(lines)

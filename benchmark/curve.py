@@ -51,12 +51,14 @@ def main() -> None:
         "train_file": str(cli.data.resolve()),
         "max_steps": cli.steps,
     }
-    curves = {
-        (name, seed): train(settings | {"seed": seed, "output_dir": str(cli.output.resolve() / f"{name}-{seed}")})
-        for seed in cli.seeds
-        for name, train in (("fast", train_fast), ("plain", train_plain))
-    }
-    report(curves, cli.seeds, cli.output)
+    curves = {}
+    for seed in cli.seeds:
+        for name, train in (("fast", train_fast), ("plain", train_plain)):
+            folder = str(cli.output.resolve() / f"{name}-{seed}")
+            curves[name, seed] = train(settings | {"seed": seed, "output_dir": folder})
+            found = {f"{kind} {number}": curve for (kind, number), curve in curves.items()}
+            (cli.output / "curves.json").write_text(json.dumps(found))
+    report(curves, cli.seeds)
 
 
 def unpack(folder: Path, gguf: str, target: Path) -> Path:
@@ -103,8 +105,7 @@ def train_plain(settings: dict) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def report(curves: dict[tuple[str, int], list[float]], seeds: list[int], output: Path) -> None:
-    (output / "curves.json").write_text(json.dumps({f"{name} {seed}": c for (name, seed), c in curves.items()}))
+def report(curves: dict[tuple[str, int], list[float]], seeds: list[int]) -> None:
     smooth = {key: [statistics.fmean(c[i : i + WINDOW]) for i in range(0, len(c), WINDOW)] for key, c in curves.items()}
     print(f"{'steps':<12}{'fast':>9}{'plain':>9}{'difference':>12}{'noise':>9}   means of seeds and {WINDOW} steps")
     for i in range(len(smooth["fast", seeds[0]])):

@@ -9,7 +9,6 @@ The share is of the card's measured matrix-product ceiling, by the fewest FLOPs 
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -18,13 +17,11 @@ import sys
 import tempfile
 import time
 import traceback
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "liger-kernel", "trl", "unsloth")
 CEILING, CHECKPOINT = "ceiling", "checkpoint"  # tasks beside the variants
 COLUMNS = ("variant", "shape", "useful tok/s", "min-max", "of ceiling", "peak GiB", "load GiB", "warm-up s", "losses")
 
@@ -50,7 +47,7 @@ def main() -> None:
 
 
 def run_all(cli: argparse.Namespace) -> None:
-    from benchmark.common import SHAPES
+    from benchmark.common import SHAPES, machine, table
     from benchmark.variants import VARIANTS
 
     names = cli.variants.split(",") if cli.variants else list(VARIANTS)
@@ -75,7 +72,7 @@ def run_all(cli: argparse.Namespace) -> None:
                 cli.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     finally:
         shutil.rmtree(folder)
-    print(heading(report), table([describe(result, report) for result in report["results"]]), sep="\n\n")
+    print(heading(report), table(COLUMNS, [describe(result, report) for result in report["results"]]), sep="\n\n")
 
 
 def start(task: str, shape: str, cli: argparse.Namespace, folder: Path) -> dict:
@@ -131,20 +128,6 @@ def do(cli: argparse.Namespace, folder: Path) -> dict:
     return VARIANTS[cli.one][1](run)
 
 
-def machine() -> dict:
-    """Card and versions. Asking for the card's name takes none of its memory."""
-    import torch
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"device": card, "python": platform.python_version(), "versions": versions}
-
-
 def heading(report: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     ceiling = f"matrix products at {report['ceiling_flops'] / 1e12:,.1f} TFLOP/s; " if "ceiling_flops" in report else ""
@@ -169,14 +152,6 @@ def describe(result: dict, report: dict) -> list[str]:
         f"{result['warmup_seconds']:.1f}",
         f"{first:.4f} to {last:.4f}",
     ]
-
-
-def table(rows: list[list[str]]) -> str:
-    """Markdown, its columns aligned."""
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *([*row[:-1], ""] for row in rows), strict=True)]
-    rule = ["-" * width for width in widths]
-    lines = ["| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in (COLUMNS, rule, *rows)]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

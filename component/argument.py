@@ -386,6 +386,9 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
         if "optim" in values:
             logger.warning(f"optim={values['optim']} needs CUDA; using adamw_torch")
         adapted["optim"] = "adamw_torch"
+    if values.get("save_total_limit") == 1:
+        logger.info("save_total_limit is 2: a run keeps a whole checkpoint while it writes another")
+        adapted["save_total_limit"] = 2
     if args.eval_file is not None:
         adapted.setdefault("eval_strategy", "steps" if "eval_steps" in values else "epoch")
     adapted.setdefault("report_to", "none")

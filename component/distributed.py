@@ -1,6 +1,7 @@
 """Work that one process does for all, and work that all do or none has done."""
 
 import itertools
+import os
 import pickle
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,7 +22,9 @@ def on_rank_zero(make: Callable[[], Result]) -> Result:
     """
     if not dist.is_initialized():
         return make()
-    store, key = _get_default_store(), f"luciole/on_rank_zero/{next(calls)}"
+    # torchrun keeps the store when it starts the ranks again, and what the ranks before them said.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, key = _get_default_store(), f"luciole/on_rank_zero/{attempt}/{next(calls)}"
     if dist.get_rank() == 0:
         try:
             outcome = (make(), None)

@@ -1,0 +1,26 @@
+"""The scaling benchmark, with two processes on the CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_and_leave_together(tmp_path):
+    program = [sys.executable, ROOT / "benchmark/scaling.py", "--gpus", "1,2", "--shape", "tiny-chatglm"]
+    run = subprocess.run(
+        [*program, "--updates", "1", "--json", tmp_path / "scaling.json"], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "scaling.json").read_text())
+    one, more, same = report["results"]
+    assert more["tokens"] > 1.5 * same["tokens"] == 1.5 * one["tokens"]
+    assert same["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert len(set(same["adapters"])) == len(set(more["adapters"])) == 1
+    assert "checkpoint-" in report["sigterm"]
+    assert len(run.stdout.splitlines()) == 7
