@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import random
 import re
@@ -161,7 +162,7 @@ def kills_in_saves(lab: Lab) -> Iterator[Check]:
 
 def kills_at_random(lab: Lab) -> Iterator[Check]:
     """One long run, killed and started again until it is done."""
-    kills = max(1, round(100 / lab.seeds * lab.share))
+    kills = math.ceil(100 / lab.seeds * lab.share)
     settings = {"max_steps": 12 + 6 * kills, "save_steps": 2, "save_total_limit": 2, "logging_steps": 10}
     reference = lab.reference(**settings)
     draw = random.Random(lab.seed)
