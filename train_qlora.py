@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from multiprocessing import active_children
+from pathlib import Path
 
 from component.argument import ArgumentError, QLoRAArguments, load_arguments
 
@@ -71,7 +72,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     from loguru import logger
     from transformers import set_seed
 
-    from component.cache import write_atomically
+    from component.checkpoint import step_of
     from component.collator import PackingCollator, SFTDataCollator
     from component.dataset import DATA_FORMATS, load_datasets
     from component.distributed import on_rank_zero
@@ -79,7 +80,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     from component.kernel.model import PackedForward
     from component.loss import TargetLMLoss
     from component.model import attach_lora, load_model
-    from component.report import parameter_table, plot_loss
+    from component.report import parameter_table
     from component.trainer import LoRATrainer
 
     # 1. Data
@@ -117,17 +118,36 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     )
     on_rank_zero(lambda: folder.check_room(trainer.checkpoint_size()))
     logger.info(f"continuing from {start.checkpoint}" if start.checkpoint else "training from the base model")
+    begun = step_of(Path(start.checkpoint)) if start.checkpoint else 0
     result = trainer.train(resume_from_checkpoint=start.checkpoint)
 
     # 5. Results. The final adapter comes last: where it is, the run is done.
     picture, figures = folder.path / "loss.png", folder.path / "trainer_state.json"
-    if trainer.is_world_process_zero():
-        write_atomically(figures, json.dumps(dataclasses.asdict(trainer.state), indent=2).encode())
-        plot_loss(trainer.state.log_history, picture)
+    on_rank_zero(lambda: write_results(trainer.state, figures, picture))
     final = trainer.save_final()
-    logger.info(f"done: {result.global_step} steps in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
+    now = f"{result.global_step - begun} of them in {result.metrics['train_runtime']:.0f} s"
+    logger.info(f"done: {result.global_step} steps, {now}{peak_memory()}")
     logger.info(f"adapter and tokenizer: {final}")
     logger.info(f"loss curve: {picture}; its figures: {figures}")
+
+
+def write_results(state, figures: Path, picture: Path) -> None:
+    from loguru import logger
+
+    from component.cache import write_atomically
+    from component.checkpoint import StorageError
+    from component.report import plot_loss
+
+    try:
+        write_atomically(figures, json.dumps(dataclasses.asdict(state), indent=2).encode())
+    except OSError as error:
+        raise StorageError(
+            f"{figures} could not be written ({error}); the same command only writes the results"
+        ) from None
+    try:
+        plot_loss(state.log_history, picture)
+    except Exception as error:  # a picture is no reason to lose a run
+        logger.warning(f"{picture} could not be drawn: {error}")
 
 
 def peak_memory() -> str:
@@ -184,9 +204,14 @@ def main() -> None:
     try:
         with SignalWatch() as watch:
             run(cli, watch)
-    except Interrupted as interruption:
-        print(f"{interruption}: stopped; the same command continues", file=sys.stderr, flush=True)
-        leave(interruption.exit_code)
+    except (Interrupted, Exception) as error:
+        if not watch.received:
+            raise
+        # Inside an import, a library may have made something else of it.
+        stop = error if isinstance(error, Interrupted) else Interrupted(watch.received)
+        if not watch.deferred:
+            print(f"{stop}: stopped before the first step", file=sys.stderr, flush=True)
+        leave(stop.exit_code)
 
 
 def leave(exit_code: int) -> None:
@@ -196,35 +221,39 @@ def leave(exit_code: int) -> None:
 
 def run(cli: argparse.Namespace, watch) -> None:
     """Train, and turn what can go wrong into a line and an exit code."""
+    from component.report import configure_logging
+
+    rank = int(os.environ.get("RANK", 0))
+    configure_logging(rank)  # before libraries are imported that have something to say
+
+    import torch.distributed as dist
     from loguru import logger
 
     from component.checkpoint import CheckpointError, StorageError
     from component.conversation import DataError
     from component.distributed import TOLD
     from component.kernel.memory import DoesNotFit
-    from component.report import configure_logging
     from component.trainer import NumericError
 
-    rank = int(os.environ.get("RANK", 0))
-    configure_logging(rank)
     exit_codes = {NumericError: 3, StorageError: 4} | dict.fromkeys(
         (ArgumentError, CheckpointError, DataError, DoesNotFit), 2
     )
+    exit_code = 0
     try:
         train(cli, watch)
     except tuple(exit_codes) as error:
+        exit_code = next(code for kind, code in exit_codes.items() if isinstance(error, kind))
         logger.error(error)
         if rank and TOLD not in getattr(error, "__notes__", ()):
             print(f"rank {rank}: {error}", file=sys.stderr)
-        sys.exit(exit_codes[type(error)])
     finally:
-        import torch.distributed as dist
-
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a helper for an error
         for helper in active_children():  # they outlive other signals, and would be waited for
             helper.kill()
-        if dist.is_initialized() and not watch.received:
-            dist.destroy_process_group()
+    if dist.is_initialized():  # after an error that other ranks do not know of, they may still be at work
+        dist.destroy_process_group()
+    if exit_code:
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import difflib
 import enum
 import glob
+import importlib.util
 import json
 import os
 import types
@@ -127,7 +128,9 @@ class QLoRAArguments:
         *one_of("auto", "bfloat16", "float16", "float32"),
     )
     overwrite_output_dir: bool = setting(
-        False, "Start anew in an output_dir that holds a run; what is there is moved aside, not deleted."
+        False,
+        "Start anew in an output_dir that holds another run, or this one, done; what is there is moved aside. This "
+        "run unfinished is continued, unless resume_from_checkpoint is false.",
     )
     resume_despite_changes: bool = setting(
         False,
@@ -183,6 +186,7 @@ RENAMED_KEYS = {
     "gradient_checkpointing_kwargs": None,
     "activation_checkpointing_kwargs": None,
 }
+COMMAND_LINE = "command line"
 CHECKPOINTING_KEYS = ("activation_checkpointing", "gradient_checkpointing")
 RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch"}
 
@@ -197,12 +201,14 @@ POSITIVE = (
     "eval_steps",
 )
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed")
-# They would replace parts that are ours, or leave checkpoints that cannot be continued.
+# They would replace parts that are ours, know nothing of packed rows, or leave what cannot be continued exactly.
 UNSUPPORTED = (
     "fsdp",
     "parallelism_config",
     "use_liger_kernel",
+    "accelerator_config",
     "auto_find_batch_size",
+    "neftune_noise_alpha",
     "enable_jit_checkpoint",
     "save_only_model",
     "push_to_hub",
@@ -213,6 +219,7 @@ FIXED = {
     "remove_unused_columns": False,
     "label_names": ["target_mask"],
     "label_smoothing_factor": 0.0,
+    "dataloader_persistent_workers": False,  # they would go through other random numbers than those of a resumed run
     "logging_nan_inf_filter": False,  # it hides what stops a run here
 }
 
@@ -234,17 +241,16 @@ def load_arguments(
     """
     from transformers import TrainingArguments
 
-    source = str(train_args_file or "command line")
+    source = str(train_args_file or COMMAND_LINE)
     hints = typing.get_type_hints(TrainingArguments)
     known = {item.name: hints[item.name] for item in fields(TrainingArguments) if item.init}
     known |= typing.get_type_hints(QLoRAArguments)
     known["resume_from_checkpoint"] = str | bool | None
 
-    values = translate(read_json_object(source) if train_args_file else {}, known, source) | translate(
-        parse_overrides(overrides), known, "override"
-    )
+    overriding = translate(parse_overrides(overrides), known, COMMAND_LINE)
+    values = translate(read_json_object(source) if train_args_file else {}, known, source) | overriding
     for key, value in values.items():
-        check_setting(key, value, known, source)
+        check_setting(key, value, known, COMMAND_LINE if key in overriding else source)
 
     own = {key: values.pop(key) for key in list(values) if key in QLoRAArguments.__dataclass_fields__}
     try:
@@ -348,8 +354,19 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
         for path in [sources] if isinstance(sources, str) else sources:
             if not Path(path).exists() and not glob.glob(path, recursive=True):
                 raise ValueError(f"{key}: no file {path!r} in {Path.cwd()}")
+    if args.overwrite_output_dir:
+        inside = Path(values["output_dir"]).resolve()
+        for key in ("model_name_or_path", "train_file", "eval_file"):
+            given = getattr(args, key) or []
+            for path in [given] if isinstance(given, str) else given:
+                if inside in (Path(path).resolve(), *Path(path).resolve().parents):
+                    raise ValueError(f"{key}: {path} lies in output_dir, which overwrite_output_dir may move away")
     if args.streaming and values.get("max_steps", -1) <= 0:
         raise ValueError("streaming: the number of rows is not known beforehand; give max_steps")
+    reporters = values.get("report_to") or []
+    for name in [reporters] if isinstance(reporters, str) else reporters:
+        if name not in ("none", "all") and importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to: {name} is not installed; install it, or set report_to to 'none'")
     model = args.model_name_or_path
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
         raise ValueError(f"model_name_or_path: no folder {model!r}")
@@ -387,7 +404,7 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
             logger.warning(f"optim={values['optim']} needs CUDA; using adamw_torch")
         adapted["optim"] = "adamw_torch"
     if values.get("save_total_limit") == 1:
-        logger.info("save_total_limit is 2: a run keeps a whole checkpoint while it writes another")
+        logger.info("save_total_limit: 1 is raised to 2, since a run keeps a whole checkpoint while it writes another")
         adapted["save_total_limit"] = 2
     if args.eval_file is not None:
         adapted.setdefault("eval_strategy", "steps" if "eval_steps" in values else "epoch")

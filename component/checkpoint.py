@@ -1,10 +1,10 @@
 """The folder of a run: who may write there, where the run continues from, and checkpoints that are whole or absent."""
 
-import errno
 import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +20,9 @@ from .cache import sync
 
 FINAL, MANIFEST, ASIDE = "final", "manifest.json", "aside"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+SHAPES = tuple(f"settings.{key}: " for key in ("lora_rank", "target_modules", "optim"))  # of what is kept: never other
+LAYOUT = tuple(f"settings.{key}: " for key in ("pack_to", "max_seq_length", "activation_checkpointing"))
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")  # to continue at all
-OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(ValueError):
@@ -71,7 +72,8 @@ class RunFolder:
         Args:
             resume: "auto" or None, the newest checkpoint that verifies, if any; True, the same, and there must be one;
                 False, none, and the folder must hold no run; or a checkpoint's path.
-            overwrite: move a folder that holds a run aside and begin anew, unless `resume` asks for a checkpoint.
+            overwrite: move a folder aside that holds another run, or one that is done, and begin anew; with `resume`
+                False any.
             despite_changes: continue a run of another identity, or from a given checkpoint that is damaged.
 
         Raises:
@@ -80,8 +82,8 @@ class RunFolder:
         """
         resume = {None: "auto", "true": True, "false": False}.get(resume, resume)
         self.take()
-        held = [*find_checkpoints(self.path), *self.path.glob(FINAL)]
-        if held and overwrite and resume in ("auto", False):
+        held = [*find_checkpoints(self.path), *self.finals()]
+        if held and overwrite and (resume is False or (resume == "auto" and self.is_to_be_left(despite_changes))):
             self.move_away()
         elif held and resume is False:
             raise CheckpointError(
@@ -114,9 +116,15 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"output_dir {self.path} cannot be written to ({error}); choose another") from None
 
+    def is_to_be_left(self, despite_changes: bool) -> bool:
+        try:
+            return self.find_start("auto", despite_changes).is_done
+        except (CheckpointError, StorageError):
+            return True
+
     def move_away(self) -> None:
         aside = self.path.with_name(f"{self.path.name}.{datetime.now():%Y%m%d-%H%M%S}")
-        self.path.rename(aside)
+        move(self.path, aside)
         self.lock.release(force=True)
         logger.info(f"moved the earlier run to {aside}")
         self.take()
@@ -125,14 +133,14 @@ class RunFolder:
         """Of a folder that holds a run. Nothing is moved before it is clear that this run may continue."""
         given = None if resume in ("auto", True) else self.given_checkpoint(resume)
         broken: dict[Path, str] = {}
-        for folder in [given] if given else [*self.path.glob(FINAL), *reversed(find_checkpoints(self.path))]:
+        for folder in [given] if given else [*self.finals(), *reversed(find_checkpoints(self.path))]:
             try:
                 manifest = verify(folder)
             except Damaged as damage:
                 broken[folder] = str(damage)
                 continue
             changes = differences(manifest["run"], self.identity)
-            if changes and not despite_changes:
+            if changes and (not despite_changes or any(line.startswith(SHAPES) for line in changes)):
                 raise CheckpointError(self.describe_changes(folder, changes))
             if folder.name != FINAL:
                 break
@@ -145,10 +153,15 @@ class RunFolder:
             if missing := [name for name in NEEDED if not (given / name).is_file()]:
                 raise StorageError(f"{given / missing[0]} is missing; nothing can go on from there")
         self.warn_of_changes(folder, manifest, changes)
-        for path in [*self.path.glob(FINAL), *find_checkpoints(self.path)]:
+        for path in [*self.finals(), *find_checkpoints(self.path)]:
             if path in broken or path.name == FINAL or step_of(path) > step_of(folder):
                 self.set_aside(path, broken.get(path, f"the run goes on from {folder.name}"))
-        return Start(str(folder), manifest.get("plan"))
+        keeps_layout = not any(line.startswith(LAYOUT) for line in changes)
+        return Start(str(folder), manifest.get("plan") if keeps_layout else None)
+
+    def finals(self) -> list[Path]:
+        """What stands under FINAL's name, were it a link that leads nowhere."""
+        return [path for path in (self.path / FINAL,) if os.path.lexists(path)]
 
     def given_checkpoint(self, path: str) -> Path:
         checkpoint = Path(path).resolve()
@@ -163,7 +176,7 @@ class RunFolder:
     def describe_changes(self, folder: Path, changes: list[str]) -> str:
         return "\n  ".join([f"{folder} is of a run that is not this one:", *changes]) + (
             "\nSet these as they were, choose another output_dir, begin anew with overwrite_output_dir=true, or go on "
-            "all the same with resume_despite_changes=true"
+            "all the same with resume_despite_changes=true, which another lora_rank, target_modules or optim cannot"
         )
 
     def warn_of_changes(self, folder: Path, manifest: dict, changes: list[str]) -> None:
@@ -173,6 +186,10 @@ class RunFolder:
             logger.warning("\n  ".join([f"going on from {folder.name} is not exact:", *changes]))
 
     def nothing_verifies(self, broken: dict[Path, str]) -> ValueError:
+        if not broken:
+            return CheckpointError(
+                f"{self.path} holds {FINAL} alone, and no checkpoint to go on from; choose another output_dir"
+            )
         found = "\n  ".join([f"{self.path}: nothing to continue from:", *(f"{p.name}: {d}" for p, d in broken.items())])
         remedy = "overwrite_output_dir=true moves the folder aside and begins anew"
         if any((path / MANIFEST).exists() for path in broken):
@@ -184,8 +201,7 @@ class RunFolder:
 
     def set_aside(self, path: Path, reason: str) -> None:
         target = self.path / ASIDE / f"{path.name}.{datetime.now():%Y%m%d-%H%M%S-%f}"
-        target.parent.mkdir(exist_ok=True)
-        path.rename(target)
+        move(path, target)
         logger.warning(f"{path.name}: {reason}; moved to {target}")
 
     def begin(self, name: str) -> Path:
@@ -212,8 +228,11 @@ class RunFolder:
         for path in own[: -max(limit, 2)]:
             if path not in keep:
                 doomed = self.path / f".tmp-{path.name}"
-                path.rename(doomed)  # never half a checkpoint under its name
-                remove(doomed)
+                try:
+                    path.rename(doomed)  # never half a checkpoint under its name
+                    remove(doomed)
+                except OSError as error:
+                    logger.warning(f"{path} could not be deleted ({error})")
 
     def is_own(self, checkpoint: Path) -> bool:
         try:
@@ -236,12 +255,16 @@ class RunFolder:
         on."""
         folder = self.path / f".tmp-{name}"
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
-        remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         whole = [path.name for path in find_checkpoints(self.path)]
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limited = "" if limit == resource.RLIM_INFINITY else f", a file may have {show_size(limit)} (ulimit -f)"
+        kept = (
+            f"{whole[-1]} is untouched: then the same command continues from it" if whole else "Nothing was kept before"
+        )
         return StorageError(
-            f"{self.path / name} could not be written ({type(error).__name__}: {error}); {show_size(written)} were, "
-            f"{show_size(shutil.disk_usage(self.path).free)} are free. "
-            + (f"{whole[-1]} is untouched: make room, and the same command continues from it" if whole else "Make room")
+            f"{self.path / name} could not be written beyond {show_size(written)} ({type(error).__name__}: {error}); "
+            f"{show_size(shutil.disk_usage(self.path).free)} are free{limited}. Make room for it. {kept}"
         )
 
 
@@ -268,6 +291,8 @@ def seal(folder: Path, facts: dict) -> None:
     manifest = facts | {"files": files}
     path = folder / MANIFEST
     path.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=1), encoding="utf-8")
+    for file in paths:  # safetensors lets nobody but the owner read
+        file.chmod(path.stat().st_mode)
     for place in (path, *(place for place in folder.rglob("*") if place.is_dir()), folder):
         sync(place)
 
@@ -318,15 +343,24 @@ def versions() -> dict[str, str]:
 
 
 def differences(was: dict, now: dict, prefix: str = "") -> list[str]:
-    """A line for each key under which two nested objects of JSON values differ."""
+    """A line for each key that both nested objects of JSON values have, with other values. A key that one version of a
+    library knows and another does not is no difference."""
     lines = []
-    for key in sorted(was.keys() | now.keys()):
-        old, new = was.get(key), now.get(key)
+    for key in sorted(was.keys() & now.keys()):
+        old, new = was[key], now[key]
         if isinstance(old, dict) and isinstance(new, dict):
             lines += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             lines.append(f"{prefix}{key}: {json.dumps(old)} then, {json.dumps(new)} now")
     return lines
+
+
+def move(path: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be moved to {target} ({error}); choose another output_dir") from None
 
 
 def remove(path: Path) -> None:

@@ -134,11 +134,15 @@ class StreamingSFTDataset(IterableDataset):
     that cannot be read on. Several sources are drawn from by weight, and a pass ends with the first of them that does.
 
     Args:
+        endless: pass after pass, each with another order, so that a place in the stream is a number of samples.
         sources, weights: one weight for each source.
         render: of component.template.
     """
 
-    def __init__(self, sources: list[Source], weights: list[float], render, tokenizer, rules: DataRules, seed: int):
+    def __init__(
+        self, sources: list[Source], weights: list[float], render, tokenizer, rules: DataRules, seed: int, endless=False
+    ):
+        self.endless = endless
         self.files = [find_files(source) for source in sources]
         self.weights = weights
         self.renderer = RowRenderer(render, checked(tokenizer, render), rules)
@@ -158,9 +162,18 @@ class StreamingSFTDataset(IterableDataset):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        for number in itertools.count(self.epoch):
+            found = False
+            for sample in self.one_pass(number):
+                found = True
+                yield sample
+            if not (self.endless and found):
+                return
+
+    def one_pass(self, number: int) -> Iterator[dict[str, list[int]]]:
         worker = get_worker_info()
         count, own = (worker.num_workers, worker.id) if worker else (1, 0)
-        draw = random.Random(f"{self.seed} {self.epoch}")
+        draw = random.Random(f"{self.seed} {number}")
         streams = [self.samples(files, count, own) for files in self.files]
         buffer: list[dict[str, list[int]]] = []
         while (sample := next(draw.choices(streams, self.weights)[0], None)) is not None:
@@ -221,7 +234,7 @@ def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir
     sources, shares = list(weights) or [args.train_file], list(weights.values()) or [1.0]
     evaluated = load(args.eval_file) if args.eval_file else None
     if args.streaming:
-        trained = StreamingSFTDataset(sources, shares, make.render, tokenizer, rules, seed)
+        trained = StreamingSFTDataset(sources, shares, make.render, tokenizer, rules, seed, endless=True)
     else:
         loaded = [load(source) for source in sources]
         trained = Mixture(loaded, shares, seed) if weights else loaded[0]

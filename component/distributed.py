@@ -3,8 +3,8 @@
 import itertools
 import os
 import pickle
+import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -29,10 +29,11 @@ def on_rank_zero(make: Callable[[], Result]) -> Result:
         try:
             outcome = (make(), None)
         except Exception as error:
-            outcome = (None, error)
+            outcome = (None, portable(error))
         store.set(key, pickle.dumps(outcome))
     else:
-        store.wait([key], timedelta(days=7))
+        while not store.check([key]):  # and not store.wait, during which no signal is handled
+            time.sleep(0.02)
         outcome = pickle.loads(store.get(key))
     result, error = outcome
     if error is not None:
@@ -41,12 +42,15 @@ def on_rank_zero(make: Callable[[], Result]) -> Result:
 
 
 def on_every_rank(work: Callable[[], None]) -> None:
-    """Run `work` on every rank, and return when all have; the lowest rank's exception is raised on all."""
+    """Run `work` on every rank, and return when all have; the lowest rank's exception is raised on all.
+
+    In `work`, ranks must not wait for one another: one of them may fail.
+    """
     error = None
     try:
         work()
     except Exception as raised:
-        error = raised
+        error = portable(raised)
     if error := next(filter(None, gather(error)), None):
         raise known_to_all(error)
 
@@ -55,6 +59,15 @@ def known_to_all(error: Exception) -> Exception:
     """An error that is raised on every rank, and need be told on rank 0 alone."""
     if dist.is_initialized() and dist.get_rank():
         error.add_note(TOLD)
+    return error
+
+
+def portable(error: Exception) -> Exception:
+    """The error, or its text where it cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 

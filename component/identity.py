@@ -16,19 +16,20 @@ WITHOUT_EFFECT = {
     "batch_eval_metrics",
     "cache_dir",
     "dataloader_multiprocessing_context",
-    "dataloader_persistent_workers",
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
     "ddp_timeout",
     "debug",
     "deepspeed",
     "disable_tqdm",
+    "gradient_checkpointing",
     "greater_is_better",
     "include_for_metrics",
     "include_num_input_tokens_seen",
     "load_best_model_at_end",
     "local_rank",
     "max_bad_share",
+    "max_skipped_updates",
     "metric_for_best_model",
     "on_bad_row",
     "output_dir",
@@ -59,10 +60,15 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
         training_args: transformers.TrainingArguments.
     """
     settings = training_args.to_dict() | dataclasses.asdict(args)
-    skipped = WITHOUT_EFFECT | ELSEWHERE
+    skipped, beginnings = WITHOUT_EFFECT | ELSEWHERE, BEGINNINGS
     if not args.streaming:
         skipped = skipped | {"dataloader_num_workers"}  # a stream's order depends on it
-    decisive = {key: value for key, value in settings.items() if key not in skipped and not key.startswith(BEGINNINGS)}
+    if training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # whose rate depends on evaluations
+        skipped, beginnings = skipped - {"metric_for_best_model", "greater_is_better"}, set(BEGINNINGS) - {"eval_"}
+        settings["eval_file"] = describe_data(args.eval_file, streaming=False)
+    decisive = {
+        key: value for key, value in settings.items() if key not in skipped and not key.startswith(tuple(beginnings))
+    }
     return {
         "settings": json.loads(json.dumps(decisive, default=str)),
         "world_size": training_args.world_size,
@@ -72,18 +78,20 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
     }
 
 
-def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -> dict | str:
-    """A digest of the files' contents; of a stream, which may be larger than can be read twice, of names and sizes."""
+def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -> list | str:
+    """A digest of the files' contents, of a mixture with weights; of a stream, which may be larger than can be read
+    twice, of names and sizes."""
     if isinstance(source, dict):
-        return {digest: weight for part, weight in source.items() for digest in [describe_data(part, streaming)]}
+        return [[describe_data(part, streaming), weight] for part, weight in source.items()]
     files = find_files(source)
     return fingerprint([f"{file.name} {file.stat().st_size}" for file in files] if streaming else files)
 
 
 def describe_tokenizer(tokenizer) -> str:
-    return fingerprint(
-        [json.dumps(sorted(tokenizer.get_vocab().items())), json.dumps(tokenizer.chat_template, default=str)]
+    model = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
     )
+    return fingerprint([model, json.dumps([tokenizer.special_tokens_map, tokenizer.chat_template], default=str)])
 
 
 def describe_base(args) -> str:

@@ -46,12 +46,15 @@ class SignalWatch:
         if not self.deferred:
             raise Interrupted(self.received)
         if first:  # not through the logger, which may be what was interrupted
-            os.write(2, f"{signal.Signals(signum).name}: leaving after this update and a checkpoint\n".encode())
+            os.write(2, f"{signal.Signals(signum).name}: leaving as soon as the run can go on from there\n".encode())
 
 
 def die_with_parent() -> None:
     """Ask Linux to kill this process when the one that started it dies, so that none is left behind."""
+    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died in the meantime
+        os._exit(128 + signal.SIGKILL)
 
 
 def outlive_signals() -> None:

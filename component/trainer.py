@@ -2,6 +2,7 @@
 or absent; a stop at signals, at figures that are not finite, and at a full disk, on all ranks at once."""
 
 import json
+import math
 import os
 import random
 import statistics
@@ -71,6 +72,7 @@ class LoRATrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
+        loader.generator = torch.Generator()  # an iterator draws a seed; the run's random numbers stay out of it
         if loader.num_workers:
             loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
         return loader
@@ -151,13 +153,14 @@ class LoRATrainer(Trainer):
             whole = f"checkpoint-{self.saved_step} is as it was" if self.saved_step else "there is no checkpoint yet"
             raise known_to_all(
                 NumericError(
-                    f"{message}\nNothing of it was used; {whole}. Look at these rows (script/inspect_data.py), lower "
-                    "learning_rate, or set max_skipped_updates to leave such updates out"
+                    f"{message}\nNothing of it was used; {whole}. Look at these rows (script/inspect_data.py); "
+                    "set max_skipped_updates to leave such updates out, or begin anew with a lower learning_rate"
                 )
             )
         logger.warning(f"{message}\nleft out, {self.skipped} of max_skipped_updates={self.max_skipped_updates}")
         self.accelerator.gradient_state._set_sync_gradients(False)  # the optimizer's step now does nothing
         self._tr_loss.copy_(self.loss_before)
+        self._globalstep_last_logged += 1  # its loss is in no mean
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
 
@@ -193,6 +196,8 @@ class LoRATrainer(Trainer):
         return LengthGroupedSampler(self.train_dataset.lengths, batch, self.args.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not math.isfinite(logs.get("grad_norm", 0)):  # of an update that was left out
+            del logs["grad_norm"]
         if "loss" in logs:
             logs["num_tokens"] = self.accelerator.reduce(self.tokens_seen.clone(), "sum").item()
         super().log(logs, start_time)
@@ -227,6 +232,10 @@ class LoRATrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self.state.compute_steps(self.args, max_steps)  # as they are set now, not as the checkpoint has them
+        if self.state.best_global_step:  # the folder may have been moved
+            best = self.folder.path / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        self.args.eval_on_start = self.args.eval_on_start and not self.state.global_step
         self.resumed_from, self.saved_step = resume_from_checkpoint, self.state.global_step
         self.watch.deferred = True
         return begun
@@ -241,18 +250,21 @@ class LoRATrainer(Trainer):
         self.tokens_seen.fill_(progress["tokens_seen"])
         self._globalstep_last_logged, self.skipped = progress["last_log"], progress["skipped"]
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _run_epoch(self, *args, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at the end
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        set_epoch(train_dataloader, epoch)
+        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        """After an update, and once more after an epoch, where what is due at its end is still to come."""
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        """Called after an update, and again after an epoch: what is due after its last update is done once, then."""
         ends_epoch = float(self.state.epoch).is_integer() or self.control.should_training_stop
-        is_second, self.checked_step = self.state.global_step == self.checked_step, self.state.global_step
-        if self.signal and (is_second or not ends_epoch):
+        is_first, self.checked_step = self.state.global_step != self.checked_step, self.state.global_step
+        if ends_epoch and is_first:
+            return
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.signal:
             self.leave_if_asked()
 
     def leave_if_asked(self) -> None:
@@ -260,6 +272,8 @@ class LoRATrainer(Trainer):
         (self.signal,) = self.agree(self.watch.received)
         if self.signal:
             self._save_checkpoint(self.model, None)
+            step, steps = self.state.global_step, self.state.max_steps
+            logger.info(f"stopped at step {step} of {steps}; the same command continues from {self.folder.path}")
             raise Interrupted(self.signal)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -272,20 +286,35 @@ class LoRATrainer(Trainer):
             best = self.folder.path / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
         self.check_finite()
-        self.write_sealed(name, self.write_checkpoint)
+        self.fill(name, self.write_checkpoint)
+        self.publish(name)
         self.saved_step = step
         best = self.state.best_model_checkpoint
         on_rank_zero(lambda: self.folder.rotate(self.args.save_total_limit, [Path(best)] if best else []))
 
-    def write_sealed(self, name: str, write: Callable[[str], None]) -> None:
-        """Have `write` fill a folder on every rank, and publish it in the run's folder; its error is StorageError."""
+    def fill(self, name: str, write: Callable[[str], None]) -> None:
+        """Have every rank write to the temporary folder of `name`; StorageError on all where one could not."""
+
+        def work() -> None:
+            try:
+                write(str(temporary))
+            except (RuntimeError, SafetensorError) as error:  # what libraries make of a full disk
+                raise OSError(str(error)) from error
+
         try:
             temporary = on_rank_zero(lambda: self.folder.begin(name))
-            on_every_rank(lambda: write(str(temporary)))
+            on_every_rank(work)
+        except OSError as error:
+            self.fail(name, error)
+
+    def publish(self, name: str) -> None:
+        try:
             on_rank_zero(lambda: self.folder.finish(name, self.state.global_step, self.args.world_size))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            cause = error
-            raise on_rank_zero(lambda: self.folder.failed(name, cause)) from error
+        except OSError as error:
+            self.fail(name, error)
+
+    def fail(self, name: str, error: OSError) -> None:
+        raise on_rank_zero(lambda: self.folder.failed(name, error)) from error
 
     def write_checkpoint(self, folder: str) -> None:
         self.save_model(folder, _internal_call=True)
@@ -327,14 +356,15 @@ class LoRATrainer(Trainer):
     def save_final(self) -> str:
         """Publish adapter and tokenizer as FINAL: the mark of a run that is done."""
         self.check_finite()
+        self.fill(FINAL, lambda folder: self.save_model(folder, _internal_call=True))
         self.leave_if_asked()
-
-        def write(folder: str) -> None:
-            self.save_model(folder, _internal_call=True)
-            self.leave_if_asked()
-
-        self.write_sealed(FINAL, write)
+        self.publish(FINAL)
         return str(self.folder.path / FINAL)
+
+    def _load_best_model(self) -> None:
+        self.leave_if_asked()
+        super()._load_best_model()
+        self.saved_step = self.state.global_step  # these are not the weights of the last step: no checkpoint of them
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter and the tokenizer, as safetensors and JSON; no pickle of the arguments."""
@@ -343,6 +373,15 @@ class LoRATrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
         self.processing_class.save_pretrained(output_dir)
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tell the sampler under all that skips and shares its batches, which libraries do not reach."""
+    sampler = loader.batch_sampler
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    if hasattr(getattr(sampler, "sampler", None), "set_epoch"):
+        sampler.sampler.set_epoch(epoch)
 
 
 def start_worker(seed_worker: Callable[[int], None] | None, worker: int) -> None:
@@ -393,13 +432,16 @@ class Continuation(TrainerCallback):
         if not state.global_step:
             return
         self.trainer.load_progress(self.trainer.resumed_from)
-        due = {
-            "steps": lambda: state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps,
-            "epoch": lambda: float(state.epoch).is_integer(),
-        }.get(args.eval_strategy, lambda: False)
+        if args.eval_strategy == "epoch":
+            due, delay = float(state.epoch).is_integer(), state.epoch
+        else:
+            due = state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps
+            delay = state.global_step
         done = any(entry["step"] == state.global_step for entry in state.log_history if "eval_loss" in entry)
-        if due() and not done and (args.eval_delay or 0) <= state.global_step:
-            self.trainer._determine_best_metric(self.trainer.evaluate(), None)
+        if args.eval_strategy != "no" and due and not done and args.eval_delay <= delay:
+            metrics = self.trainer._evaluate(None, None)
+            if self.trainer._determine_best_metric(metrics, None):
+                state.best_model_checkpoint = self.trainer.resumed_from
 
 
 class LossWatch(TrainerCallback):
@@ -445,7 +487,8 @@ class ProgressReport(TrainerCallback):
         self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.first_step, self.tokens = time.monotonic(), state.global_step, 0
+        logged = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+        self.started, self.first_step, self.tokens = time.monotonic(), state.global_step, logged[-1] if logged else 0
         self.logged_at = self.started
         if self.show_bar and state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)

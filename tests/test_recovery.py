@@ -106,6 +106,59 @@ def test_a_run_that_a_signal_stopped_goes_on_as_if_nothing_had_been(job, stopped
     assert_same_run(whole, folder)
 
 
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps"}
+
+
+@pytest.mark.parametrize("save", [{"eval_steps": 3}, {"eval_steps": 3, "save_strategy": "best"}], ids=["steps", "best"])
+@pytest.mark.parametrize("worse", [False, True], ids=["last is best", "first is best"])
+def test_the_best_model_is_found_again(job, stopped, tmp_path, save, worse):
+    settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS)), **save}
+    settings |= {"greater_is_better": worse}
+    whole = job("whole", **settings)
+    with at_call(2, LoRATrainer, "evaluate", send(signal.SIGTERM)):
+        assert stopped("stopped", **settings) == 143
+    (tmp_path / "stopped").rename(tmp_path / "moved")
+    job("moved", **settings)
+    assert largest_difference(whole, tmp_path / "moved") == 0
+
+
+def test_no_checkpoint_of_the_last_step_holds_the_best_weights(job, stopped, tmp_path):
+    settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
+    settings |= {"eval_steps": 3, "save_strategy": "best", "greater_is_better": True}
+    with at_call(1, LoRATrainer, "save_final", send(signal.SIGTERM)):
+        assert stopped(**settings) == 143
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    job(**settings)
+
+
+def test_a_rate_that_follows_evaluations_does_so_after_a_stop_in_one(job, stopped, tmp_path):
+    settings = {**SETTINGS, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS)), "eval_strategy": "steps"}
+    settings |= {"eval_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}
+    settings |= {"lr_scheduler_kwargs": {"patience": 0, "threshold": 0.9}}
+    whole = job("whole", **settings)
+    with at_call(2, LoRATrainer, "evaluate", send(signal.SIGTERM)):
+        assert stopped("stopped", **settings) == 143
+    assert stopped("stopped", **settings | {"eval_steps": 3}) == 2
+    job("stopped", **settings)
+    assert_same_run(whole, tmp_path / "stopped")
+
+
+def test_the_sampler_is_told_the_epoch_through_all_that_skips_and_shares_its_batches():
+    from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+    from torch.utils.data import BatchSampler
+
+    from component.trainer import LengthGroupedSampler, set_epoch
+
+    def batches(epoch: int) -> list[list[int]]:
+        sampler = BatchSampler(LengthGroupedSampler(range(40), 4, seed=1), 4, drop_last=False)
+        shared = SkipBatchSampler(BatchSamplerShard(sampler, 2, 1), skip_batches=2)
+        set_epoch(SimpleNamespace(batch_sampler=shared), epoch)
+        return list(shared)
+
+    assert batches(0) != batches(1)
+    set_epoch(SimpleNamespace(batch_sampler=None), 1)  # a stream has none
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_each_signal_has_its_exit_code_and_a_checkpoint_of_the_very_step(stopped, tmp_path, signum, code):
     with at_call(2, LoRATrainer, "training_step", send(signum)):
@@ -121,8 +174,18 @@ def test_each_signal_has_its_exit_code_and_a_checkpoint_of_the_very_step(stopped
         {"dataloader_num_workers": 2},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 3},
         {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "logging_strategy": "epoch"},
+        {"max_steps": -1, "num_train_epochs": 3, "logging_strategy": "epoch"},
+        {"streaming": True},
     ],
-    ids=["length grouping", "padded", "workers", "accumulation", "epochs"],
+    ids=[
+        "length grouping",
+        "padded",
+        "workers",
+        "accumulation",
+        "epochs",
+        "epoch logs",
+        "stream",
+    ],
 )
 def test_ten_stops_in_one_run_change_nothing(job, stopped, settings):
     settings = SETTINGS | {"max_steps": 10} | settings
@@ -248,6 +311,7 @@ def test_a_bad_row_is_named_alone_and_left_out_as_often_as_is_allowed(job, stopp
     assert "left out, 1 of max_skipped_updates=2" in capsys.readouterr().err
     assert all(map(torch.isfinite, map(torch.tensor, losses(folder))))
     assert not nan_files(folder)
+    assert 0 not in losses(folder)
     assert len(losses(folder)) == len(losses(whole))
 
 
@@ -277,11 +341,25 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(job, stopped, t
     with at_call(2, LoRATrainer, "_save_rng_state", fill):
         assert stopped(**SETTINGS) == 4
     message = capsys.readouterr().err
-    assert "checkpoint-6 could not be written (OSError: [Errno 28] No space left on device)" in message
+    assert "checkpoint-6 could not be written beyond" in message
+    assert "(OSError: [Errno 28] No space left on device)" in message
     assert "checkpoint-3 is untouched" in message
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "checkpoint-3"}
     job(**SETTINGS)
     assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_full_disk_at_the_results_ends_with_4_and_a_picture_is_no_reason_to_stop(job, stopped, monkeypatch, capsys):
+    def fill(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("component.cache.write_atomically", fill)
+        assert stopped(**SETTINGS) == 4
+    assert "trainer_state.json could not be written" in capsys.readouterr().err
+    monkeypatch.setattr("component.report.plot_loss", lambda *args: fill(*args))
+    assert (job(**SETTINGS) / "final").exists()
+    assert "loss.png could not be drawn" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(stopped, capsys, monkeypatch):

@@ -266,13 +266,59 @@ def test_a_folder_that_holds_a_run_is_moved_aside_whole_on_request(make_folder, 
     folder = make_folder(5)
     with pytest.raises(CheckpointError, match=r"holds a run already \(checkpoint-5\)"):
         folder.open(resume=False)
-    assert folder.open(overwrite=True).checkpoint is None
+    assert folder.open(overwrite=True).checkpoint == str(folder.path / "checkpoint-5"), "it is this run, unfinished"
+    assert folder.open(resume=False, overwrite=True).checkpoint is None
     (aside,) = tmp_path.glob("run.2*")
     assert verify(aside / "checkpoint-5")
     assert not contents(folder.path)
     other = RunFolder(folder.path, IDENTITY)
     with pytest.raises(CheckpointError, match="another run is writing here"):
         other.open()
+
+
+@pytest.mark.parametrize("name", [FINAL, "checkpoint-5"])
+def test_another_run_or_a_finished_one_is_moved_aside_on_request(make_folder, tmp_path, name):
+    folder = make_folder(identity=IDENTITY if name == FINAL else OTHER)
+    write(folder, name, 5)
+    folder.lock.release(force=True)
+    with RunFolder(folder.path, IDENTITY) as own:
+        assert own.open(overwrite=True) == checkpoint.Start()
+    (aside,) = tmp_path.glob("run.2*")
+    assert verify(aside / name)
+
+
+def test_what_is_kept_of_an_adapter_cannot_become_another(make_folder):
+    folder = make_folder(identity={"settings": {"lora_rank": 4, "pack_to": None}})
+    folder.plan = {"tokens": 64, "checkpointing": "none"}
+    write(folder, "checkpoint-5", 5)
+    wider = RunFolder(folder.path, {"settings": {"lora_rank": 8, "pack_to": None}})
+    with pytest.raises(CheckpointError, match="lora_rank: 4 then, 8 now"):
+        wider.find_start("auto", despite_changes=True)
+    longer = RunFolder(folder.path, {"settings": {"lora_rank": 4, "pack_to": 128}})
+    assert longer.find_start("auto", despite_changes=True).plan is None
+    assert folder.find_start("auto", despite_changes=False).plan == folder.plan
+
+
+def test_a_final_that_leads_nowhere_is_set_aside(make_folder, tmp_path):
+    folder = make_folder(5)
+    (folder.path / FINAL).symlink_to(tmp_path / "nowhere")
+    assert folder.find_start("auto", despite_changes=False).checkpoint == str(folder.path / "checkpoint-5")
+    assert moved(folder) == {FINAL}
+
+
+def test_a_folder_that_cannot_be_moved_is_named(make_folder, monkeypatch):
+    folder = make_folder(5)
+
+    def busy(self, target):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(StorageError, match=r"run cannot be moved to .*resource busy"):
+        folder.open(resume=False, overwrite=True)
+    folder.rotate(0)
+    write(folder, "checkpoint-6", 6), write(folder, "checkpoint-7", 7)
+    folder.rotate(2)  # says so, and goes on
+    assert (folder.path / "checkpoint-5").exists()
 
 
 def test_resuming_asks_for_a_checkpoint_and_starting_does_not(make_folder):
@@ -295,13 +341,19 @@ def test_a_save_that_failed_leaves_no_remains_and_says_what_there_was(make_folde
     (folder.begin("checkpoint-10") / "optimizer.pt").write_bytes(bytes(2**20))
     error = folder.failed("checkpoint-10", OSError(28, "No space left on device"))
     assert isinstance(error, StorageError)
-    assert "checkpoint-10 could not be written (OSError: [Errno 28] No space left" in str(error)
-    assert "1.00 MiB were" in str(error)
+    assert "checkpoint-10 could not be written beyond 1.00 MiB (OSError: [Errno 28] No space left" in str(error)
     assert "checkpoint-5 is untouched" in str(error)
     assert contents(folder.path) == {"checkpoint-5"}
 
 
+def test_what_is_sealed_may_be_read_by_whom_the_umask_lets(make_folder):
+    folder = make_folder()
+    (folder.begin("checkpoint-1") / "weights").touch(0o600)
+    sealed = folder.finish("checkpoint-1", 1, world_size=1)
+    assert (sealed / "weights").stat().st_mode == (sealed / MANIFEST).stat().st_mode
+
+
 def test_differences_are_lines_a_person_can_act_on():
     was, now = {"a": {"b": 1, "c": None}, "d": [1]}, {"a": {"b": 2, "c": None}, "d": [1], "e": "x"}
-    assert differences(was, now) == ["a.b: 1 then, 2 now", 'e: null then, "x" now']
+    assert differences(was, now) == ["a.b: 1 then, 2 now"], "a key of one alone is of another version"
     assert differences(was, json.loads(json.dumps(was))) == []
