@@ -242,7 +242,7 @@ def test_the_same_command_does_nothing_when_the_run_is_done(job, capsys, monkeyp
     folder = job(**SETTINGS)
     before = adapter(folder / "final")
     monkeypatch.setattr("component.model.load_model", lambda *args: pytest.fail("the model was loaded"))
-    job(**SETTINGS, logging_dir="elsewhere")
+    job(**SETTINGS | {"logging_steps": 1})
     assert "this run is done" in capsys.readouterr().err
     assert all(torch.equal(before[name], weight) for name, weight in adapter(folder / "final").items())
 
