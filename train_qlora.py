@@ -125,8 +125,8 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     picture, figures = folder.path / "loss.png", folder.path / "trainer_state.json"
     on_rank_zero(lambda: write_results(trainer.state, figures, picture))
     final = trainer.save_final()
-    now = f"{result.global_step - begun} of them in {result.metrics['train_runtime']:.0f} s"
-    logger.info(f"done: {result.global_step} steps, {now}{peak_memory()}")
+    now = f", {result.global_step - begun} of them now" * bool(begun)
+    logger.info(f"done: {result.global_step} steps{now}, in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
     logger.info(f"adapter and tokenizer: {final}")
     logger.info(f"loss curve: {picture}; its figures: {figures}")
 
