@@ -50,6 +50,8 @@ def train(cli: argparse.Namespace, watch) -> None:
     args, training_args = load_arguments(cli.train_args_file, cli.overrides)
     data_format, reason = select_format(args.model_name_or_path, args.data_format)
     logger.info(f"model {args.model_name_or_path}, data format {data_format}: {reason}")
+    if not os.path.isdir(args.model_name_or_path):
+        logger.info(f"no folder {args.model_name_or_path} in {os.getcwd()}: asking the hub for it")
     tokenizer = load_tokenizer(args)
     if cli.dry_run:
         show_run(args, training_args, data_format, tokenizer)

@@ -45,7 +45,7 @@ class SignalWatch:
         first, self.received = not self.received, self.received or signum
         if not self.deferred:
             raise Interrupted(self.received)
-        if first:  # not through the logger, which may be what was interrupted
+        if first and os.environ.get("RANK", "0") == "0":  # not through the logger, which may be what was interrupted
             os.write(2, f"{signal.Signals(signum).name}: leaving as soon as the run can go on from there\n".encode())
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from .checkpoint import FINAL, RunFolder
-from .collator import Samples
+from .collator import Sample, Samples, spread
 from .distributed import gather, known_to_all, on_every_rank, on_rank_zero
 from .interruption import Interrupted, SignalWatch, outlive_signals
 from .loss import TargetLMLoss
@@ -80,13 +80,25 @@ class LoRATrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The batches of an update, and its learned tokens. Packed rows, made of all its samples, are the last one."""
         batches = list(islice(epoch_iterator, num_batches))
-        self.update, self.update_loss, self.loss_before = batches, torch.zeros((), device=device), self._tr_loss.clone()
         if batches and isinstance(batches[0], Samples):
-            samples = [sample for batch in batches for sample in batch.samples]
+            samples = self.share([sample for batch in batches for sample in batch.samples])
+            self.update = [Samples(samples)]
             batches = [[] for _ in batches[1:]] + [self.data_collator.rows(samples)]
         else:
+            self.update = batches
             batches = [[batch] for batch in batches]
+        self.update_loss, self.loss_before = torch.zeros((), device=device), self._tr_loss.clone()
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def share(self, samples: list[Sample]) -> list[Sample]:
+        """This rank's part of an update's samples, of all ranks', with about as many tokens as every other's: ranks
+        wait for the slowest."""
+        if self.args.world_size == 1:
+            return samples
+        everyones = list(chain.from_iterable(gather(samples)))
+        lengths = [len(sample["input_ids"]) for sample in everyones]
+        places = spread(lengths, sum(lengths), self.args.world_size)[self.args.process_index]
+        return [everyones[place] for place in sorted(places)]
 
     def _get_num_items_in_batch(self, batch_samples: list[list[dict]], device: torch.device) -> torch.Tensor:
         """Learned tokens of one update, over all its batches and all ranks."""
