@@ -112,9 +112,12 @@ def threshold(dropout: float) -> int:
 
 
 def dropped(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    if not dropout:
-        return x
-    return x * dropout_mask(*x.shape, dropout, seed, x.device) / (1 - dropout)
+    """Dropout: what is kept of `x`, scaled so that its mean stays."""
+    return masked(x, dropout, seed) / (1 - dropout) if dropout else x
+
+
+def masked(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    return x * dropout_mask(*x.shape, dropout, seed, x.device) if dropout else x
 
 
 def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
@@ -123,8 +126,11 @@ def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: 
 
 
 def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    """The gradient of `down`: grad.T @ dropout(x), float32 (rank, width), from grad (tokens, rank)."""
-    return matmul_float32(grad.t(), dropped(x, dropout, seed))
+    """The gradient of `down`: grad.T @ dropout(x), float32 (rank, width), from grad (tokens, rank).
+
+    Scaled when summed, so that nothing is rounded to half precision in between.
+    """
+    return matmul_float32(grad.t(), masked(x, dropout, seed)) / (1 - dropout)
 
 
 def lora_input_grad_(

@@ -31,11 +31,10 @@ def draw(*shape, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def assert_close(one, other, half: bool = False):
-    """`half`: a step in between was rounded to half precision, whatever the result's dtype is."""
+def assert_close(one, other):
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (one, other)), strict=True):
         assert a.dtype == b.dtype
-        half = half or b.dtype != torch.float32
+        half = b.dtype != torch.float32
         error = (a.double() - b.double()).norm() / b.double().norm()
         assert error < (1e-2 if half else 5e-3 if ON_CARD and b.numel() > 1e6 else 1e-5), error
 
@@ -91,8 +90,7 @@ def test_low_rank_path(dtype, dropout, rank):
     wide = torch.cat((x, x), 1)[:, :WIDTH]
     ours = triton_kernels.lora_down_(x.new_empty(TOKENS, rank + 8)[:, :rank], wide, down, dropout, SEED)
     assert_close(ours, plain.lora_down_(x.new_empty(TOKENS, rank), x, down, dropout, SEED))
-    ours, theirs = (ops.lora_down_grad(grad, x, dropout, SEED) for ops in (triton_kernels, plain))
-    assert_close(ours, theirs, half=dropout > 0 and dtype != torch.float32)  # the scaled input of the plain twin is
+    assert_close(triton_kernels.lora_down_grad(grad, x, dropout, SEED), plain.lora_down_grad(grad, x, dropout, SEED))
     ours = triton_kernels.lora_input_grad_(x.clone(), grad, down, dropout, SEED)
     assert_close(ours, plain.lora_input_grad_(x.clone(), grad, down, dropout, SEED))
 
