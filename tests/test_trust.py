@@ -325,14 +325,30 @@ def test_a_page_is_not_written_through_a_link(model_folder, settings, tmp_path, 
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_a_checkpoints_pickles_run_nothing_on_resume(model_folder, settings, tmp_path, canary, file):
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoints_pickles_run_nothing_on_resume(model_folder, settings, tmp_path, canary, file, capsys):
     options = settings(model_folder(), save_strategy="steps", save_steps=1)
     call(train_qlora, *options)
     (tmp_path / "run/final").rename(tmp_path / "final")
-    (tmp_path / "run/checkpoint-1" / file).write_bytes(pickle.dumps(Bomb(canary)))
-    with contextlib.suppress(Exception, SystemExit):  # how it fails is not the point here
-        call(train_qlora, *options, f"resume_from_checkpoint={tmp_path / 'run/checkpoint-1'}")
+    checkpoint = tmp_path / "run/checkpoint-1"
+    (checkpoint / file).write_bytes(pickle.dumps(Bomb(canary)))
+    with pytest.raises(SystemExit) as stop:
+        call(train_qlora, *options, f"resume_from_checkpoint={checkpoint}")
+    assert stop.value.code == 4
+    assert f"checkpoint-1: {file} has" in capsys.readouterr().err
+    with contextlib.suppress(Exception, SystemExit):  # asked for against all advice, it may fail as it will
+        call(train_qlora, *options, f"resume_from_checkpoint={checkpoint}", "resume_despite_changes=true")
+    assert not canary.exists()
+
+
+def test_pickled_settings_beside_a_checkpoint_are_not_opened(model_folder, settings, tmp_path, canary):
+    options = settings(model_folder(), save_strategy="steps", save_steps=1)
+    call(train_qlora, *options)
+    (tmp_path / "run/final").rename(tmp_path / "final")
+    (tmp_path / "run/checkpoint-1/training_args.bin").write_bytes(pickle.dumps(Bomb(canary)))
+    call(train_qlora, *options)
+    assert (tmp_path / "run/final").is_dir()
+    assert not canary.exists()
 
 
 SECRETS = {
