@@ -149,7 +149,7 @@ class RunFolder:
         else:
             if not given or not despite_changes:
                 raise self.nothing_verifies(broken)
-            folder, manifest, changes = given, {}, [f"{broken.pop(given)}"]
+            folder, manifest, changes = given, {}, [broken.pop(given)]
             if missing := [name for name in NEEDED if not (given / name).is_file()]:
                 raise StorageError(f"{given / missing[0]} is missing; nothing can go on from there")
         self.warn_of_changes(folder, manifest, changes)

@@ -67,6 +67,7 @@ def parse_chatglm3(row: dict) -> Conversation:
 
 
 def parse_turn(turn: Any, place: str) -> Turn:
+    """A turn of ChatGLM3's rows. Raises DataError, which names the field under `place`."""
     require_object(turn, place, "role")
     role = take(turn, "role", str, place)
     if role in ("system", "user"):
@@ -94,6 +95,7 @@ def parse_turn(turn: Any, place: str) -> Turn:
 
 
 def write_chatglm3(conversation: Conversation, lost: Lost) -> dict:
+    """A row of ChatGLM3: a call and its result are one turn of the role `tool`."""
     turns = []
     for turn in conversation.turns:
         if turn.role == "tool":
@@ -116,6 +118,7 @@ def write_chatglm3(conversation: Conversation, lost: Lost) -> dict:
 
 
 def parse_openai(row: dict) -> Conversation:
+    """Messages of OpenAI's chat API, `tool_calls` and `tool_call_id` included. Raises DataError for the first fault."""
     turns: list[Turn] = []
     pending: dict[int, str] = {}  # calls without a result yet: place in turns to id
     for i, message in enumerate(take(row, "messages", list)):
@@ -198,6 +201,7 @@ def content_of(message: dict, place: str, optional: bool = False) -> str:
 
 
 def write_openai(conversation: Conversation, lost: Lost) -> dict:
+    """A row of OpenAI's messages; a call and its result are two of them, joined by an id."""
     messages, tools = chat_messages(conversation)
     lose_empty_answers(conversation, lost)
     for message in messages:
@@ -252,6 +256,7 @@ SHAREGPT_ROLES = {
 
 
 def parse_sharegpt(row: dict) -> Conversation:
+    """ShareGPT's `from` and `value`, with `function_call` and `observation`. Raises DataError for the first fault."""
     turns = [Turn("system", take(row, "system", str))] if given(row, "system") else []
     pending: dict[int, str] = {}
     for i, message in enumerate(take(row, "conversations", list)):
@@ -292,6 +297,7 @@ def answer_calls(turns: list[Turn], pending: dict[int, str], value: str, place: 
 
 
 def write_sharegpt(conversation: Conversation, lost: Lost) -> dict:
+    """A row of ShareGPT."""
     messages: list[dict] = []
     for group in grouped(conversation.turns):
         calls = [turn for turn in group if turn.role == "tool"]
@@ -391,6 +397,7 @@ GLAIVE_END = "<|endoftext|>"
 
 
 def parse_glaive(row: dict) -> Conversation:
+    """Glaive's one text of `USER:`, `ASSISTANT:` and `FUNCTION RESPONSE:`. Raises DataError for the first fault."""
     turns, tools = [], None
     if given(row, "system"):
         text = take(row, "system", str).removeprefix("SYSTEM:").strip()
@@ -449,6 +456,7 @@ def concatenated_json(text: str, place: str) -> list:
 
 
 def write_glaive(conversation: Conversation, lost: Lost) -> dict:
+    """A row of Glaive: `system` and `chat`."""
     turns = list(conversation.turns)
     if conversation.tools is not None:
         tools = wrap_tools(conversation.tools)

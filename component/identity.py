@@ -49,6 +49,7 @@ WITHOUT_EFFECT = {
 }
 BEGINNINGS = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
 ELSEWHERE = {"train_file", "model_name_or_path", "data_format"}  # by content, below
+FOLLOWING_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate depends on them
 WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # a file of weights above WHOLE bytes counts by samples of it
 
 
@@ -62,13 +63,12 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
     settings = training_args.to_dict() | dataclasses.asdict(args)
     skipped, beginnings = WITHOUT_EFFECT | ELSEWHERE, BEGINNINGS
     if not args.streaming:
-        skipped = skipped | {"dataloader_num_workers"}  # a stream's order depends on it
-    if training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # whose rate depends on evaluations
-        skipped, beginnings = skipped - {"metric_for_best_model", "greater_is_better"}, set(BEGINNINGS) - {"eval_"}
+        skipped |= {"dataloader_num_workers"}  # a stream's order depends on it
+    if args.eval_file and training_args.lr_scheduler_type in FOLLOWING_EVALUATIONS:
+        skipped -= {"metric_for_best_model", "greater_is_better"}
+        beginnings = tuple(beginning for beginning in BEGINNINGS if beginning != "eval_")
         settings["eval_file"] = describe_data(args.eval_file, streaming=False)
-    decisive = {
-        key: value for key, value in settings.items() if key not in skipped and not key.startswith(tuple(beginnings))
-    }
+    decisive = {key: value for key, value in settings.items() if key not in skipped and not key.startswith(beginnings)}
     return {
         "settings": json.loads(json.dumps(decisive, default=str)),
         "world_size": training_args.world_size,
