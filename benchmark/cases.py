@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -407,17 +408,23 @@ PLACES = {"step 1": 2, "mid-epoch 1": 5, "boundary": 7, "mid-epoch 2": 10, "last
 
 
 def kills_everywhere(lab: Lab) -> Iterator[Check]:
+    """On a CPU one setting after the other; on a GPU, where a run takes long to start, side by side."""
     optimizers = ["adamw_torch"] if lab.device == "cpu" else ["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"]
-    for optim in optimizers:
-        for workers in (0, 2):
-            settings = {"optim": optim, "dataloader_num_workers": workers}
-            reference = lab.reference(**settings)
-            for place, update in zip(lab.some(list(PLACES)), lab.some(list(PLACES.values())), strict=True):
-                name = f"{optim}-{workers}-{update}"
-                stopped(lab, name, update, save_steps=1, **settings)
-                run = lab.run(name, save_steps=1, **settings)
-                expected = {"from where it was": run.begins_at() == update - 1}
-                yield exactly(lab, f"{place}, {optim}, {workers} workers", run, reference, expected)
+    settings = [(optim, workers) for optim in optimizers for workers in (0, 2)]
+    with ThreadPoolExecutor(len(settings)) as pool:
+        for checks in (map if lab.device == "cpu" else pool.map)(lambda each: list(kills_with(lab, *each)), settings):
+            yield from checks
+
+
+def kills_with(lab: Lab, optim: str, workers: int) -> Iterator[Check]:
+    settings = {"optim": optim, "dataloader_num_workers": workers}
+    reference = lab.reference(**settings)
+    for place, update in zip(lab.some(list(PLACES)), lab.some(list(PLACES.values())), strict=True):
+        name = f"{optim}-{workers}-{update}"
+        stopped(lab, name, update, save_steps=1, **settings)
+        run = lab.run(name, save_steps=1, **settings)
+        expected = {"from where it was": run.begins_at() == update - 1}
+        yield exactly(lab, f"{place}, {optim}, {workers} workers", run, reference, expected)
 
 
 def length_grouping(lab: Lab) -> Iterator[Check]:

@@ -100,7 +100,7 @@ def token_ids(batches: list) -> list[list[int]]:
     ids = []
     for batch in batches:
         if hasattr(batch, "samples"):
-            ids += [list(sample["input_ids"]) for sample in batch.samples]
+            ids += [sample["input_ids"].tolist() for sample in batch.samples]
         else:
             lengths = batch["attention_mask"].sum(1).tolist()
             ids += [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]

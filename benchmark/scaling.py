@@ -3,8 +3,9 @@
 python benchmark/scaling.py [--gpus 1,2,4,8] [--shape chatglm3-6b] [--updates 5] [--json FILE]
 
 The base is of random weights in 4 bits, the rows have the lengths of benchmark/step.py's samples, dropout is 0. `more
-data` gives each GPU 64 samples an update, however many there are; `same batch` shares 64 among all. Efficiency is that
-of N GPUs against N times one. At the end one rank of the largest run gets a SIGTERM.
+data` gives each GPU 64 samples an update, however many there are; `same batch` shares 64 among all; `unconnected` runs
+one GPU's training on each at once, the slowest of which says what the machine allows. Efficiency is that of N GPUs
+against N times one. At the end one rank of the largest run gets a SIGTERM.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-MORE, SAME = "more data", "same batch"
+MORE, SAME, ALONE = "more data", "same batch", "unconnected"
 COLUMNS = (
     "GPUs",
     "batch",
@@ -36,6 +37,9 @@ COLUMNS = (
     "off one GPU",
     "adapters",
 )
+
+
+PER_RANK = ("peak_gib", "first_step_seconds", "adapters")
 
 
 def main() -> None:
@@ -62,7 +66,7 @@ def main() -> None:
         save_checkpoint(model, folder / "base")
         report["results"] = []
         for number in numbers:
-            for batch in (MORE, SAME) if number > 1 else (MORE,):
+            for batch in (ALONE, MORE, SAME) if number > 1 else (MORE,):
                 result = {"gpus": number, "batch": batch} | train(cli, folder, number, batch)
                 report["results"].append(result)
                 print(" ".join(describe(result, report["results"][0])), file=sys.stderr)
@@ -120,22 +124,48 @@ def prepare(cli: argparse.Namespace, folder: Path, name: str, processes: int, ba
     return run
 
 
-def start(run: Path, processes: int) -> subprocess.Popen:
+def start(run: Path, processes: int, gpu: int | None = None) -> subprocess.Popen:
+    """The run under torchrun; of one process, on this `gpu` if there are several."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = {"SCALING_FOLDER": str(run), "SCALING_STARTED": str(time.time()), "HF_HUB_OFFLINE": "1"}
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | own
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     log = open(run / "log", "wb")  # noqa: SIM115  the child's
     return subprocess.Popen([*command, __file__], env=environment, stdout=log, stderr=log)
 
 
-def train(cli: argparse.Namespace, folder: Path, processes: int, batch: str) -> dict:
+def train(cli: argparse.Namespace, folder: Path, gpus: int, batch: str) -> dict:
+    """What was measured on all GPUs."""
+    name = f"{gpus}-{batch.split()[0]}"
+    if batch == ALONE:
+        runs = [prepare(cli, folder, f"{name}-{gpu}", 1, MORE, cli.updates + 1) for gpu in range(gpus)]
+        return in_lockstep(watch([(run, start(run, 1, gpu), 1) for gpu, run in enumerate(runs)]))
+    run = prepare(cli, folder, name, gpus, batch, cli.updates + 1)
+    return watch([(run, start(run, gpus), gpus)])[0]
+
+
+def watch(jobs: list[tuple[Path, subprocess.Popen, int]]) -> list[dict]:
+    """The figures of each (folder, torchrun, processes), once it is done."""
+    for run, job, _ in jobs:
+        if status := job.wait(timeout=600):
+            sys.exit(f"exit status {status}\n{(run / 'log').read_text(errors='replace')[-4000:]}")
+    return [read_figures(run, processes) for run, _, processes in jobs]
+
+
+def in_lockstep(results: list[dict]) -> dict:
+    """Of runs side by side, as if each waited for the slowest at every update."""
+    joined = {key: [value for result in results for value in result[key]] for key in PER_RANK}
+    seconds = [max(each) for each in zip(*(result["update_seconds"] for result in results), strict=True)]
+    tokens = sum(result["tokens"] for result in results)
+    return results[0] | joined | {"update_seconds": seconds, "tokens": tokens}
+
+
+def read_figures(run: Path, processes: int) -> dict:
     """What all ranks of a run measured."""
-    run = prepare(cli, folder, f"{processes}-{batch.split()[0]}", processes, batch, cli.updates + 1)
-    if status := start(run, processes).wait(timeout=600):
-        sys.exit(f"exit status {status}\n{(run / 'log').read_text(errors='replace')[-4000:]}")
     ranks = [json.loads((run / f"rank{rank}.json").read_text()) for rank in range(processes)]
     ends = ranks[0]["ends"]
     history = json.loads((run / "out" / "trainer_state.json").read_text())["log_history"]
@@ -221,7 +251,7 @@ def describe(result: dict, one: dict) -> list[str]:
         f"{min(peaks):.1f}-{max(peaks):.1f}" if peaks else "-",
         f"{min(result['first_step_seconds']):.1f}-{max(result['first_step_seconds']):.1f}",
         f"{result['losses'][0]:.4f} to {result['losses'][-1]:.4f}",
-        f"{off:.4f}" if result["batch"] == SAME or result is one else "other data",
+        f"{off:.4f}" if result["batch"] in (SAME, ALONE) or result is one else "other data",
         "equal" if len(set(result["adapters"])) == 1 else "differ",
     ]
 

@@ -4,16 +4,17 @@ import heapq
 from bisect import bisect_left
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .loss import learned_positions
 
-Sample = dict[str, list[int]]
+Sample = dict[str, list[int] | np.ndarray]
 
 
 @dataclass
 class Samples:
-    """A batch that no library walks through or moves."""
+    """A batch that no library walks through or moves. Its numbers are arrays, which processes hand on at once."""
 
     samples: list[Sample]
 
@@ -41,11 +42,13 @@ class SFTDataCollator:
 class PackingCollator:
     """Hands a batch's samples on as they are (Samples), since it is all samples of an update that `rows` lays out."""
 
+    KEYS = ("input_ids", "target_mask")
+
     def __init__(self, tokens: int):
         self.tokens = tokens
 
     def __call__(self, samples: list[Sample]) -> Samples:
-        return Samples(samples)
+        return Samples([{key: np.asarray(sample[key], np.int32) for key in self.KEYS} for sample in samples])
 
     def rows(self, samples: list[Sample]) -> list[dict]:
         """Whole samples one after another in as few rows of at most `tokens` as hold them, about equally full.
@@ -58,15 +61,17 @@ class PackingCollator:
         return [self.row([samples[i] for i in row]) for row in places]
 
     def row(self, samples: list[Sample]) -> dict[str, torch.Tensor | int]:
-        lengths = [len(sample["input_ids"]) for sample in samples]
-        input_ids = torch.tensor([token for sample in samples for token in sample["input_ids"]])
-        learned = learned_positions(
-            torch.tensor([bit for sample in samples for bit in [0, *sample["target_mask"][1:]]])
+        input_ids, target_mask = (
+            torch.from_numpy(np.concatenate([sample[key] for sample in samples]).astype(np.int64)) for key in self.KEYS
         )
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        target_mask[ends[:-1]] = 0
+        learned = learned_positions(target_mask)
         return {
             "input_ids": input_ids,
             "position_ids": torch.cat([torch.arange(length) for length in lengths]),
-            "ends": torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
+            "ends": ends.int(),
             "longest": max(lengths),
             "learned": learned,
             "targets": input_ids[learned + 1],

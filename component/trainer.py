@@ -15,6 +15,7 @@ from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from loguru import logger
@@ -187,13 +188,13 @@ class LoRATrainer(Trainer):
         names = [place_of(self.train_dataset, sample["input_ids"]) for sample in named[:SHOWN_ROWS]]
         return [*names, f"and {len(named) - SHOWN_ROWS} more"] if len(named) > SHOWN_ROWS else names
 
-    def unbatch(self, batch: Samples | dict[str, torch.Tensor]) -> list[dict[str, list[int]]]:
+    def unbatch(self, batch: Samples | dict[str, torch.Tensor]) -> list[Sample]:
         if isinstance(batch, Samples):
             return batch.samples
         lengths = batch["attention_mask"].sum(1).tolist()
         return [{key: batch[key][row, :length].tolist() for key in batch} for row, length in enumerate(lengths)]
 
-    def loss_of(self, sample: dict[str, list[int]]) -> torch.Tensor:
+    def loss_of(self, sample: Sample) -> torch.Tensor:
         batch = self.data_collator([sample])
         part = self.data_collator.rows(batch.samples)[0] if isinstance(batch, Samples) else batch
         return self.summed_loss(self.model, self._prepare_inputs(part))
@@ -402,10 +403,10 @@ def start_worker(seed_worker: Callable[[int], None] | None, worker: int) -> None
         seed_worker(worker)
 
 
-def place_of(dataset, input_ids: list[int]) -> str:
+def place_of(dataset, input_ids: list[int] | np.ndarray) -> str:
     """`file:line` of the first sample with these tokens, where the dataset knows it."""
     place = dataset.find(input_ids) if hasattr(dataset, "find") else None
-    return place or f"a sample of {len(input_ids)} tokens that begins with {input_ids[:10]}"
+    return place or f"a sample of {len(input_ids)} tokens that begins with {list(map(int, input_ids[:10]))}"
 
 
 class LengthGroupedSampler(Sampler[int]):

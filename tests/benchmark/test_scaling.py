@@ -18,9 +18,10 @@ def test_two_processes_learn_what_one_does_and_leave_together(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "scaling.json").read_text())
-    one, more, same = report["results"]
+    one, alone, more, same = report["results"]
+    assert (alone["tokens"], alone["losses"]) == (2 * one["tokens"], one["losses"])
     assert more["tokens"] > 1.5 * same["tokens"] == 1.5 * one["tokens"]
     assert same["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert len(set(same["adapters"])) == len(set(more["adapters"])) == 1
     assert "checkpoint-" in report["sigterm"]
-    assert len(run.stdout.splitlines()) == 7
+    assert len(run.stdout.splitlines()) == 8
