@@ -762,7 +762,8 @@ CASES = (
     ),
     Case(
         10,
-        "SIGKILL at step 1, in both epochs, between them and at the last step, 0 and 2 workers, dropout",
+        "SIGKILL at step 1, in both epochs, between them and at the last step, 0 and 2 workers, dropout; on a GPU, "
+        "AdamW, paged 32-bit and 8-bit",
         "all as uninterrupted",
         kills_everywhere,
         earlier="0.0 where tried",

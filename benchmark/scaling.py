@@ -124,18 +124,20 @@ def prepare(cli: argparse.Namespace, folder: Path, name: str, processes: int, ba
     return run
 
 
-def start(run: Path, processes: int, gpu: int | None = None) -> subprocess.Popen:
-    """The run under torchrun; of one process, on this `gpu` if there are several."""
+def start(
+    run: Path, processes: int, gpu: int | None = None, program: Path = Path(__file__), **own: str
+) -> subprocess.Popen:
+    """`program` under torchrun, for the run's folder; of one process, on this `gpu` if there are several."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {"SCALING_FOLDER": str(run), "SCALING_STARTED": str(time.time()), "HF_HUB_OFFLINE": "1"}
+    own |= {"SCALING_FOLDER": str(run), "SCALING_STARTED": str(time.time()), "HF_HUB_OFFLINE": "1"}
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | own
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     log = open(run / "log", "wb")  # noqa: SIM115  the child's
-    return subprocess.Popen([*command, __file__], env=environment, stdout=log, stderr=log)
+    return subprocess.Popen([*command, str(program)], env=environment, stdout=log, stderr=log)
 
 
 def train(cli: argparse.Namespace, folder: Path, gpus: int, batch: str) -> dict:
@@ -151,9 +153,13 @@ def train(cli: argparse.Namespace, folder: Path, gpus: int, batch: str) -> dict:
 def watch(jobs: list[tuple[Path, subprocess.Popen, int]]) -> list[dict]:
     """The figures of each (folder, torchrun, processes), once it is done."""
     for run, job, _ in jobs:
-        if status := job.wait(timeout=600):
-            sys.exit(f"exit status {status}\n{(run / 'log').read_text(errors='replace')[-4000:]}")
+        wait(run, job)
     return [read_figures(run, processes) for run, _, processes in jobs]
+
+
+def wait(run: Path, job: subprocess.Popen) -> None:
+    if status := job.wait(timeout=600):
+        sys.exit(f"exit status {status}\n{(run / 'log').read_text(errors='replace')[-4000:]}")
 
 
 def in_lockstep(results: list[dict]) -> dict:

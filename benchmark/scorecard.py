@@ -34,7 +34,7 @@ from benchmark.faults import PRODUCT, STOCK, Lab, load_libraries, make_model, ma
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 LONG = (39, 40, 1, 17, 10, 38, 35, 36, 37, 31, 12)  # first, so that none is left over at the end
 COLUMNS = ("#", "fault", "expected", "shown", "result", "plain Trainer")
-BEGIN, END = "<!-- written by benchmark/scorecard.py: -->", "<!-- end -->"  # of what --output replaces
+BEGIN, END = "<!-- written by benchmark/scorecard.py --device {}: -->", "<!-- end -->"  # of what --output replaces
 
 
 def parse_command_line() -> argparse.Namespace:
@@ -70,9 +70,10 @@ def main() -> None:
         ]
         cli.json.write_text(json.dumps(facts | {"tries": entries}, indent=1), encoding="utf-8")
     if cli.output:
-        before, _, rest = cli.output.read_text(encoding="utf-8").partition(BEGIN)
+        begin = BEGIN.format(cli.device)
+        before, _, rest = cli.output.read_text(encoding="utf-8").partition(begin)
         _, _, after = rest.partition(END)
-        text = f"{before}{BEGIN}\n\n{tables(cases, outcomes, facts)}\n\n{END}{after}"
+        text = f"{before}{begin}\n\n{tables(cases, outcomes, facts)}\n\n{END}{after}"
         cli.output.write_text(text, encoding="utf-8")
     sys.exit(any(cells[4].startswith("FAIL") for cells in table))
 

@@ -1,4 +1,4 @@
-"""The scaling benchmark, with two processes on the CPU."""
+"""The benchmarks that run the real command under torchrun, on the CPU."""
 
 import json
 import subprocess
@@ -25,3 +25,11 @@ def test_two_processes_learn_what_one_does_and_leave_together(tmp_path):
     assert len(set(same["adapters"])) == len(set(more["adapters"])) == 1
     assert "checkpoint-" in report["sigterm"]
     assert len(run.stdout.splitlines()) == 8
+
+
+@pytest.mark.slow
+def test_runs_with_and_without_checks_are_timed():
+    program = [sys.executable, ROOT / "benchmark/overhead.py", "--shape", "tiny-chatglm", "--updates", "2"]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "\nchecks cost " in run.stdout

@@ -75,7 +75,9 @@ def test_a_figure_sums_up_the_tries_of_a_case():
 
 def test_the_page_keeps_what_is_written_around_its_tables(monkeypatch, tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{scorecard.BEGIN}\nold\n{scorecard.END}\nafter\n")
+    ours, other = scorecard.BEGIN.format("cpu"), scorecard.BEGIN.format("cuda")
+    after = f"\nafter\n{other}\nof a GPU\n{scorecard.END}\n"
+    page.write_text(f"before\n{ours}\nold\n{scorecard.END}{after}")
     passed = {(15, scorecard.PRODUCT): [Check("a second run", [], {"adapter diff": 0.0})]}
     monkeypatch.setattr(scorecard, "try_all", lambda *_: passed)
     monkeypatch.setattr(sys, "argv", ["scorecard.py", "--cases", "15,45", "--output", str(page)])
@@ -83,7 +85,7 @@ def test_the_page_keeps_what_is_written_around_its_tables(monkeypatch, tmp_path,
         scorecard.main()
     assert stop.value.code == 0
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith(scorecard.END + after) and "old" not in text
     assert "| 15 | two fresh runs with one seed | identical | 1/1; adapter diff: 0 | pass | earlier: 0.0 |" in text
     assert "1 pass, 1 not run" in text and "### G. Security" in text
 
