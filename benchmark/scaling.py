@@ -60,10 +60,10 @@ def main() -> None:
     report = machine()
     with tempfile.TemporaryDirectory(prefix="scaling-") as name:
         folder = Path(name)
-        model = Run("", cli.shape, 0, folder)
-        most = model.device.type == "cuda" and count_gpus()
+        settings = Run("", cli.shape, 0, folder)
+        most = settings.device.type == "cuda" and count_gpus()
         numbers = [number for number in map(int, cli.gpus.split(",")) if not most or number <= most]
-        save_checkpoint(model, folder / "base")
+        save_checkpoint(settings, folder / "base")
         report["results"] = []
         for number in numbers:
             for batch in (ALONE, MORE, SAME) if number > 1 else (MORE,):

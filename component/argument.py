@@ -182,6 +182,7 @@ RENAMED_KEYS = {
     "split_batches": None,
     "include_inputs_for_metrics": None,
     "include_tokens_per_second": None,  # always reported
+    "include_num_input_tokens_seen": None,
     "deepspeed": None,  # a 4-bit base with LoRA needs no sharding
     "gradient_checkpointing_kwargs": None,
     "activation_checkpointing_kwargs": None,
@@ -410,8 +411,6 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
         adapted.setdefault("eval_strategy", "steps" if "eval_steps" in values else "epoch")
     adapted.setdefault("report_to", "none")
     adapted.setdefault("ddp_find_unused_parameters", False)
-    if args.streaming:  # every rank reads the stream and takes its share; padded batches cannot be handed out
-        adapted["accelerator_config"] = {"dispatch_batches": False}
     return adapted
 
 

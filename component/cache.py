@@ -58,6 +58,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
                     sync(path)
                 os.rename(temporary, folder)
                 sync(folder.parent)
+                os.unlink(lock.lock_file)  # whoever waits for it, or comes now, finds the folder
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     finally:

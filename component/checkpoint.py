@@ -348,7 +348,7 @@ def differences(was: dict, now: dict, prefix: str = "") -> list[str]:
     lines = []
     for key in sorted(was.keys() & now.keys()):
         old, new = was[key], now[key]
-        if isinstance(old, dict) and isinstance(new, dict):
+        if isinstance(old, dict) and isinstance(new, dict) and not prefix:
             lines += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             lines.append(f"{prefix}{key}: {json.dumps(old)} then, {json.dumps(new)} now")

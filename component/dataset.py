@@ -133,6 +133,9 @@ class StreamingSFTDataset(IterableDataset):
     whatever `on_bad_row` says, so that it does not end a run; more than `max_bad_share` of them do, and so does a file
     that cannot be read on. Several sources are drawn from by weight, and a pass ends with the first of them that does.
 
+    A process reads every row and renders its share: of `ranks`, and of a loader's workers. One whose share is empty
+    renders all, if the stream is endless.
+
     Args:
         endless: pass after pass, each with another order, so that a place in the stream is a number of samples.
         sources, weights: one weight for each source.
@@ -147,6 +150,7 @@ class StreamingSFTDataset(IterableDataset):
         self.weights = weights
         self.renderer = RowRenderer(render, checked(tokenizer, render), rules)
         self.seed, self.epoch = seed, 0
+        self.rank, self.ranks = 0, 1
         for files in self.files:
             self.check_first(files)
 
@@ -172,7 +176,8 @@ class StreamingSFTDataset(IterableDataset):
 
     def one_pass(self, number: int) -> Iterator[dict[str, list[int]]]:
         worker = get_worker_info()
-        count, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        workers, number_of = (worker.num_workers, worker.id) if worker else (1, 0)
+        count, own = self.ranks * workers, self.rank * workers + number_of
         draw = random.Random(f"{self.seed} {number}")
         streams = [self.samples(files, count, own) for files in self.files]
         buffer: list[dict[str, list[int]]] = []
@@ -187,7 +192,7 @@ class StreamingSFTDataset(IterableDataset):
 
     def samples(self, files: list[Path], count: int, own: int) -> Iterator[dict[str, list[int]]]:
         """Those of every `count`-th row, from row `own` on."""
-        bad = 0
+        bad, found = 0, False
         rows = itertools.islice(read_files(files, skips=True), own, None, count)
         for seen, (number, line, raw) in enumerate(rows, 1):
             try:
@@ -195,13 +200,16 @@ class StreamingSFTDataset(IterableDataset):
             except DataError as error:
                 bad += 1
                 place = f"{files[number]}:{line}"
-                logger.warning(f"{place}: left out: {error}")
+                logger.bind(any_rank=True).warning(f"{place}: left out: {error}")
                 share = self.renderer.rules.max_bad_share
                 if seen > CHECKED_FIRST and bad > share * seen:
                     raise DataError(f"{place}: {bad} bad rows of {seen}, above max_bad_share={share:g}") from None
                 continue
             if sample:
+                found = True
                 yield item(sample.input_ids, sample.target_mask)
+        if self.endless and count > 1 and not found:
+            yield from self.samples(files, 1, 0)
 
 
 def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir: str | None) -> tuple:

@@ -20,13 +20,10 @@ WITHOUT_EFFECT = {
     "dataloader_prefetch_factor",
     "ddp_timeout",
     "debug",
-    "deepspeed",
     "disable_tqdm",
-    "gradient_checkpointing",
     "greater_is_better",
     "include_for_metrics",
-    "include_num_input_tokens_seen",
-    "load_best_model_at_end",
+    "accelerator_config",
     "local_rank",
     "max_bad_share",
     "max_skipped_updates",
@@ -38,7 +35,6 @@ WITHOUT_EFFECT = {
     "prediction_loss_only",
     "preprocessing_workers",
     "project",
-    "push_to_hub",
     "report_to",
     "restore_callback_states_from_checkpoint",
     "resume_despite_changes",
@@ -64,7 +60,8 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
     skipped, beginnings = WITHOUT_EFFECT | ELSEWHERE, BEGINNINGS
     if not args.streaming:
         skipped |= {"dataloader_num_workers"}  # a stream's order depends on it
-    if args.eval_file and training_args.lr_scheduler_type in FOLLOWING_EVALUATIONS:
+    follows = training_args.lr_scheduler_type in FOLLOWING_EVALUATIONS or training_args.load_best_model_at_end
+    if args.eval_file and follows:
         skipped -= {"metric_for_best_model", "greater_is_better"}
         beginnings = tuple(beginning for beginning in BEGINNINGS if beginning != "eval_")
         settings["eval_file"] = describe_data(args.eval_file, streaming=False)

@@ -12,29 +12,16 @@ def learned_positions(target_mask: torch.Tensor) -> torch.Tensor:
 class TargetLMLoss:
     """Cross-entropy of learned tokens, in float32."""
 
-    def __call__(
-        self,
-        logits: torch.Tensor,
-        input_ids: torch.Tensor,
-        target_mask: torch.Tensor,
-        num_targets: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """The sum over learned tokens divided by `num_targets`, a scalar.
+    def __call__(self, logits: torch.Tensor, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+        """The sum over learned tokens, a scalar. Unlearned positions are left out before the upcast.
 
         Args:
             logits: (batch, length, vocab); position t predicts token t + 1.
             input_ids: (batch, length).
             target_mask: (batch, length), 1 where a token is learned.
-            num_targets: learned tokens of the whole update; absent, those of this batch.
         """
-        losses = self.by_row(logits, input_ids, target_mask).sum()
-        return losses / (self.count(target_mask).sum() if num_targets is None else num_targets)
-
-    def by_row(self, logits: torch.Tensor, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """The sum over the learned tokens of each row, (batch,). Unlearned positions are left out before the upcast."""
         rows, positions = target_mask[:, 1:].nonzero(as_tuple=True)
-        losses = cross_entropy(logits[rows, positions].float(), input_ids[rows, positions + 1], reduction="none")
-        return losses.new_zeros(len(input_ids)).index_add(0, rows, losses)
+        return cross_entropy(logits[rows, positions].float(), input_ids[rows, positions + 1], reduction="sum")
 
     def count(self, target_mask: torch.Tensor) -> torch.Tensor:
         """Learned tokens of each row, (batch,). The first token has nothing to predict it and is not counted."""

@@ -5,12 +5,8 @@ import json
 import math
 import os
 import random
-import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -20,15 +16,15 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, Sampler, Subset
-from tqdm import tqdm
+from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from .checkpoint import FINAL, RunFolder
+from .checkpoint import FINAL, RunFolder, find_checkpoints
 from .collator import Sample, Samples, spread
 from .distributed import gather, known_to_all, on_every_rank, on_rank_zero
 from .interruption import Interrupted, SignalWatch, outlive_signals
 from .loss import TargetLMLoss
+from .report import LossWatch, ProgressReport
 
 SHOWN_ROWS = 20  # of an update that has to be named
 OVERFLOWS = 20  # float16 updates in a row that may overflow: its loss scale halves at each
@@ -68,19 +64,35 @@ class LoRATrainer(Trainer):
         self.saved_step = self.checked_step = self.skipped = self.overflows = 0
         for shown in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown)
-        for callback in (ProgressReport(show_bar=not self.args.disable_tqdm), LossWatch(), Continuation(self)):
+        report = ProgressReport(self.total_tokens, show_bar=not self.args.disable_tqdm)
+        for callback in (report, LossWatch(), Continuation(self)):
             self.add_callback(callback)
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
+        loader = self.stream() if isinstance(self.train_dataset, IterableDataset) else super().get_train_dataloader()
         loader.generator = torch.Generator()  # an iterator draws a seed; the run's random numbers stay out of it
         if loader.num_workers:
             loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
         return loader
 
+    def stream(self) -> DataLoader:
+        """Batches of this rank's rows: in libraries' hands, every rank would read and render those of all."""
+        self.train_dataset.rank, self.train_dataset.ranks = self.args.process_index, self.args.world_size
+        return DataLoader(
+            self.train_dataset,
+            self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The batches of an update, and its learned tokens. Packed rows, made of all its samples, are the last one."""
         batches = list(islice(epoch_iterator, num_batches))
+        self.watch.deferred = (
+            True  # from here on; what came before, such as going past the samples seen, leaves at once
+        )
         if batches and isinstance(batches[0], Samples):
             samples = self.share([sample for batch in batches for sample in batch.samples])
             self.update = [Samples(samples)]
@@ -115,15 +127,11 @@ class LoRATrainer(Trainer):
         if "targets" in part:
             return model(**part)
         logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
-        return self.loss(logits, part["input_ids"], part["target_mask"], num_targets=1)
+        return self.loss(logits, part["input_ids"], part["target_mask"])
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        loss = self.summed_loss(model, inputs) / (
-            self.count(inputs) if num_items_in_batch is None else num_items_in_batch
-        )
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # ranks average their gradients; the sum is wanted
-        return (loss, None) if return_outputs else loss
+        # Ranks average their gradients; the sum is wanted.
+        return self.summed_loss(model, inputs) / num_items_in_batch * self.accelerator.num_processes
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of a padded batch, or of an update's packed rows; ranks meet in the last one."""
@@ -212,8 +220,12 @@ class LoRATrainer(Trainer):
         if not math.isfinite(logs.get("grad_norm", 0)):  # of an update that was left out
             del logs["grad_norm"]
         if "loss" in logs:
-            logs["num_tokens"] = self.accelerator.reduce(self.tokens_seen.clone(), "sum").item()
+            logs["num_tokens"] = self.total_tokens()
         super().log(logs, start_time)
+
+    def total_tokens(self) -> int:
+        """That all ranks have gone through."""
+        return self.accelerator.reduce(self.tokens_seen.clone(), "sum").item()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss per learned token over the whole of `eval_dataset`, each row counted once on any number of ranks."""
@@ -245,13 +257,18 @@ class LoRATrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self.state.compute_steps(self.args, max_steps)  # as they are set now, not as the checkpoint has them
-        if self.state.best_global_step:  # the folder may have been moved
-            best = self.folder.path / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        self.state.best_model_checkpoint = self.best_checkpoint()
         self.args.eval_on_start = self.args.eval_on_start and not self.state.global_step
         self.resumed_from, self.saved_step = resume_from_checkpoint, self.state.global_step
-        self.watch.deferred = True
         return begun
+
+    def best_checkpoint(self, written: str = "") -> str | None:
+        """That of the best step or, where none was saved there, the best that was. The folder may have been moved."""
+        if self.folder is None:
+            return None
+        known = {written, *(path.name for path in find_checkpoints(self.folder.path))}
+        names = f"checkpoint-{self.state.best_global_step}", Path(self.state.best_model_checkpoint or "none").name
+        return next((str(self.folder.path / name) for name in names if name in known), None)
 
     def load_progress(self, checkpoint: str) -> None:
         """What this rank had counted since the last log line."""
@@ -295,10 +312,8 @@ class LoRATrainer(Trainer):
         if self.folder is None or step == self.saved_step:
             return
         name = f"checkpoint-{step}"
-        if self.state.best_global_step:
-            best = self.folder.path / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
-        self.check_finite()
+        self.state.best_model_checkpoint = self.best_checkpoint(name)
+        on_every_rank(self.check_finite)
         self.fill(name, self.write_checkpoint)
         self.publish(name)
         self.saved_step = step
@@ -327,7 +342,7 @@ class LoRATrainer(Trainer):
             self.fail(name, error)
 
     def fail(self, name: str, error: OSError) -> None:
-        raise on_rank_zero(lambda: self.folder.failed(name, error)) from error
+        raise known_to_all(on_rank_zero(lambda: self.folder.failed(name, error))) from error
 
     def write_checkpoint(self, folder: str) -> None:
         self.save_model(folder, _internal_call=True)
@@ -359,16 +374,14 @@ class LoRATrainer(Trainer):
         )
         bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
         if bad:
-            raise known_to_all(
-                NumericError(
-                    f"step {self.state.global_step}: {bad[0]} and {len(bad) - 1} others are not finite, so nothing is "
-                    "written; lower learning_rate"
-                )
+            raise NumericError(
+                f"step {self.state.global_step}: {bad[0]} and {len(bad) - 1} others are not finite, so nothing is "
+                "written; lower learning_rate"
             )
 
     def save_final(self) -> str:
         """Publish adapter and tokenizer as FINAL: the mark of a run that is done."""
-        self.check_finite()
+        on_every_rank(self.check_finite)
         self.fill(FINAL, lambda folder: self.save_model(folder, _internal_call=True))
         self.leave_if_asked()
         self.publish(FINAL)
@@ -448,83 +461,10 @@ class Continuation(TrainerCallback):
         if args.eval_strategy == "epoch":
             due, delay = float(state.epoch).is_integer(), state.epoch
         else:
-            due = state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps
-            delay = state.global_step
+            due, delay = state.global_step % state.eval_steps == 0, state.global_step
+        due = due or state.global_step >= state.max_steps
         done = any(entry["step"] == state.global_step for entry in state.log_history if "eval_loss" in entry)
         if args.eval_strategy != "no" and due and not done and args.eval_delay <= delay:
             metrics = self.trainer._evaluate(None, None)
             if self.trainer._determine_best_metric(metrics, None):
                 state.best_model_checkpoint = self.trainer.resumed_from
-
-
-class LossWatch(TrainerCallback):
-    """Warns, once for each, of losses that look like a mistake, with the likely cause."""
-
-    WINDOW, SPIKE, ZERO = 50, 3.0, 1e-6  # logged losses; times their median; a loss
-
-    def __init__(self):
-        self.losses: list[float] = []
-        self.said: set[str] = set()
-
-    def on_log(self, args, state, control, logs: dict, **kwargs):
-        if "loss" not in logs:
-            return
-        loss, before = logs["loss"], self.losses[-self.WINDOW :]
-        self.losses.append(loss)
-        if loss < self.ZERO:
-            self.say(state, "zero", f"the loss is {loss:.1e}: are all answers alike, or known to the model already?")
-        if len(before) >= 10 and loss > max(self.SPIKE * statistics.median(before), 1):
-            usual = statistics.median(before)
-            self.say(
-                state, "spike", f"the loss is {loss:.2f} after {usual:.2f}: odd rows, or too high a learning_rate?"
-            )
-        windows, rest = divmod(len(self.losses), self.WINDOW)
-        if windows > 1 and not rest:
-            first, last = map(statistics.median, (self.losses[: self.WINDOW], self.losses[-self.WINDOW :]))
-            if last >= first:
-                self.say(
-                    state, "flat", f"the loss is {last:.4f}, and was {first:.4f} at first: is learning_rate right?"
-                )
-
-    def say(self, state, kind: str, message: str) -> None:
-        if kind not in self.said and state.is_world_process_zero:
-            logger.warning(f"step {state.global_step}: {message}")
-        self.said.add(kind)
-
-
-class ProgressReport(TrainerCallback):
-    """Loss, learning rate, tokens/s and time left: a log line every `logging_steps`, and a bar on a terminal."""
-
-    def __init__(self, show_bar: bool):
-        self.show_bar = show_bar and sys.stderr.isatty()
-        self.bar = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        logged = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
-        self.started, self.first_step, self.tokens = time.monotonic(), state.global_step, logged[-1] if logged else 0
-        self.logged_at = self.started
-        if self.show_bar and state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs: dict, **kwargs):
-        if "eval_loss" in logs:
-            logger.info(f"step {state.global_step}/{state.max_steps}  eval_loss {logs['eval_loss']:.4f}")
-        if "loss" not in logs:
-            return
-        now = time.monotonic()
-        speed = (logs["num_tokens"] - self.tokens) / (now - self.logged_at)
-        self.tokens, self.logged_at = logs["num_tokens"], now
-        step_seconds = (now - self.started) / max(state.global_step - self.first_step, 1)
-        left = timedelta(seconds=round(step_seconds * (state.max_steps - state.global_step)))
-        figures = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {speed:,.0f} tokens/s"
-        logger.info(f"step {state.global_step}/{state.max_steps}  {figures}  {left} left")
-        if self.bar is not None:
-            self.bar.set_postfix_str(figures)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
-    "trainer": {"checkpoint", "collator", "distributed", "interruption", "loss"},
+    "trainer": {"checkpoint", "collator", "distributed", "interruption", "loss", "report"},
     "identity": {"cache", "model", "reader"},
     "kernel": {"chatglm"},
     "model": {"argument", "chatglm", "kernel", "trust"},
@@ -31,8 +31,8 @@ ALLOWED = {
     "loss": set(),
     "report": {"cache"},
 }
-# Of benchmark/step.py, and of benchmark/scorecard.py.
-BENCHMARK_PARTS = ("benchmark.common", "benchmark.variants", "benchmark.faults", "benchmark.cases")
+# Of benchmark/step.py, of benchmark/scorecard.py, and of benchmark/overhead.py.
+BENCHMARK_PARTS = ("benchmark.common", "benchmark.variants", "benchmark.faults", "benchmark.cases", "benchmark.scaling")
 BENCHMARK_PARTS += ("script.make_tiny_model.train_tokenizer",)
 PROGRAMS = [ROOT / "train_qlora.py", *sorted(ROOT.glob("script/*.py")), *sorted(ROOT.glob("benchmark/*.py"))]
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import train_qlora
 from component.checkpoint import RunFolder, find_checkpoints, verify
 from component.kernel.model import PackedForward
-from component.trainer import LoRATrainer, LossWatch
+from component.report import LossWatch
+from component.trainer import LoRATrainer
 
 from .runs import ROWS, adapter, largest_difference, losses, write_rows
 

@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -513,21 +514,37 @@ def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenize
     assert len(read_jsonl(tmp_path / "out/rejected.jsonl")) == 30
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_gives_every_sample_once_shuffled_and_differently_each_epoch(tmp_path, tiny_tokenizer, workers):
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (0, 3), (2, 2)])
+def test_a_stream_gives_every_sample_once_shuffled_and_differently_each_epoch(tmp_path, tiny_tokenizer, workers, ranks):
     file = write(tmp_path / "rows.jsonl", [row(f"q{i}") for i in range(3000)])
     stream = StreamingSFTDataset([file], [1.0], render_chatglm3, tiny_tokenizer, DataRules(1000), seed=1)
+    stream.ranks = ranks
     expected = sorted(render_chatglm3(parse_row(row(f"q{i}")), tiny_tokenizer).input_ids for i in range(3000))
 
     def epoch(number: int) -> list[list[int]]:
         stream.set_epoch(number)
-        return [item["input_ids"] for item in DataLoader(stream, batch_size=None, num_workers=workers)]
+        found = []
+        for stream.rank in range(ranks):
+            share = [item["input_ids"] for item in DataLoader(stream, batch_size=None, num_workers=workers)]
+            assert len(share) == 3000 // ranks
+            found += share
+        return found
 
     first = epoch(0)
     assert first != expected
     assert sorted(first) == expected
     assert epoch(0) == first
     assert epoch(1) != first
+
+
+def test_an_endless_stream_of_fewer_rows_than_ranks_has_some_for_each(tmp_path, tiny_tokenizer):
+    file = write(tmp_path / "rows.jsonl", [row("a"), row("b")])
+    stream = StreamingSFTDataset([file], [1.0], render_chatglm3, tiny_tokenizer, DataRules(1000), seed=0, endless=True)
+    stream.ranks = 3
+    expected = [render_chatglm3(parse_row(row(name)), tiny_tokenizer).input_ids for name in "ab"]
+    for stream.rank, own in enumerate((expected[:1], expected[1:], expected)):
+        found = [item["input_ids"] for item in itertools.islice(stream, 4)]
+        assert [found.count(ids) for ids in own] == [4 // len(own)] * len(own)
 
 
 def test_a_stream_stops_early_for_the_first_rows_and_leaves_out_later_ones(tmp_path, tiny_tokenizer, log):

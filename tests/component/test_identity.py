@@ -62,12 +62,21 @@ def test_what_decides_no_number_may_change(identify, change):
         {"max_grad_norm": 0.5},
         {"optim": "sgd"},
         {"data_format": "chatglm2"},
+        {"lr_scheduler_kwargs": {"num_cycles": 3}},
     ],
     ids=str,
 )
 def test_what_decides_a_number_is_another_run(identify, change):
     (line,) = differences(identify(), identify(**change))
     assert next(iter(change)).removeprefix("data_") in line
+
+
+def test_evaluations_count_where_they_decide_which_model_is_the_best(identify, tmp_path):
+    every = {"eval_file": str(tmp_path / "rows.jsonl"), "eval_strategy": "steps", "eval_steps": 2, "save_steps": 4}
+    best = every | {"save_strategy": "steps", "load_best_model_at_end": True}
+    assert differences(identify(**every), identify(**every | {"eval_steps": 4})) == []
+    assert differences(identify(**every), identify(**best)) == ["settings.load_best_model_at_end: false then, true now"]
+    assert differences(identify(**best), identify(**best | {"eval_steps": 4})) == ["settings.eval_steps: 2 then, 4 now"]
 
 
 def test_data_and_base_model_count_by_content_and_not_by_place(identify, checkpoint, tmp_path):

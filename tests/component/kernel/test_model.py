@@ -29,7 +29,7 @@ def padded(model, samples):
 
     batch = SFTDataCollator(Padding, 1024)(samples)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    loss = TargetLMLoss()(logits, batch["input_ids"], batch["target_mask"], num_targets=1)
+    loss = TargetLMLoss()(logits, batch["input_ids"], batch["target_mask"])
     loss.backward()
     return loss.item(), gradients(model)
 
