@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -207,12 +208,13 @@ def main() -> None:
         with SignalWatch() as watch:
             run(cli, watch)
     except (Interrupted, Exception) as error:
-        if not watch.received:
-            raise
         # Inside an import, a library may have made something else of it.
+        if not isinstance(error, Interrupted) and (watch.deferred or not watch.received):
+            raise
         stop = error if isinstance(error, Interrupted) else Interrupted(watch.received)
         if not watch.deferred:
-            print(f"{stop}: stopped before the first step", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"{stop}: stopped before training; the same command starts it", file=sys.stderr, flush=True)
         leave(stop.exit_code)
 
 
@@ -225,7 +227,7 @@ def run(cli: argparse.Namespace, watch) -> None:
     """Train, and turn what can go wrong into a line and an exit code."""
     from component.report import configure_logging
 
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK") or 0)
     configure_logging(rank)  # before libraries are imported that have something to say
 
     import torch.distributed as dist

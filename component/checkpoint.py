@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from loguru import logger
@@ -22,6 +24,7 @@ FINAL, MANIFEST, ASIDE = "final", "manifest.json", "aside"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 SHAPES = tuple(f"settings.{key}: " for key in ("lora_rank", "target_modules", "optim"))  # of what is kept: never other
 LAYOUT = tuple(f"settings.{key}: " for key in ("pack_to", "max_seq_length", "activation_checkpointing"))
+DIGEST = re.compile("[0-9a-f]{32}")
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")  # to continue at all
 
 
@@ -58,7 +61,10 @@ class RunFolder:
         self.path = Path(path).resolve()
         self.identity = identity
         self.plan: dict | None = None
+        self.run_id = uuid4().hex  # of the manifests; a run that goes on keeps it, also as another one
+        self.origin: str | None = None  # the checkpoint that the run was told to go on from
         self.lock = FileLock(self.path / ".lock")
+        self.held: os.stat_result | None = None
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -67,11 +73,12 @@ class RunFolder:
         self.lock.release()
 
     def open(self, resume: str | bool | None = None, overwrite: bool = False, despite_changes: bool = False) -> Start:
-        """Lock the folder, move aside what is broken, and find where to begin.
+        """Lock the folder, move aside what is broken, clear what a killed save left, and find where to begin.
 
         Args:
             resume: "auto" or None, the newest checkpoint that verifies, if any; True, the same, and there must be one;
-                False, none, and the folder must hold no run; or a checkpoint's path.
+                False, none, and the folder must hold no run; or a checkpoint's path or name. Given once more, it is
+                the same run, which goes on from its newest.
             overwrite: move a folder aside that holds another run, or one that is done, and begin anew; with `resume`
                 False any.
             despite_changes: continue a run of another identity, or from a given checkpoint that is damaged.
@@ -82,6 +89,13 @@ class RunFolder:
         """
         resume = {None: "auto", "true": True, "false": False}.get(resume, resume)
         self.take()
+        start = self.choose(resume, overwrite, despite_changes)
+        for path in self.path.glob(".tmp-*"):
+            if path.name == f".tmp-{FINAL}" or re.fullmatch(r"\.tmp-checkpoint-\d+", path.name):
+                remove(path)
+        return start
+
+    def choose(self, resume: str | bool, overwrite: bool, despite_changes: bool) -> Start:
         held = [*find_checkpoints(self.path), *self.finals()]
         if held and overwrite and (resume is False or (resume == "auto" and self.is_to_be_left(despite_changes))):
             self.move_away()
@@ -101,20 +115,30 @@ class RunFolder:
         return Start()
 
     def take(self) -> None:
-        """Make the folder, lock it for the life of this process, and clear what a killed save left."""
+        """Make the folder, see that it can be written to, and lock it for the life of this process."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
-            for path in self.path.glob(".tmp-*"):
-                remove(path)
-            (self.path / ".tmp-probe").mkdir()
-            (self.path / ".tmp-probe").rmdir()
+            self.held = os.stat(self.lock.lock_file)
+            TemporaryFile(dir=self.path).close()
         except Timeout:
             raise CheckpointError(
                 f"{self.path}: another run is writing here; wait for it, or choose another output_dir"
             ) from None
         except OSError as error:
             raise StorageError(f"output_dir {self.path} cannot be written to ({error}); choose another") from None
+
+    def check_lock(self) -> None:
+        """Raise StorageError if the lock is no more what was locked: who finds none may take the folder."""
+        try:
+            if self.held is None or os.path.samestat(self.held, os.stat(self.lock.lock_file)):
+                return
+        except OSError:
+            pass
+        raise StorageError(
+            f"{self.path} or its .lock was removed while this run worked, and may be another's by now; nothing more is "
+            "written there"
+        )
 
     def is_to_be_left(self, despite_changes: bool) -> bool:
         try:
@@ -126,16 +150,21 @@ class RunFolder:
         aside = self.path.with_name(f"{self.path.name}.{datetime.now():%Y%m%d-%H%M%S}")
         move(self.path, aside)
         self.lock.release(force=True)
+        self.run_id, self.origin = uuid4().hex, None
         logger.info(f"moved the earlier run to {aside}")
         self.take()
 
     def find_start(self, resume: str | bool, despite_changes: bool) -> Start:
         """Of a folder that holds a run. Nothing is moved before it is clear that this run may continue."""
-        given = None if resume in ("auto", True) else self.given_checkpoint(resume)
+        given = None if resume in ("auto", True) else resume
+        folders = [*self.finals(), *reversed(find_checkpoints(self.path))]
+        if given and not any(self.went_on_from(given, folder) for folder in folders):
+            folders = [self.given_checkpoint(given)]
+            self.origin = folders[0].name
         broken: dict[Path, str] = {}
-        for folder in [given] if given else [*self.finals(), *reversed(find_checkpoints(self.path))]:
+        for folder in folders:
             try:
-                manifest = verify(folder)
+                manifest = verify(folder, folder.name)
             except Damaged as damage:
                 broken[folder] = str(damage)
                 continue
@@ -147,11 +176,13 @@ class RunFolder:
             if not changes:
                 return Start(is_done=True)
         else:
-            if not given or not despite_changes:
+            if not given or not despite_changes or len(folders) > 1:
                 raise self.nothing_verifies(broken)
-            folder, manifest, changes = given, {}, [broken.pop(given)]
-            if missing := [name for name in NEEDED if not (given / name).is_file()]:
-                raise StorageError(f"{given / missing[0]} is missing; nothing can go on from there")
+            folder, manifest, changes = folders[0], {}, [broken.pop(folders[0])]
+            if missing := [name for name in NEEDED if not (folder / name).is_file()]:
+                raise StorageError(f"{folder / missing[0]} is missing; nothing can go on from there")
+        self.run_id = manifest.get("run_id", self.run_id)
+        self.origin = self.origin or manifest.get("origin")
         self.warn_of_changes(folder, manifest, changes)
         for path in [*self.finals(), *find_checkpoints(self.path)]:
             if path in broken or path.name == FINAL or step_of(path) > step_of(folder):
@@ -163,8 +194,16 @@ class RunFolder:
         """What stands under FINAL's name, were it a link that leads nowhere."""
         return [path for path in (self.path / FINAL,) if os.path.lexists(path)]
 
+    def went_on_from(self, given: str, folder: Path) -> bool:
+        """Whether it is of this very run, which was told before to go on from the checkpoint `given`."""
+        try:
+            manifest = verify(folder, folder.name, deep=False)
+        except Damaged:
+            return False
+        return manifest.get("origin") == Path(given).name and not differences(manifest["run"], self.identity)
+
     def given_checkpoint(self, path: str) -> Path:
-        checkpoint = Path(path).resolve()
+        checkpoint = self.path / path if path == Path(path).name else Path(path).expanduser().resolve()
         if checkpoint not in find_checkpoints(self.path):
             known = ", ".join(found.name for found in find_checkpoints(self.path)) or "none"
             raise CheckpointError(
@@ -174,10 +213,13 @@ class RunFolder:
         return checkpoint
 
     def describe_changes(self, folder: Path, changes: list[str]) -> str:
-        return "\n  ".join([f"{folder} is of a run that is not this one:", *changes]) + (
-            "\nSet these as they were, choose another output_dir, begin anew with overwrite_output_dir=true, or go on "
-            "all the same with resume_despite_changes=true, which another lora_rank, target_modules or optim cannot"
-        )
+        remedy = "\nSet these as they were, choose another output_dir, or begin anew with overwrite_output_dir=true"
+        if find_checkpoints(self.path):
+            remedy += (
+                "; resume_despite_changes=true goes on all the same, which another lora_rank, target_modules or optim "
+                "cannot"
+            )
+        return "\n  ".join([f"{folder} is of a run that is not this one:", *changes]) + remedy
 
     def warn_of_changes(self, folder: Path, manifest: dict, changes: list[str]) -> None:
         then, now = manifest.get("versions", {}), versions()
@@ -206,6 +248,7 @@ class RunFolder:
 
     def begin(self, name: str) -> Path:
         """An empty temporary folder, for what `finish` publishes under `name`."""
+        self.check_lock()
         folder = self.path / f".tmp-{name}"
         remove(folder)
         folder.mkdir()
@@ -214,8 +257,9 @@ class RunFolder:
     def finish(self, name: str, step: int, world_size: int) -> Path:
         """Seal the temporary folder of `name` and rename it: from here on it is there, and whole."""
         folder, target = self.path / f".tmp-{name}", self.path / name
-        facts = {"step": step, "world_size": world_size, "plan": self.plan, "run": self.identity}
-        seal(folder, facts | {"versions": versions()})
+        self.check_lock()
+        facts = {"name": name, "step": step, "run_id": self.run_id, "origin": self.origin, "world_size": world_size}
+        seal(folder, facts | {"plan": self.plan, "run": self.identity, "versions": versions()})
         os.rename(folder, target)
         sync(self.path)
         return target
@@ -236,7 +280,7 @@ class RunFolder:
 
     def is_own(self, checkpoint: Path) -> bool:
         try:
-            return not differences(verify(checkpoint, deep=False)["run"], self.identity)
+            return verify(checkpoint, checkpoint.name, deep=False).get("run_id") == self.run_id
         except Damaged:
             return False
 
@@ -297,8 +341,8 @@ def seal(folder: Path, facts: dict) -> None:
         sync(place)
 
 
-def verify(folder: Path, deep: bool = True) -> dict:
-    """The manifest of a sealed folder. Without `deep`, contents of files are not read.
+def verify(folder: Path, name: str | None = None, deep: bool = True) -> dict:
+    """The manifest of a sealed folder, which was sealed as `name`. Without `deep`, contents of files are not read.
 
     Raises:
         Damaged: it differs from its manifest, or has none.
@@ -313,6 +357,8 @@ def verify(folder: Path, deep: bool = True) -> dict:
         raise Damaged(f"it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged(f"{MANIFEST} is damaged") from None
+    if name and manifest.get("name", name) != name:
+        raise Damaged(f"it is a copy of {manifest['name']}")
     for path, (size, _) in files.items():
         if not path.is_file():
             raise Damaged(f"{path.name} is missing")
@@ -351,7 +397,8 @@ def differences(was: dict, now: dict, prefix: str = "") -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict) and not prefix:
             lines += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            lines.append(f"{prefix}{key}: {json.dumps(old)} then, {json.dumps(new)} now")
+            shown = " then, ".join(map(json.dumps, (old, new))) + " now"
+            lines.append(f"{prefix}{key}: {'contents have changed' if DIGEST.fullmatch(str(old)) else shown}")
     return lines
 
 

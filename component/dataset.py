@@ -64,9 +64,9 @@ class SFTDataset(Dataset):
         self.renderer = RowRenderer(self.render, checked(tokenizer, self.render), self.rules)
         workers = workers or len(os.sched_getaffinity(0))
         try:
-            key = fingerprint([*self.files, *map(str, self.files), *identity(self.renderer)])
+            key = self.key()
             folder = Path(cache_dir or default_cache_dir()).expanduser() / key
-            make_once(folder, lambda empty: prepare(self.files, self.renderer, workers, empty))
+            make_once(folder, lambda empty: self.prepare(workers, empty, key))
             self.store = TokenStore(folder)
         except OSError as error:
             raise DataError(
@@ -74,6 +74,14 @@ class SFTDataset(Dataset):
             ) from error
         if judged:
             judge(self.store.report, self.files, self.rules)
+
+    def key(self) -> str:
+        return fingerprint([*self.files, *map(str, self.files), *identity(self.renderer)])
+
+    def prepare(self, workers: int, folder: Path, key: str) -> None:
+        prepare(self.files, self.renderer, workers, folder)
+        if self.key() != key:
+            raise DataError(f"{self.files[0]}: the data changed while it was read; start again when it is complete")
 
     @property
     def lengths(self) -> np.ndarray:

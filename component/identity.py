@@ -85,9 +85,12 @@ def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -
 
 
 def describe_tokenizer(tokenizer) -> str:
-    model = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
-    )
+    if tokenizer.is_fast:
+        model = tokenizer.backend_tokenizer.to_str()
+    else:
+        named = [getattr(tokenizer, name, None) for name in tokenizer.vocab_files_names]
+        model = fingerprint([Path(name) for name in named if name and Path(name).is_file()])
+        model += json.dumps(sorted(tokenizer.get_vocab().items()))
     return fingerprint([model, json.dumps([tokenizer.special_tokens_map, tokenizer.chat_template], default=str)])
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+from contextlib import suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -46,7 +47,10 @@ class SignalWatch:
         if not self.deferred:
             raise Interrupted(self.received)
         if first and os.environ.get("RANK", "0") == "0":  # not through the logger, which may be what was interrupted
-            os.write(2, f"{signal.Signals(signum).name}: leaving as soon as the run can go on from there\n".encode())
+            with suppress(OSError):  # the terminal, or who read the log, may be what has gone
+                os.write(
+                    2, f"{signal.Signals(signum).name}: leaving as soon as the run can go on from there\n".encode()
+                )
 
 
 def die_with_parent() -> None:

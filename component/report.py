@@ -10,7 +10,8 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def configure_logging(rank: int) -> None:
     # Not for the user: a hint at a package of kernels from a hub, and how peft reads a renamed property.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it, transformers says nothing below errors."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def parameter_table(model: nn.Module) -> str:

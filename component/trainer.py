@@ -15,18 +15,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from loguru import logger
+from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from .checkpoint import FINAL, RunFolder, find_checkpoints
+from .checkpoint import FINAL, Damaged, RunFolder, StorageError, find_checkpoints, verify
 from .collator import Sample, Samples, spread
 from .distributed import gather, known_to_all, on_every_rank, on_rank_zero
 from .interruption import Interrupted, SignalWatch, outlive_signals
 from .loss import TargetLMLoss
-from .report import LossWatch, ProgressReport
+from .report import LossWatch, ProgressReport, quiet_transformers
 
 SHOWN_ROWS = 20  # of an update that has to be named
+HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "alpha")  # of an optimizer's groups
 OVERFLOWS = 20  # float16 updates in a row that may overflow: its loss scale halves at each
 
 
@@ -245,7 +249,15 @@ class LoRATrainer(Trainer):
                     )
                 self.leave_if_asked()  # the resumed run evaluates (Continuation)
         totals = self.accelerator.reduce(totals, "sum")
-        metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
+        loss = (totals[0] / totals[1]).item()
+        if not math.isfinite(loss):
+            raise known_to_all(
+                NumericError(
+                    f"step {self.state.global_step}: the loss over eval_file is not finite; look at its rows "
+                    "(script/inspect_data.py), and at the base model's weights"
+                )
+            )
+        metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -253,10 +265,15 @@ class LoRATrainer(Trainer):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
-        begun = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
+        with quiet_transformers():  # it looks for the best checkpoint where the folder was
+            begun = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+            )
         self.state.compute_steps(self.args, max_steps)  # as they are set now, not as the checkpoint has them
+        if resume_from_checkpoint:
+            saved = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+            self.state.best_model_checkpoint = saved["best_model_checkpoint"]
+            self.check_best(self.best_checkpoint() or self.state.best_model_checkpoint)
         self.state.best_model_checkpoint = self.best_checkpoint()
         self.args.eval_on_start = self.args.eval_on_start and not self.state.global_step
         self.resumed_from, self.saved_step = resume_from_checkpoint, self.state.global_step
@@ -269,6 +286,21 @@ class LoRATrainer(Trainer):
         known = {written, *(path.name for path in find_checkpoints(self.folder.path))}
         names = f"checkpoint-{self.state.best_global_step}", Path(self.state.best_model_checkpoint or "none").name
         return next((str(self.folder.path / name) for name in names if name in known), None)
+
+    def check_best(self, path: str | None) -> None:
+        """Raise StorageError if the model of this checkpoint is to be the final one, and it is not whole."""
+
+        def check() -> None:
+            try:
+                verify(Path(path), Path(path).name)
+            except Damaged as damage:
+                raise StorageError(
+                    f"{path} has the best model, and {damage}; put it back, or go on without it by "
+                    "load_best_model_at_end=false and resume_despite_changes=true"
+                ) from None
+
+        if path and self.args.load_best_model_at_end:
+            on_rank_zero(check)
 
     def load_progress(self, checkpoint: str) -> None:
         """What this rank had counted since the last log line."""
@@ -303,7 +335,9 @@ class LoRATrainer(Trainer):
         if self.signal:
             self._save_checkpoint(self.model, None)
             step, steps = self.state.global_step, self.state.max_steps
-            logger.info(f"stopped at step {step} of {steps}; the same command continues from {self.folder.path}")
+            never = str(self.args.resume_from_checkpoint).lower() == "false"
+            command = "the same command" + " without resume_from_checkpoint=false" * never
+            logger.info(f"stopped at step {step} of {steps}; {command} continues from {self.folder.path}")
             raise Interrupted(self.signal)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -387,9 +421,37 @@ class LoRATrainer(Trainer):
         self.publish(FINAL)
         return str(self.folder.path / FINAL)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """The adapter that the manifest vouches for, whatever else lies there."""
+        weights = load_file(Path(resume_from_checkpoint, "adapter_model.safetensors"))
+        set_peft_model_state_dict(self.model, weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What they had come to, under the settings of now. These may be other ones by `resume_despite_changes`."""
+        fresh = [dict(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not checkpoint:
+            return
+        groups = self.optimizer.param_groups
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        was = groups[0]["lr"]
+        for group, new in zip(groups, fresh, strict=True):
+            group.update({key: new[key] for key in HYPERPARAMETERS if key in new})
+        if isinstance(scheduler, LambdaLR):  # its rate is that of the step; any other's follows from the one before
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, rate in zip(groups, scheduler.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * rate(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in groups]
+        if groups[0]["lr"] != was:
+            logger.warning(f"learning rate {was:.2e} until now, {groups[0]['lr']:.2e} at the next update")
+
     def _load_best_model(self) -> None:
         self.leave_if_asked()
-        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        self.check_best(best)
+        self._load_from_checkpoint(best)
+        score = f"{self.args.metric_for_best_model} {self.state.best_metric:.4f}"
+        logger.info(f"the final adapter is that of {Path(best).name}, the best that was saved: {score}")
         self.saved_step = self.state.global_step  # these are not the weights of the last step: no checkpoint of them
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
