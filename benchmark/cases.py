@@ -574,6 +574,12 @@ def bad_numbers(lab: Lab) -> Iterator[Check]:
         run = lab.run("skipped", [faults["Inf in a gradient"]], max_skipped_updates=1)
         expected = {"exit code 0": run.code == 0, "nothing bad saved": not bad_tensors(run.folder)}
         yield check("one left out on request", run, expected | {"a warning": "left out, 1 of" in run.log})
+    if lab.program == PRODUCT and lab.device == "cpu":
+        fault = {"at": f"{trainer}._save_checkpoint", "rank": 1, "do": "spoil weight"}
+        run = lab.start("one-rank", [fault], **TWO_RANKS).wait()
+        expected = {"an error": bool(run.code), "the cause told": "others are not finite" in run.log}
+        facts = {"NaN tensors on disk": bad_tensors(run.folder)}
+        yield check("NaN on one rank of two", run, expected | {"nothing saved": not kept(run.folder)}, **facts)
 
 
 def bad_tensors(folder: Path) -> int:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import train_qlora
 from component.checkpoint import RunFolder, find_checkpoints, verify
+from component.dataset import StreamingSFTDataset
 from component.kernel.model import PackedForward
 from component.report import LossWatch
 from component.trainer import LoRATrainer
@@ -123,6 +125,105 @@ def test_the_best_model_is_found_again(job, stopped, tmp_path, save, worse):
     assert largest_difference(whole, tmp_path / "moved") == 0
 
 
+def scores(*values: float):
+    """Evaluations of these losses, one after the other."""
+    left = iter(values)
+
+    def evaluate(trainer, *args, **kwargs) -> dict[str, float]:
+        metrics = {"eval_loss": next(left)}
+        trainer.log(metrics)
+        return metrics
+
+    return evaluate
+
+
+def test_the_best_that_was_saved_is_kept_where_a_better_step_was_not(job, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LoRATrainer, "evaluate", scores(3, 2, 1, 4, 5, 6))
+    settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
+    run = job(**settings | {"eval_steps": 1, "save_steps": 2, "save_total_limit": 2})
+    assert [path.name for path in find_checkpoints(run)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert all(map(torch.equal, adapter(run / "final").values(), adapter(run / "checkpoint-2").values()))
+    assert "the final adapter is that of checkpoint-2, the best that was saved: loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["flipped", "gone"])
+def test_a_best_model_that_is_not_whole_ends_the_run(job, stopped, tmp_path, monkeypatch, capsys, harm):
+    monkeypatch.setattr(LoRATrainer, "evaluate", scores(1, 2, 3, 4, 5, 6))
+    settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
+    settings |= {"eval_steps": 2, "save_steps": 2}
+    with at_call(5, LoRATrainer, "training_step", send(signal.SIGTERM)):
+        assert stopped(**settings) == 143
+    weights = tmp_path / "run/checkpoint-2/adapter_model.safetensors"
+    if harm == "flipped":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    else:
+        weights.parent.rename(tmp_path / "run" / "lost")
+    assert stopped(**settings) == 4
+    assert f"{weights.parent} has the best model, and" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_an_evaluation_after_the_last_update_of_a_part_of_an_epoch_is_made_up(job, stopped, tmp_path):
+    settings = {**SETTINGS, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS)), "eval_strategy": "epoch"}
+    whole = job("whole", **settings)
+    assert [entry["step"] for entry in figures(whole) if "eval_loss" in entry] == [3, 6, 7]
+    with at_call(3, LoRATrainer, "evaluate", send(signal.SIGTERM)):
+        assert stopped("stopped", **settings) == 143
+    job("stopped", **settings)
+    assert_same_run(whole, tmp_path / "stopped")
+
+
+def test_what_lies_in_a_checkpoint_beside_its_adapter_is_not_loaded(job, stopped, tmp_path):
+    whole = job("whole", **SETTINGS)
+    with at_call(6, LoRATrainer, "training_step", send(signal.SIGTERM)):
+        assert stopped("stopped", **SETTINGS) == 143
+    first, last = find_checkpoints(tmp_path / "stopped")
+    copytree(first, last / "default")
+    job("stopped", **SETTINGS)
+    assert_same_run(whole, tmp_path / "stopped")
+
+
+def test_settings_changed_on_request_are_those_of_the_next_update(job, stopped, tmp_path, capsys):
+    with at_call(3, LoRATrainer, "training_step", send(signal.SIGTERM)):
+        assert stopped(**SETTINGS) == 143
+    changes = {"learning_rate": 1e-4, "weight_decay": 0.5, "adam_beta1": 0.5, "max_steps": 14}
+    job(**SETTINGS | changes | {"resume_despite_changes": True, "save_steps": 4, "logging_steps": 1})
+    assert "learning rate 5.71e-03 until now, 7.86e-05 at the next update" in capsys.readouterr().err
+    rates = [entry["learning_rate"] for entry in figures(tmp_path / "run") if "loss" in entry]
+    assert rates[-11:] == pytest.approx([1e-4 * (14 - step) / 14 for step in range(3, 14)])
+    saved = torch.load(find_checkpoints(tmp_path / "run")[-1] / "optimizer.pt", weights_only=True)
+    group = saved["param_groups"][0]
+    assert (group["weight_decay"], group["betas"][0], group["initial_lr"]) == (0.5, 0.5, 1e-4)
+
+
+def test_an_error_in_the_update_of_a_signal_is_told(stopped, monkeypatch):
+    def fail(trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise LookupError("of a library")
+
+    with at_call(1, LoRATrainer, "write_checkpoint", fail), pytest.raises(LookupError, match="of a library"):
+        stopped(**SETTINGS)
+
+
+def test_a_signal_before_the_first_new_update_leaves_at_once(job, stopped, tmp_path, capsys):
+    settings = SETTINGS | {"streaming": True}
+    with at_call(4, LoRATrainer, "training_step", send(signal.SIGTERM)):
+        assert stopped(**settings) == 143
+    with at_call(1, StreamingSFTDataset, "one_pass", send(signal.SIGINT)):
+        assert stopped(**settings) == 130
+    assert "SIGINT: stopped before training; the same command starts it" in capsys.readouterr().err
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_loss_of_an_evaluation_that_is_not_finite_ends_the_run(stopped, tmp_path, monkeypatch, capsys):
+    settings = {**SETTINGS, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS)), "eval_steps": 2}
+    with at_call(1, LoRATrainer, "evaluate", poison):
+        assert stopped(**settings, eval_strategy="steps") == 3
+    assert "step 2: the loss over eval_file is not finite" in capsys.readouterr().err
+
+
 def test_no_checkpoint_of_the_last_step_holds_the_best_weights(job, stopped, tmp_path):
     settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
     settings |= {"eval_steps": 3, "save_strategy": "best", "greater_is_better": True}
@@ -226,8 +327,6 @@ def test_another_run_in_the_folder_is_refused_before_the_model_loads(job, stoppe
 
 
 def test_another_base_model_is_another_run(job, stopped, checkpoint, capsys, tmp_path):
-    from shutil import copytree
-
     from safetensors.torch import save_file
 
     job(**SETTINGS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import scorecard
-from benchmark.cases import Check, violations_of_order
+from benchmark.cases import Case, Check, violations_of_order
 
 ROOT = Path(__file__).parents[2]
 SHORT = [1, 2, 6, 7, 10, 11, 13, 16, 17, 30, 36]
@@ -63,6 +63,13 @@ def test_a_delete_before_the_folder_is_synced_and_a_file_that_is_not_are_violati
     assert violations(1) == [f"{done}: {temporary}/optimizer.pt is not synced"]
     assert violations(2) == [f"{done}: {temporary} is not synced"]
     assert violations(4) == [f"{old}/optimizer.pt is deleted before {tmp_path} is synced"]
+
+
+def test_a_case_whose_test_is_gone_fails(tmp_path):
+    (tmp_path / "tests.xml").touch()
+    case = Case(99, "a", "b", tests=("tests/test_layering.py::test_of_old", "tests/of_old.py::test"))
+    checks = scorecard.run_tests([case], tmp_path)[99, scorecard.PRODUCT]
+    assert [(check.name, check.failed) for check in checks] == [(case.tests[0], ["such a test"])]
 
 
 def test_a_figure_sums_up_the_tries_of_a_case():

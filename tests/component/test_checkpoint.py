@@ -1,6 +1,7 @@
 """The folder of a run, and checkpoints in it."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -193,6 +194,63 @@ def test_what_a_killed_save_left_is_cleared_and_links_are_not_followed(make_fold
     assert not (folder.path / "checkpoint-20").is_symlink()
 
 
+def test_what_others_left_is_not_cleared_and_nothing_is_where_a_folder_is_refused(make_folder):
+    folder = make_folder(5)
+    for name in (".tmp-thesis", ".tmp-checkpoint-x", ".tmp-checkpoint-10", ".tmp-final"):
+        (folder.path / name).mkdir()
+    before = contents(folder.path)
+    with pytest.raises(CheckpointError, match=r"settings\.seed"):
+        make_folder(identity=OTHER)
+    assert contents(folder.path) == before
+    make_folder()
+    assert contents(folder.path) == {"checkpoint-5", ".tmp-thesis", ".tmp-checkpoint-x"}
+
+
+@pytest.mark.parametrize("name", ["checkpoint-9", FINAL])
+@pytest.mark.parametrize("how", [shutil.copytree, lambda source, target: target.symlink_to(source)])
+def test_a_copy_under_another_name_is_no_checkpoint(make_folder, name, how):
+    folder = make_folder(3, 6)
+    how(folder.path / "checkpoint-6", folder.path / name)
+    assert folder.find_start("auto", despite_changes=False).checkpoint == str(folder.path / "checkpoint-6")
+    assert moved(folder) == {name}
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_lock_is_taken_away_writes_no_more(make_folder, replaced):
+    folder = make_folder(5)
+    (folder.path / ".lock").unlink()
+    if replaced:
+        (folder.path / ".lock").touch()
+    with pytest.raises(StorageError, match="removed while this run worked"):
+        write(folder, "checkpoint-10", 10)
+    assert contents(folder.path) == {"checkpoint-5"}
+
+
+def test_a_given_checkpoint_is_gone_on_from_once_and_the_same_command_continues(make_folder):
+    folder = make_folder(5, 10)
+    assert folder.find_start("checkpoint-5", despite_changes=False).checkpoint == str(folder.path / "checkpoint-5")
+    assert moved(folder) == {"checkpoint-10"}
+    write(folder, "checkpoint-15", 15)
+    again = RunFolder(folder.path, IDENTITY)
+    start = again.find_start(str(folder.path / "checkpoint-5"), despite_changes=False)
+    assert start.checkpoint == str(folder.path / "checkpoint-15")
+    shutil.rmtree(folder.path / "checkpoint-5")
+    write(again, "checkpoint-20", 20)
+    write(again, FINAL)
+    assert RunFolder(folder.path, IDENTITY).find_start("checkpoint-5", despite_changes=False).is_done
+    other = RunFolder(folder.path, OTHER).find_start("checkpoint-15", despite_changes=True)
+    assert other.checkpoint == str(folder.path / "checkpoint-15")
+
+
+def test_rotation_follows_a_run_that_goes_on_as_another(make_folder):
+    make_folder(5, 10)
+    other = RunFolder(make_folder().path, OTHER)
+    other.find_start("auto", despite_changes=True)
+    write(other, "checkpoint-15", 15)
+    other.rotate(2)
+    assert contents(other.path) == {"checkpoint-10", "checkpoint-15"}
+
+
 def test_a_link_in_place_of_the_lock_harms_nothing(tmp_path):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / "run").mkdir()
@@ -354,6 +412,8 @@ def test_what_is_sealed_may_be_read_by_whom_the_umask_lets(make_folder):
 
 
 def test_differences_are_lines_a_person_can_act_on():
-    was, now = {"a": {"b": 1, "c": None}, "d": [1]}, {"a": {"b": 2, "c": None}, "d": [1], "e": "x"}
-    assert differences(was, now) == ["a.b: 1 then, 2 now"], "a key of one alone is of another version"
+    was = {"a": {"b": 1, "c": None, "k": {"x": 1}}, "d": [1], "data": "0" * 32}
+    now = {"a": {"b": 2, "c": None, "k": {"x": 1, "y": 2}, "z": 0}, "d": [1], "e": "x", "data": "1" * 32}
+    lines = ["a.b: 1 then, 2 now", 'a.k: {"x": 1} then, {"x": 1, "y": 2} now', "data: contents have changed"]
+    assert differences(was, now) == lines, "a setting of one alone is of another version"
     assert differences(was, json.loads(json.dumps(was))) == []

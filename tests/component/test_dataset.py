@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from component import preprocessing
+from component import dataset, preprocessing
 from component.collator import SFTDataCollator
 from component.conversation import DataError
 from component.dataset import (
@@ -461,6 +461,20 @@ def test_workers_of_a_killed_process_end(tmp_path):
 def test_a_store_on_another_machine_asks_for_a_shared_folder(tmp_path):
     with pytest.raises(DataError, match="set cache_dir to a folder that all machines share"):
         TokenStore(tmp_path / "nowhere")
+
+
+def test_data_that_changes_while_it_is_read_is_not_kept(tmp_path, tiny_tokenizer, monkeypatch):
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    original = dataset.prepare
+
+    def prepare(*args):
+        original(*args)
+        write(file, ROWS[:1])
+
+    monkeypatch.setattr(dataset, "prepare", prepare)
+    with pytest.raises(DataError, match=r"rows\.jsonl: the data changed while it was read"):
+        ChatGLM3SFTDataset(file, tiny_tokenizer, 100, cache_dir=tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 # Several files, and streams

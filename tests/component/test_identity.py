@@ -92,6 +92,15 @@ def test_data_and_base_model_count_by_content_and_not_by_place(identify, checkpo
     assert line.startswith("base_model: ")
 
 
+def test_a_slow_tokenizer_counts_by_the_contents_of_its_file(identify, checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "other" / checkpoint.name)
+    with open(copy / "tokenizer.model", "ab") as file:
+        file.write(b"\x1a\x00")  # an empty field of the format: the same pieces, another file
+    assert differences(identify(), identify(model_name_or_path=str(copy))) == [
+        "format.tokenizer: contents have changed"
+    ]
+
+
 @pytest.mark.parametrize("place", [0, 2 * WHOLE], ids=["head", "end"])
 def test_a_change_in_a_large_file_of_weights_is_seen_at_its_head_and_end(tmp_path, place):
     path = tmp_path / "weights"

@@ -52,6 +52,16 @@ def test_a_deferred_signal_is_remembered_and_a_second_interrupt_leaves_at_once()
     assert time.monotonic() - sent < 1
 
 
+def test_a_signal_is_remembered_though_nobody_can_be_told():
+    process = start(
+        f"os.close(2)\nwatch = SignalWatch().__enter__(); watch.deferred = True\n{BUSY}".replace(
+            "time.sleep(0.01)", "time.sleep(0.01); watch.received and os._exit(7)"
+        )
+    )
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(10) == 7
+
+
 def test_a_signal_that_was_ignored_stays_so():
     process = start("signal.signal(signal.SIGHUP, signal.SIG_IGN)\nwatch = SignalWatch().__enter__()\n" + BUSY)
     process.send_signal(signal.SIGHUP)

@@ -51,6 +51,15 @@ def test_secrets_are_replaced_and_what_only_looks_like_them_is_not(monkeypatch):
     assert shown == "a <SOME_API_KEY> b true false_and_long https://<credentials>@host/x https://host/a@b <token>"
 
 
+def test_other_ranks_say_what_is_theirs_alone(capsys):
+    configure_logging(rank=1)
+    logger.warning("of all")
+    logger.bind(any_rank=True).warning("of this rank")
+    shown = capsys.readouterr().err
+    assert "of this rank" in shown
+    assert "of all" not in shown
+
+
 def test_a_logged_traceback_shows_no_values(capsys):
     password = "hush-hush"
     configure_logging(rank=0)
