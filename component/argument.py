@@ -376,6 +376,8 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
             f"model_name_or_path: {model!r} is an adapter; give its base model, and to continue the run that made it "
             "set resume_from_checkpoint"
         )
+    if values.get("load_best_model_at_end") and args.eval_file is None:
+        raise ValueError("load_best_model_at_end needs eval_file, to tell which model is the best")
     evaluates = values.get("eval_strategy", "no") != "no" or values.get("do_eval")
     if evaluates and args.eval_file is None:
         raise ValueError("eval_strategy asks for evaluation; give eval_file, or set eval_strategy to 'no'")
@@ -408,10 +410,41 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
         logger.info("save_total_limit: 1 is raised to 2, since a run keeps a whole checkpoint while it writes another")
         adapted["save_total_limit"] = 2
     if args.eval_file is not None:
-        adapted.setdefault("eval_strategy", "steps" if "eval_steps" in values else "epoch")
+        adapted |= choose_evaluation(values)
     adapted.setdefault("report_to", "none")
     adapted.setdefault("ddp_find_unused_parameters", False)
     return adapted
+
+
+def choose_evaluation(values: dict[str, Any]) -> dict[str, Any]:
+    """When a run with an eval_file evaluates: every `eval_steps` where they are given, else after each epoch, or with
+    `load_best_model_at_end` wherever it saves.
+
+    Raises:
+        ValueError: with `load_best_model_at_end`, checkpoints would be saved that no evaluation tells the worth of.
+    """
+    saves, every = values.get("save_strategy", "steps"), values.get("eval_steps")
+    best = values.get("load_best_model_at_end")
+    follows = best and every is None and saves in ("steps", "epoch")
+    evaluates = values.get("eval_strategy") or ("steps" if every is not None else saves if follows else "epoch")
+    if not best:
+        return {"eval_strategy": evaluates}
+    if "no" in (saves, evaluates) or saves not in ("best", evaluates):
+        raise ValueError(
+            "load_best_model_at_end needs an evaluation of every checkpoint, but eval_strategy is "
+            f"{evaluates!r} and save_strategy {saves!r}; set both to 'steps' or both to 'epoch'"
+        )
+    if saves != "steps":
+        return {"eval_strategy": evaluates}
+    save_steps = values.get("save_steps", 500)  # transformers' own
+    every = save_steps if every is None else every
+    times = save_steps / every
+    if (save_steps < 1) != (every < 1) or abs(times - max(round(times), 1)) > 1e-9:
+        raise ValueError(
+            f"load_best_model_at_end needs an evaluation of every checkpoint, but eval_steps is {every} and save_steps "
+            f"{save_steps}, which is no multiple of it; set one of them so that it is"
+        )
+    return {"eval_strategy": evaluates, "eval_steps": every}
 
 
 def choose_compute_dtype(requested: str, values: dict[str, Any], has_cuda: bool) -> str:

@@ -84,6 +84,8 @@ def test_every_shipped_file_parses_and_routes(file, monkeypatch):
         ({"model_name_or_path": "./nowhere"}, "model_name_or_path: no folder './nowhere'"),
         ({"output_dir": None}, "output_dir must be given"),
         ({"eval_strategy": "epoch"}, "give eval_file, or set eval_strategy to 'no'"),
+        ({"load_best_model_at_end": True}, "needs eval_file, to tell which model is the best"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "needs eval_file, to tell which model"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio and warmup_steps are one setting; keep one"),
         ({"fsdp": "full_shard"}, "fsdp is not supported"),
         ({"text": '{"seed": 1,\n "seed": 2}'}, "'seed' stands there twice; keep one"),
@@ -183,6 +185,43 @@ def test_an_eval_file_turns_evaluation_on(load, tmp_path):
     assert load(eval_file=file)[1].eval_strategy == "epoch"
     assert load(eval_file=file, eval_steps=5)[1].eval_strategy == "steps"
     assert load()[1].eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("steps", 500)),
+        ({"save_steps": 30}, ("steps", 30)),
+        ({"save_steps": 0.3, "eval_steps": 0.1}, ("steps", 0.1)),
+        ({"eval_strategy": "steps", "logging_steps": 7}, ("steps", 500)),
+        ({"eval_steps": 100}, ("steps", 100)),
+        ({"save_strategy": "epoch"}, ("epoch", None)),
+        ({"save_strategy": "best"}, ("epoch", None)),
+        ({"save_strategy": "best", "eval_steps": 7}, ("steps", 7)),
+    ],
+)
+def test_the_best_model_is_looked_for_among_the_checkpoints(load, tmp_path, changes, expected):
+    _, training_args = load(eval_file=str(tmp_path / "rows.jsonl"), load_best_model_at_end=True, **changes)
+    assert (training_args.eval_strategy, training_args.eval_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"eval_strategy": "epoch"}, "eval_strategy is 'epoch' and save_strategy 'steps'; set both to"),
+        ({"eval_steps": 50, "save_strategy": "epoch"}, "eval_strategy is 'steps' and save_strategy 'epoch'"),
+        ({"save_strategy": "no"}, "and save_strategy 'no'"),
+        ({"save_strategy": "no", "eval_strategy": "no"}, "eval_strategy is 'no' and save_strategy 'no'"),
+        ({"save_strategy": "best", "eval_strategy": "no"}, "eval_strategy is 'no' and save_strategy 'best'"),
+        ({"eval_steps": 7}, "eval_steps is 7 and save_steps 500, which is no multiple of it"),
+        ({"eval_steps": 7, "save_steps": 3}, "eval_steps is 7 and save_steps 3,"),
+        ({"eval_steps": 0.1, "save_steps": 3}, "eval_steps is 0.1 and save_steps 3,"),
+    ],
+)
+def test_checkpoints_that_nothing_evaluates_are_refused_where_the_best_is_asked_for(load, tmp_path, changes, fault):
+    with pytest.raises(ArgumentError, match=r"args\.json: load_best_model_at_end needs") as error:
+        load(eval_file=str(tmp_path / "rows.jsonl"), load_best_model_at_end=True, **changes)
+    assert fault in str(error.value)
 
 
 def test_a_token_in_the_file_goes_to_the_environment_and_into_no_settings(load, monkeypatch, log):
