@@ -350,22 +350,23 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
     """Raise ValueError for a file or folder that is missing, or is not what its key asks for."""
     if not values.get("output_dir"):
         raise ValueError("output_dir must be given: the folder for checkpoints and the final adapter")
-    for key in ("train_file", "eval_file"):
-        sources = getattr(args, key) or []
-        for path in [sources] if isinstance(sources, str) else sources:
-            if not Path(path).exists() and not glob.glob(path, recursive=True):
-                raise ValueError(f"{key}: no file {path!r} in {Path.cwd()}")
+    data = [(key, path) for key in ("train_file", "eval_file") for path in as_list(getattr(args, key))]
+    for key, path in data:
+        if not Path(path).exists() and not glob.glob(path, recursive=True):
+            raise ValueError(f"{key}: no file {path!r} in {Path.cwd()}")
+        for written, folder in (("output_dir", values["output_dir"]), ("cache_dir", args.cache_dir)):
+            if folder and Path(path).is_dir() and lies_in(folder, path):
+                raise ValueError(
+                    f"{written}: {folder} lies in {key} {path}, all files below which are data, also those that a run "
+                    f"writes; choose another {written}, or name the files, such as {Path(path, '*.jsonl')}"
+                )
     if args.overwrite_output_dir:
-        inside = Path(values["output_dir"]).resolve()
-        for key in ("model_name_or_path", "train_file", "eval_file"):
-            given = getattr(args, key) or []
-            for path in [given] if isinstance(given, str) else given:
-                if inside in (Path(path).resolve(), *Path(path).resolve().parents):
-                    raise ValueError(f"{key}: {path} lies in output_dir, which overwrite_output_dir may move away")
+        for key, path in [("model_name_or_path", args.model_name_or_path), *data]:
+            if lies_in(path, values["output_dir"]):
+                raise ValueError(f"{key}: {path} lies in output_dir, which overwrite_output_dir may move away")
     if args.streaming and values.get("max_steps", -1) <= 0:
         raise ValueError("streaming: the number of rows is not known beforehand; give max_steps")
-    reporters = values.get("report_to") or []
-    for name in [reporters] if isinstance(reporters, str) else reporters:
+    for name in as_list(values.get("report_to")):
         if name not in ("none", "all") and importlib.util.find_spec(name) is None:
             raise ValueError(f"report_to: {name} is not installed; install it, or set report_to to 'none'")
     model = args.model_name_or_path
@@ -381,6 +382,16 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
     evaluates = values.get("eval_strategy", "no") != "no" or values.get("do_eval")
     if evaluates and args.eval_file is None:
         raise ValueError("eval_strategy asks for evaluation; give eval_file, or set eval_strategy to 'no'")
+
+
+def as_list(paths: str | list[str] | dict[str, float] | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths or ())
+
+
+def lies_in(path: str, folder: str) -> bool:
+    """Whether a path is a folder or below it, by whatever links and `~` each is named."""
+    inner, outer = (Path(os.path.expanduser(name)).resolve() for name in (path, folder))
+    return inner.is_relative_to(outer)
 
 
 def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, Any]:

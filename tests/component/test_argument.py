@@ -101,6 +101,32 @@ def test_each_fault_is_one_error_that_names_file_and_key(load, changes, fault):
     assert fault in str(error.value)
 
 
+@pytest.mark.parametrize("wrap", [str, lambda path: [path], lambda path: {path: 1.0}], ids=["text", "list", "mixture"])
+@pytest.mark.parametrize("written", ["output_dir", "cache_dir"])
+def test_what_a_run_writes_does_not_lie_in_a_folder_of_data(load, tmp_path, monkeypatch, written, wrap):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    (data / "rows.jsonl").touch()
+    (tmp_path / "link").symlink_to(data / "deep")
+    for inside in (data, data / "new/run", tmp_path / "link/run", "~/data/run"):
+        with pytest.raises(ArgumentError, match=rf"args\.json: {written}: {inside} lies in train_file {data}, all"):
+            load(train_file=wrap(str(data)), **{written: str(inside)})
+    load(train_file=wrap(str(data / "*.jsonl")), **{written: str(data / "run")})
+    load(train_file=wrap(str(data)), **{written: str(tmp_path / "data2")})
+    if wrap is str:
+        with pytest.raises(ArgumentError, match=f"{written}: {data}/x lies in eval_file {data}"):
+            load(eval_file=str(data), **{written: f"{data}/x"})
+
+
+def test_data_in_an_output_folder_that_may_be_moved_is_refused_by_whatever_name(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (str(tmp_path), "~", "~/../" + tmp_path.name):
+        with pytest.raises(ArgumentError, match=r"rows\.jsonl lies in output_dir, which overwrite_output_dir may move"):
+            load(output_dir=name, overwrite_output_dir=True)
+    assert load(output_dir="~/out")[1].output_dir == str(tmp_path / "out")
+
+
 def test_an_adapter_is_no_base_model(load, tmp_path):
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(ArgumentError, match="is an adapter; give its base model"):
