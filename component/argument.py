@@ -370,8 +370,8 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
         if name not in ("none", "all") and importlib.util.find_spec(name) is None:
             raise ValueError(f"report_to: {name} is not installed; install it, or set report_to to 'none'")
     model = args.model_name_or_path
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
-        raise ValueError(f"model_name_or_path: no folder {model!r}")
+    if fault := missing_folder(model):
+        raise ValueError(f"model_name_or_path: {fault}")
     if Path(model, "adapter_config.json").is_file():
         raise ValueError(
             f"model_name_or_path: {model!r} is an adapter; give its base model, and to continue the run that made it "
@@ -382,6 +382,26 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
     evaluates = values.get("eval_strategy", "no") != "no" or values.get("do_eval")
     if evaluates and args.eval_file is None:
         raise ValueError("eval_strategy asks for evaluation; give eval_file, or set eval_strategy to 'no'")
+
+
+def missing_folder(name: str) -> str | None:
+    """What is wrong with a model's name that means a folder which is not there; None for a folder or a hub's name.
+
+    The hub, which is asked for what is no folder, would be tried for minutes where there is no network.
+    """
+    parent, last = os.path.split(name.rstrip("/"))
+    means_folder = name.startswith((".", "/", "~")) or "/" in parent
+    if os.path.isdir(name) or not (means_folder or (parent and os.path.isdir(parent))):
+        return None
+    fault = f"no folder {name}" if os.path.isabs(name) else f"no folder {name} in {os.getcwd()}"
+    if name.startswith("~"):
+        return f"{fault}; write the home folder out"
+    folders = sorted(folder.rstrip("/") for folder in glob.glob("*/", root_dir=parent or "."))
+    if close := difflib.get_close_matches(last, folders, n=1):
+        fault += f"; did you mean {os.path.join(parent, close[0])}?"
+    if folders:
+        fault += f" (in {parent or os.getcwd()}: {', '.join(folders[:10])}{' …' * (len(folders) > 10)})"
+    return fault if means_folder else f"{fault}; if you mean the hub's, start from a folder without {parent!r}"
 
 
 def as_list(paths: str | list[str] | dict[str, float] | None) -> list[str]:

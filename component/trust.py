@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
-from .argument import ArgumentError, read_json_object
+from .argument import ArgumentError, missing_folder, read_json_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = "convert it to safetensors as docs/security.md shows, on a machine that holds nothing else"
@@ -20,9 +20,11 @@ def check_model(name_or_path: str) -> None:
     """Refuse a base model, a folder or a hub name, whose files ask for more than to be read.
 
     Raises:
-        ArgumentError: it is an adapter, needs Python of its own, names weights that are no safetensors, or has none
-            but pickled ones.
+        ArgumentError: it is an absent folder or an adapter, needs Python of its own, names weights that are no
+            safetensors, or has none but pickled ones.
     """
+    if fault := missing_folder(name_or_path):
+        raise ArgumentError(fault)
     if found := find(name_or_path, "adapter_config.json"):
         raise ArgumentError(f"{found}: this is an adapter, which would load another model; give its base model")
     if found := find(name_or_path, "config.json"):

@@ -264,7 +264,7 @@ def test_the_dry_run_counts_the_steps_that_the_trainer_makes(job, capsys, settin
             "train.jsonl:13: conversations[0].role is 'usr'",
         ),
         ({"max_seq_length": 4}, "no learned token survives max_seq_length=4"),
-        ({"model_name_or_path": "/nowhere/chatglm3"}, "model_name_or_path: no folder '/nowhere/chatglm3'"),
+        ({"model_name_or_path": "/nowhere/chatglm3"}, "model_name_or_path: no folder /nowhere/chatglm3"),
         (
             {"data_format": "chatglm2", "rows": [{"conversations": ROWS[0]["conversations"][1:]}]},
             "train.jsonl:1: chatglm2",

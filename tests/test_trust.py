@@ -156,6 +156,23 @@ def test_a_hostile_model_is_refused_by_every_program_and_runs_nothing(
         assert not canary.exists(), program.__name__
 
 
+def test_a_misspelt_folder_is_refused_by_every_program_and_the_hub_is_not_asked(
+    model_folder, adapter_folder, settings, tmp_path, capsys, monkeypatch
+):
+    adapter = adapter_folder(model_folder())
+    model, data = f"{tmp_path.name}/chatglm3-nnao", ROOT / "data/dummy_data_chatglm3.jsonl"
+    options = settings(model)
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr("component.trust.cached_file", lambda *_, **__: pytest.fail("asked the hub"))
+    for program, arguments in {
+        train_qlora: options,
+        inspect_data: options,
+        chat_demo: ("--model", model, "--adapter", adapter, "--data", data),
+        merge_lora: ("--base", model, "--adapter", adapter, "--output", tmp_path / "merged"),
+    }.items():
+        assert f"did you mean {tmp_path.name}/chatglm3-nano?" in refusal(capsys, program, *arguments), program.__name__
+
+
 def test_a_hubs_model_is_checked_as_a_folder_is(model_folder, canary, monkeypatch):
     from component.argument import ArgumentError
     from component.trust import check_model

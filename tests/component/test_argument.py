@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from component.argument import ArgumentError, choose_compute_dtype, load_arguments
+from component.argument import ArgumentError, choose_compute_dtype, load_arguments, missing_folder
 from component.dataset import select_format
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_every_shipped_file_parses_and_routes(file, monkeypatch):
         ({"eval_file": "nowhere.jsonl"}, "eval_file: no file 'nowhere.jsonl'"),
         ({"train_file": None}, "train_file must be given"),
         ({"model_name_or_path": None}, "model_name_or_path must be given"),
-        ({"model_name_or_path": "./nowhere"}, "model_name_or_path: no folder './nowhere'"),
+        ({"model_name_or_path": "./nowhere"}, "model_name_or_path: no folder ./nowhere in /"),
         ({"output_dir": None}, "output_dir must be given"),
         ({"eval_strategy": "epoch"}, "give eval_file, or set eval_strategy to 'no'"),
         ({"load_best_model_at_end": True}, "needs eval_file, to tell which model is the best"),
@@ -125,6 +125,30 @@ def test_data_in_an_output_folder_that_may_be_moved_is_refused_by_whatever_name(
         with pytest.raises(ArgumentError, match=r"rows\.jsonl lies in output_dir, which overwrite_output_dir may move"):
             load(output_dir=name, overwrite_output_dir=True)
     assert load(output_dir="~/out")[1].output_dir == str(tmp_path / "out")
+
+
+def test_a_folder_of_models_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("chatglm3-tiny", "b", "a"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    (tmp_path / "models/weights.safetensors").touch()
+    there, hub = "(in models: a, b, chatglm3-tiny)", "; if you mean the hub's, start from a folder without 'models'"
+    for name, fault in {
+        "models/chatglm3-tyni": f" in {tmp_path}; did you mean models/chatglm3-tiny? {there}{hub}",
+        "models/chatglm3-tyni/": f" in {tmp_path}; did you mean models/chatglm3-tiny? {there}{hub}",
+        "models/weights.safetensors": f" in {tmp_path} {there}{hub}",
+        f"{tmp_path}/models/qwen": f" (in {tmp_path}/models: a, b, chatglm3-tiny)",
+        "./models/aa": f" in {tmp_path}; did you mean ./models/a? (in ./models: a, b, chatglm3-tiny)",
+        "modles/some/thing": f" in {tmp_path}",
+        "/nowhere/a": "",
+        "~/models/a": f" in {tmp_path}; write the home folder out",
+    }.items():
+        assert missing_folder(name) == f"no folder {name}{fault}"
+    for name in ("models/a", str(tmp_path), ".", "THUDM/chatglm3-6b", "modles/a", "gpt2"):
+        assert missing_folder(name) is None
+    for i in range(20):
+        (tmp_path / "models" / f"m{i:02}").mkdir()
+    assert "chatglm3-tiny, m00, m01, m02, m03, m04, m05, m06 …)" in missing_folder("models/x")
 
 
 def test_an_adapter_is_no_base_model(load, tmp_path):
