@@ -8,6 +8,7 @@ in --dtype; it is never quantised again, which would round the adapter away. OUT
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,23 @@ def main() -> None:
     parser.add_argument("--from_4bit", action="store_true", help="merge into the base's 4-bit values, as in training")
     cli = parser.parse_args()
 
+    from component.interruption import Interrupted, SignalWatch
+
+    try:
+        with SignalWatch() as watch:
+            run(cli)
+    except (Interrupted, Exception) as error:
+        if not watch.received:
+            raise
+        # Inside an import, a library may have made something else of it.
+        stop = error if isinstance(error, Interrupted) else Interrupted(watch.received)
+        state = "is there" if cli.output.exists() else "was not made"
+        print(f"{stop}: stopped; {cli.output} {state}", file=sys.stderr, flush=True)
+        os._exit(stop.exit_code)
+
+
+def run(cli: argparse.Namespace) -> None:
+    """Merge, and turn what can go wrong into a line and an exit code."""
     from component.report import configure_logging
 
     configure_logging(rank=0)  # before peft, whose import is not quiet
@@ -37,8 +55,7 @@ def main() -> None:
     from component.argument import ArgumentError
 
     try:
-        base = check(cli)
-        merge(cli, base)
+        merge(cli, check(cli))
     except ArgumentError as error:
         logger.error(error)
         sys.exit(2)
@@ -51,12 +68,21 @@ def main() -> None:
 def check(cli: argparse.Namespace) -> str:
     """The base to merge into, after all that can be refused before a weight is read."""
     from component.argument import ArgumentError
+    from component.checkpoint import MANIFEST, Damaged, verify
     from component.trust import check_adapter, check_model, find, read
 
     if cli.output.exists() or cli.output.is_symlink():
         raise ArgumentError(f"--output {cli.output}: exists; choose another name, or remove it")
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", cli.max_shard_size):
         raise ArgumentError(f"--max_shard_size {cli.max_shard_size!r}: expected a size such as 500MB or 5GB")
+    if (cli.adapter / MANIFEST).exists():
+        try:
+            verify(cli.adapter)
+        except Damaged as damage:
+            raise ArgumentError(
+                f"--adapter {cli.adapter}: {damage}; copy it again, or give a checkpoint of the run (if you changed it "
+                f"yourself, remove its {MANIFEST})"
+            ) from None
     named = check_adapter(cli.adapter).get("base_model_name_or_path")
     base = cli.base or named
     if not cli.base and (not named or ".." in Path(named).parts or not Path(named).is_dir()):
@@ -64,9 +90,18 @@ def check(cli: argparse.Namespace) -> str:
             f"{cli.adapter / 'adapter_config.json'}: base_model_name_or_path is {named!r}, which is no folder here; "
             "give the base with --base, so that nothing but what you name is loaded"
         )
-    check_model(base)
-    config = find(base, "config.json")
-    quantised = config and read(config).get("quantization_config")
+    given = f"--base {base}" if cli.base else f"{cli.adapter / 'adapter_config.json'}: base_model_name_or_path {base}"
+    try:
+        check_model(base)
+        config = find(base, "config.json")
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"{given}: {error}") from error
+    if not config:
+        raise ArgumentError(
+            f"{given}: no config.json is to be had; give a folder with the model's files, or its hub name where the "
+            "hub can be reached"
+        )
+    quantised = read(config).get("quantization_config")
     if quantised and not (cli.from_4bit and quantised.get("load_in_4bit")):
         raise ArgumentError(
             f"{config}: the base is quantised, and a merge into rounded weights is not the model that full precision "

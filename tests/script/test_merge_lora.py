@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from component.checkpoint import seal
 from component.model import four_bit, load_adapter
 from script import merge_lora
 
@@ -149,6 +150,41 @@ def test_an_adapter_of_another_model_and_one_with_nan_are_refused(model_folder, 
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("fault", [OSError("not a repository, or no network"), ValueError("no name for the hub"), None])
+def test_a_wrong_base_is_a_fault_of_what_was_given(model_folder, adapter_folder, tmp_path, capsys, monkeypatch, fault):
+    def ask_the_hub(*_, **__):
+        if fault:
+            raise fault
+
+    monkeypatch.setattr("component.trust.cached_file", ask_the_hub)
+    usual = ("--adapter", adapter_folder(model_folder()), "--output", tmp_path / "merged")
+    said = str(fault or "no config.json is to be had; give a folder")
+    assert f"--base someone/nothing: {said}" in refusal(capsys, *usual, "--base", "someone/nothing")
+    (tmp_path / "empty").mkdir()
+    assert f"--base {tmp_path}/empty: no config.json" in refusal(capsys, *usual, "--base", tmp_path / "empty")
+    assert f"--base {tmp_path}/none: no folder" in refusal(capsys, *usual, "--base", tmp_path / "none")
+
+
+def test_a_damaged_adapter_is_refused(model_folder, adapter_folder, tmp_path, capsys):
+    adapter = adapter_folder(model_folder())
+    usual = ("--adapter", adapter, "--output", tmp_path / "merged")
+    seal(adapter, {})
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for damaged, message in {
+        whole[:-1] + bytes([whole[-1] ^ 1]): "adapter_model.safetensors has other contents than were written",
+        whole[:-1]: f"adapter_model.safetensors has {len(whole) - 1:,} bytes, not {len(whole):,}",
+    }.items():
+        weights.write_bytes(damaged)
+        assert f"--adapter {adapter}: {message}; copy it again" in refusal(capsys, *usual)
+    weights.unlink()
+    assert "adapter_model.safetensors is missing" in refusal(capsys, *usual)
+    assert not (tmp_path / "merged").exists()
+    weights.write_bytes(whole)
+    merge(*usual)
+    assert (tmp_path / "merged/model.safetensors").exists()
+
+
 def test_an_adapter_of_a_tied_head_is_refused(model_folder, adapter_folder, tmp_path, capsys):
     adapter = adapter_folder(
         model_folder("llama", tie_word_embeddings=True), task_type="CAUSAL_LM", target_modules=["lm_head"]
@@ -156,25 +192,26 @@ def test_an_adapter_of_a_tied_head_is_refused(model_folder, adapter_folder, tmp_
     assert "shares with its embedding" in refusal(capsys, "--adapter", adapter, "--output", tmp_path / "merged")
 
 
-# The program, killed at a moment such as "rename 1", before the first renaming, or "rename 2", after it.
+# The program, sent a signal at a moment such as "rename 1", before the first renaming, or "rename 2", after it.
 KILLED = """if True:
     import collections, os, signal, sys
-    import safetensors.torch, transformers.modeling_utils, transformers
+    import component.model, safetensors.torch, transformers.modeling_utils, transformers
     from script import merge_lora
-    counts, deadly = collections.Counter(), sys.argv.pop(1)
+    counts, deadly, signum = collections.Counter(), sys.argv.pop(1), int(sys.argv.pop(1))
     def watch(owner, name):
         call = getattr(owner, name)
         def pass_moment():
             counts[name] += 1
             print(f"moment {name} {counts[name]}", flush=True)
             if deadly == f"{name} {counts[name]}":
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signum)
         def watched(*args, **kwargs):
             pass_moment()
             result = call(*args, **kwargs)
             pass_moment()
             return result
         setattr(owner, name, watched)
+    watch(component.model, "from_pretrained")
     watch(os, "fsync"), watch(os, "rename")
     watch(transformers.PreTrainedModel, "save_pretrained")
     watch(transformers.PreTrainedTokenizerBase, "save_pretrained")
@@ -183,8 +220,8 @@ KILLED = """if True:
 """
 
 
-def run_killed(moment: str, options: tuple) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", KILLED, moment, *map(str, options)]
+def run_killed(moment: str, options: tuple, signum: int = signal.SIGKILL) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", KILLED, moment, *map(str, (int(signum), *options))]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -209,6 +246,19 @@ def test_a_killed_merge_leaves_all_or_nothing(chatglm_merge, moment):
     if not output.exists():
         merge(*options)
     assert is_whole(output, expected)
+    assert not list(output.parent.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["from_pretrained 1", "from_pretrained 4", "safe_save_file 2", "rename 2"])
+def test_an_interrupted_merge_says_so_in_one_line_and_leaves_all_or_nothing(chatglm_merge, moment, signum):
+    options, output, expected = chatglm_merge
+    done = run_killed(moment, options, signum)
+    assert done.returncode == 128 + signum
+    state = "is there" if moment == "rename 2" else "was not made"
+    assert done.stderr.splitlines()[-1] == f"{signal.Signals(signum).name}: stopped; {output} {state}"
+    assert "Traceback" not in done.stderr
+    assert is_whole(output, expected) if moment == "rename 2" else not output.exists()
     assert not list(output.parent.glob(".tmp-*"))
 
 
