@@ -18,8 +18,17 @@ from pathlib import Path
 from component.argument import ArgumentError, QLoRAArguments, load_arguments
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors repeat what was typed, which may be a token."""
+
+    def error(self, message: str):
+        from component.report import redact  # imports torch, which --help need not wait for
+
+        super().error(redact(message))
+
+
 def parse_command_line() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, epilog=describe_settings(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--train_args_file", required=True, metavar="FILE", help="JSON file with the settings")
@@ -57,6 +66,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     if cli.dry_run:
         show_run(args, training_args, data_format, tokenizer)
         return
+    logger.info(describe_update(training_args))
     identity = on_rank_zero(lambda: describe_run(args, training_args, data_format, tokenizer))
     with RunFolder(training_args.output_dir, identity) as folder:
         start = on_rank_zero(
@@ -171,13 +181,15 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
     train_dataset, _ = on_rank_zero(
         lambda: load_datasets(args, DATA_FORMATS[data_format], tokenizer, training_args.seed, output_dir=None)
     )
+    if int(os.environ.get("RANK", 0)):
+        return
     show_settings(args, training_args)
     print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")
     forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.pack_to != 0)
     if forward.layers:
         print(table(forward, args.pack_to or max(8192, args.max_seq_length), optimizer_bytes(training_args.optim)))
     steps = training_args.max_steps if args.streaming else count_steps(len(train_dataset), training_args)
-    print(f"{steps} steps. No weights were loaded.")
+    print(f"{describe_update(training_args)}\n{steps} steps. No weights were loaded.")
 
 
 def show_settings(args, training_args) -> None:
@@ -185,6 +197,15 @@ def show_settings(args, training_args) -> None:
     changed = {key: value for key, value in training_args.to_dict().items() if value != defaults.get(key)}
     for key, value in sorted((dataclasses.asdict(args) | changed).items()):
         print(f"{key:<32}{value}")
+
+
+def describe_update(training_args) -> str:
+    ranks, batch = training_args.world_size, training_args.per_device_train_batch_size
+    batches = training_args.gradient_accumulation_steps
+    return (
+        f"an update is {ranks * batch * batches} samples: {ranks} process{'es' * (ranks > 1)} x {batch} x {batches} "
+        "(per_device_train_batch_size x gradient_accumulation_steps)"
+    )
 
 
 def count_steps(rows: int, training_args) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_qlora
 from component.kernel import memory
 
 from .runs import ROWS, adapter, largest_difference, losses, write_rows
@@ -90,13 +91,15 @@ def test_length_grouping_is_exact_on_resume(job):
     assert largest_difference(whole, resumed) == 0
 
 
-def run_on_two_ranks(tmp_path: Path, settings: dict, program: str = "train_qlora.py") -> subprocess.CompletedProcess:
+def run_on_two_ranks(
+    tmp_path: Path, settings: dict, program: str = "train_qlora.py", *options: str
+) -> subprocess.CompletedProcess:
     """The command under torchrun; its output folder is tmp_path / "ranks"."""
     file = tmp_path / "ranks.json"
     file.write_text(json.dumps(settings | {"output_dir": str(tmp_path / "ranks")}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
     done = subprocess.run(
-        [*command, "--train_args_file", str(file)],
+        [*command, "--train_args_file", str(file), *options],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -115,6 +118,7 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
     assert losses(whole) == pytest.approx(losses(tmp_path / "ranks"), abs=1e-5)
     assert largest_difference(whole, tmp_path / "ranks") <= 1e-5
     assert done.stderr.count("training from the base model") == 1  # rank 0 alone speaks
+    assert done.stderr.count("an update is 4 samples: 2 processes x 2 x 1 (per_device_train_batch_size x") == 1
 
 
 def test_the_short_update_at_an_epochs_end_is_that_of_padded_batches(job, tmp_path):
@@ -239,10 +243,19 @@ def test_a_dry_run_shows_the_sample_and_the_steps_and_loads_no_weights(job, chec
         (checkpoint / "hidden").rename(weights)
     shown = capsys.readouterr().out
     assert "[gMASK]sop<|user|> \n Say 1<|assistant|>⟦ \n word </s>⟧" in shown
-    assert "6 steps. No weights were loaded." in shown
+    update = "an update is 4 samples: 1 process x 4 x 1 (per_device_train_batch_size x gradient_accumulation_steps)"
+    assert f"{update}\n6 steps. No weights were loaded." in shown
     assert "GPU memory by estimate, in GiB, with rows of 8,192 tokens: none " in shown
     assert re.search(r"lora_rank +4", shown)
     assert not folder.exists()
+
+
+def test_a_dry_run_of_two_ranks_is_shown_once(job, tmp_path):
+    job(dry_run=True, gradient_accumulation_steps=3)
+    shown = run_on_two_ranks(tmp_path, json.loads((tmp_path / "run.json").read_text()), "train_qlora.py", "--dry_run")
+    for line in ("lora_rank ", "One sample", "steps. No weights", "an update is 24 samples: 2 processes x 4 x 3 "):
+        assert shown.stdout.count(line) == 1, line
+    assert not (tmp_path / "ranks").exists()
 
 
 @pytest.mark.parametrize(
@@ -359,3 +372,15 @@ def test_help_comes_without_importing_torch():
     code = "import sys, train_qlora; train_qlora.describe_settings(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_an_unknown_option_is_named_without_the_token_that_it_holds(monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "canary-of-wandb")
+    options = ["--hub_token=hf_CanaryOfHuggingFace0000000000000000", "--key=canary-of-wandb"]
+    monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--train_args_file", "x.json", *options])
+    with pytest.raises(SystemExit) as stop:
+        train_qlora.main()
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert "unrecognized arguments: --hub_token=<token> --key=<WANDB_API_KEY>" in shown
+    assert "anary" not in shown
