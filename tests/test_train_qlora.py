@@ -346,6 +346,17 @@ def test_an_earlier_run_is_refused_and_on_request_moved_aside(job, capsys):
     assert all(torch.equal(before[name], kept[name]) for name in before)
 
 
+def test_a_run_that_is_done_trains_longer_by_the_schedule_of_its_new_length(job, capsys):
+    settings = {"lr_scheduler_type": "linear", "save_strategy": "steps", "learning_rate": 0.8}
+    job(**settings, max_steps=4)
+    folder = job(**settings, max_steps=8, resume_despite_changes=True)
+    assert "settings.max_steps: 4 then, 8 now" in capsys.readouterr().err
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    assert [*rates[:4], *rates[5:]] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.3, 0.2, 0.1])
+    assert [path.name.partition(".")[0] for path in (folder / "aside").iterdir()] == ["final"]
+
+
 def test_any_other_model_trains_in_fireflys_format(job, tmp_path, capsys):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
