@@ -8,6 +8,7 @@ max_seq_length=2048.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def inspect(cli: argparse.Namespace) -> None:
     if cli.html and (cli.html.is_symlink() or (cli.html.exists() and not cli.html.is_file())):
         raise DataError(f"--html {cli.html}: a link or no file; give the name of a file")
     given = {"model_name_or_path": cli.model, "train_file": cli.data}
-    given |= {} if cli.train_args_file else {"output_dir": "unused"}
+    given |= {} if cli.train_args_file else {"output_dir": os.devnull}
     overrides = [f"{key}={value}" for key, value in given.items() if value]
     args, _ = load_arguments(cli.train_args_file, [*overrides, *cli.overrides])
     data_format, _ = select_format(args.model_name_or_path, args.data_format)

@@ -29,6 +29,7 @@ def test_every_training_command_parses_and_its_settings_load(command):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words[words.index("train_qlora.py") :])
         patch.chdir(ROOT)
+        patch.setattr("component.argument.missing_folder", lambda name: None)  # of the demo, if it has not run
         cli = parse_command_line()
         from component.argument import load_arguments
 

@@ -353,7 +353,7 @@ def test_a_run_that_is_done_trains_longer_by_the_schedule_of_its_new_length(job,
     assert "settings.max_steps: 4 then, 8 now" in capsys.readouterr().err
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
-    assert [*rates[:4], *rates[5:]] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.3, 0.2, 0.1])
+    assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.4, 0.3, 0.2, 0.1])
     assert [path.name.partition(".")[0] for path in (folder / "aside").iterdir()] == ["final"]
 
 
