@@ -136,6 +136,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
 
     # 5. Results. The final adapter comes last: where it is, the run is done.
     picture, figures = folder.path / "loss.png", folder.path / "trainer_state.json"
+    on_rank_zero(folder.check_lock)
     on_rank_zero(lambda: write_results(trainer.state, figures, picture))
     final = trainer.save_final()
     now = f", {result.global_step - begun} of them now" * bool(begun)
@@ -181,7 +182,7 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
     train_dataset, _ = on_rank_zero(
         lambda: load_datasets(args, DATA_FORMATS[data_format], tokenizer, training_args.seed, output_dir=None)
     )
-    if int(os.environ.get("RANK", 0)):
+    if int(os.environ.get("RANK") or 0):
         return
     show_settings(args, training_args)
     print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")

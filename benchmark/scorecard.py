@@ -151,7 +151,7 @@ def run_tests(cases: list[Case], root: Path) -> dict[tuple[int, str], list[Check
     outcomes = {}
     for case in cases:
         checks = []
-        for node in set(case.tests) & set(nodes):
+        for node in [node for node in case.tests if node in nodes]:
             its = [test_check(item, log.stdout) for item in found if is_of(node, item)]
             checks += its or [Check(node, ["such a test"], log=log.stdout)]
         outcomes[case.number, PRODUCT] = checks

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
                     sync(path)
                 os.rename(temporary, folder)
                 sync(folder.parent)
-                os.unlink(lock.lock_file)  # whoever waits for it, or comes now, finds the folder
+                with suppress(OSError):
+                    os.unlink(lock.lock_file)  # whoever waits for it, or comes now, finds the folder
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     finally:

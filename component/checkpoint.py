@@ -22,7 +22,9 @@ from .cache import sync
 
 FINAL, MANIFEST, ASIDE = "final", "manifest.json", "aside"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-SHAPES = tuple(f"settings.{key}: " for key in ("lora_rank", "target_modules", "optim"))  # of what is kept: never other
+SHAPES = tuple(
+    f"settings.{key}: " for key in ("lora_rank", "target_modules", "optim", "lr_scheduler_type")
+)  # of what is kept: never other
 LAYOUT = tuple(f"settings.{key}: " for key in ("pack_to", "max_seq_length", "activation_checkpointing"))
 DIGEST = re.compile("[0-9a-f]{32}")
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")  # to continue at all
@@ -158,7 +160,9 @@ class RunFolder:
         """Of a folder that holds a run. Nothing is moved before it is clear that this run may continue."""
         given = None if resume in ("auto", True) else resume
         folders = [*self.finals(), *reversed(find_checkpoints(self.path))]
-        if given and not any(self.went_on_from(given, folder) for folder in folders):
+        if given and any(self.went_on_from(given, folder) for folder in folders):
+            logger.info(f"this run went on from {given} before, and goes on from its newest checkpoint now")
+        elif given:
             folders = [self.given_checkpoint(given)]
             self.origin = folders[0].name
         broken: dict[Path, str] = {}
@@ -200,10 +204,15 @@ class RunFolder:
             manifest = verify(folder, folder.name, deep=False)
         except Damaged:
             return False
-        return manifest.get("origin") == Path(given).name and not differences(manifest["run"], self.identity)
+        same = not differences(manifest["run"], self.identity)
+        return same and bool(manifest.get("origin")) and self.locate(given) == self.path / manifest["origin"]
+
+    def locate(self, given: str) -> Path:
+        """A checkpoint by its name here, or by a path."""
+        return self.path / given if given == Path(given).name else Path(given).expanduser().resolve()
 
     def given_checkpoint(self, path: str) -> Path:
-        checkpoint = self.path / path if path == Path(path).name else Path(path).expanduser().resolve()
+        checkpoint = self.locate(path)
         if checkpoint not in find_checkpoints(self.path):
             known = ", ".join(found.name for found in find_checkpoints(self.path)) or "none"
             raise CheckpointError(
@@ -216,8 +225,8 @@ class RunFolder:
         remedy = "\nSet these as they were, choose another output_dir, or begin anew with overwrite_output_dir=true"
         if find_checkpoints(self.path):
             remedy += (
-                "; resume_despite_changes=true goes on all the same, which another lora_rank, target_modules or optim "
-                "cannot"
+                "; resume_despite_changes=true goes on all the same, which another lora_rank, target_modules, optim or "
+                "lr_scheduler_type cannot"
             )
         return "\n  ".join([f"{folder} is of a run that is not this one:", *changes]) + remedy
 

@@ -64,9 +64,10 @@ class SFTDataset(Dataset):
         self.renderer = RowRenderer(self.render, checked(tokenizer, self.render), self.rules)
         workers = workers or len(os.sched_getaffinity(0))
         try:
-            key = self.key()
+            data = fingerprint(self.files)
+            key = fingerprint([data, *map(str, self.files), *identity(self.renderer)])
             folder = Path(cache_dir or default_cache_dir()).expanduser() / key
-            make_once(folder, lambda empty: self.prepare(workers, empty, key))
+            make_once(folder, lambda empty: self.prepare(workers, empty, data))
             self.store = TokenStore(folder)
         except OSError as error:
             raise DataError(
@@ -75,12 +76,9 @@ class SFTDataset(Dataset):
         if judged:
             judge(self.store.report, self.files, self.rules)
 
-    def key(self) -> str:
-        return fingerprint([*self.files, *map(str, self.files), *identity(self.renderer)])
-
-    def prepare(self, workers: int, folder: Path, key: str) -> None:
+    def prepare(self, workers: int, folder: Path, data: str) -> None:
         prepare(self.files, self.renderer, workers, folder)
-        if self.key() != key:
+        if fingerprint(self.files) != data:
             raise DataError(f"{self.files[0]}: the data changed while it was read; start again when it is complete")
 
     @property

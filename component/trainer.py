@@ -89,14 +89,16 @@ class LoRATrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
+            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The batches of an update, and its learned tokens. Packed rows, made of all its samples, are the last one."""
-        batches = list(islice(epoch_iterator, num_batches))
-        self.watch.deferred = (
-            True  # from here on; what came before, such as going past the samples seen, leaves at once
-        )
+        batches: list = []
+        if isinstance(self.train_dataset, IterableDataset):  # whose rows may be bad, on one rank alone
+            on_every_rank(lambda: batches.extend(islice(epoch_iterator, num_batches)))
+        else:
+            batches.extend(islice(epoch_iterator, num_batches))
         if batches and isinstance(batches[0], Samples):
             samples = self.share([sample for batch in batches for sample in batch.samples])
             self.update = [Samples(samples)]
@@ -105,7 +107,10 @@ class LoRATrainer(Trainer):
             self.update = batches
             batches = [[batch] for batch in batches]
         self.update_loss, self.loss_before = torch.zeros((), device=device), self._tr_loss.clone()
-        return batches, self._get_num_items_in_batch(batches, device)
+        num_items = self._get_num_items_in_batch(batches, device)
+        # Until all ranks have met here, also while they pass over the samples seen before, a signal leaves at once.
+        self.watch.deferred = True
+        return batches, num_items
 
     def share(self, samples: list[Sample]) -> list[Sample]:
         """This rank's part of an update's samples, of all ranks', with about as many tokens as every other's: ranks
@@ -239,6 +244,7 @@ class LoRATrainer(Trainer):
         batches = DataLoader(own, self.args.eval_batch_size, collate_fn=self.data_collator, generator=torch.Generator())
         rounds = -(-len(dataset) // (self.args.eval_batch_size * self.args.world_size))  # of the rank with most rows
         self.model.eval()
+        deferred, self.watch.deferred = self.watch.deferred, True
         totals = torch.zeros(2, device=self.args.device)
         with torch.no_grad():
             for batch in islice(chain(batches, repeat(None)), rounds):
@@ -248,6 +254,7 @@ class LoRATrainer(Trainer):
                         (self.summed_loss(self.model, part), torch.as_tensor(self.count(part)).to(totals))
                     )
                 self.leave_if_asked()  # the resumed run evaluates (Continuation)
+        self.watch.deferred = deferred
         totals = self.accelerator.reduce(totals, "sum")
         loss = (totals[0] / totals[1]).item()
         if not math.isfinite(loss):
@@ -272,20 +279,28 @@ class LoRATrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)  # as they are set now, not as the checkpoint has them
         if resume_from_checkpoint:
             saved = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
-            self.state.best_model_checkpoint = saved["best_model_checkpoint"]
-            self.check_best(self.best_checkpoint() or self.state.best_model_checkpoint)
+            if best := saved["best_model_checkpoint"]:
+                self.check_best(str(self.folder.path / Path(best).name))
         self.state.best_model_checkpoint = self.best_checkpoint()
         self.args.eval_on_start = self.args.eval_on_start and not self.state.global_step
         self.resumed_from, self.saved_step = resume_from_checkpoint, self.state.global_step
         return begun
 
+    def scores(self) -> dict[str, float]:
+        """Of the checkpoints that there may be, by evaluations."""
+        key = "eval_" + (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        return {f"checkpoint-{entry['step']}": entry[key] for entry in self.state.log_history if key in entry}
+
     def best_checkpoint(self, written: str = "") -> str | None:
-        """That of the best step or, where none was saved there, the best that was. The folder may have been moved."""
-        if self.folder is None:
-            return None
-        known = {written, *(path.name for path in find_checkpoints(self.folder.path))}
-        names = f"checkpoint-{self.state.best_global_step}", Path(self.state.best_model_checkpoint or "none").name
-        return next((str(self.folder.path / name) for name in names if name in known), None)
+        """Of those that were saved, or are about to be `written`; a step that was not saved may have been better."""
+
+        def choose() -> str | None:
+            known = {written, *(path.name for path in find_checkpoints(self.folder.path))}
+            scores = {name: score for name, score in self.scores().items() if name in known}
+            pick = max if self.args.greater_is_better else min
+            return str(self.folder.path / pick(scores, key=scores.get)) if scores else None
+
+        return on_rank_zero(choose) if self.folder and self.args.metric_for_best_model else None
 
     def check_best(self, path: str | None) -> None:
         """Raise StorageError if the model of this checkpoint is to be the final one, and it is not whole."""
@@ -346,13 +361,14 @@ class LoRATrainer(Trainer):
         if self.folder is None or step == self.saved_step:
             return
         name = f"checkpoint-{step}"
-        self.state.best_model_checkpoint = self.best_checkpoint(name)
+        before, self.state.best_model_checkpoint = self.state.best_model_checkpoint, self.best_checkpoint(name)
         on_every_rank(self.check_finite)
         self.fill(name, self.write_checkpoint)
         self.publish(name)
         self.saved_step = step
-        best = self.state.best_model_checkpoint
-        on_rank_zero(lambda: self.folder.rotate(self.args.save_total_limit, [Path(best)] if best else []))
+        # The one before is what the checkpoint before this one names, which stays.
+        best = [Path(path) for path in (before, self.state.best_model_checkpoint) if path]
+        on_rank_zero(lambda: self.folder.rotate(self.args.save_total_limit, best))
 
     def fill(self, name: str, write: Callable[[str], None]) -> None:
         """Have every rank write to the temporary folder of `name`; StorageError on all where one could not."""
@@ -433,7 +449,7 @@ class LoRATrainer(Trainer):
         if not checkpoint:
             return
         groups = self.optimizer.param_groups
-        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        scheduler = self.lr_scheduler
         was = groups[0]["lr"]
         for group, new in zip(groups, fresh, strict=True):
             group.update({key: new[key] for key in HYPERPARAMETERS if key in new})
@@ -450,8 +466,9 @@ class LoRATrainer(Trainer):
         best = self.state.best_model_checkpoint
         self.check_best(best)
         self._load_from_checkpoint(best)
-        score = f"{self.args.metric_for_best_model} {self.state.best_metric:.4f}"
-        logger.info(f"the final adapter is that of {Path(best).name}, the best that was saved: {score}")
+        name = Path(best).name
+        score = f"{self.args.metric_for_best_model} {self.scores()[name]:.4f}"
+        logger.info(f"the final adapter is that of {name}, the best that was saved: {score}")
         self.saved_step = self.state.global_step  # these are not the weights of the last step: no checkpoint of them
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -528,5 +545,5 @@ class Continuation(TrainerCallback):
         done = any(entry["step"] == state.global_step for entry in state.log_history if "eval_loss" in entry)
         if args.eval_strategy != "no" and due and not done and args.eval_delay <= delay:
             metrics = self.trainer._evaluate(None, None)
-            if self.trainer._determine_best_metric(metrics, None):
-                state.best_model_checkpoint = self.trainer.resumed_from
+            self.trainer._determine_best_metric(metrics, None)
+            state.best_model_checkpoint = self.trainer.best_checkpoint()

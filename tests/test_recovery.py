@@ -138,12 +138,25 @@ def scores(*values: float):
 
 
 def test_the_best_that_was_saved_is_kept_where_a_better_step_was_not(job, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(LoRATrainer, "evaluate", scores(3, 2, 1, 4, 5, 6))
+    monkeypatch.setattr(LoRATrainer, "evaluate", scores(3, 2, 1, 1.5, 5, 6))
     settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
     run = job(**settings | {"eval_steps": 1, "save_steps": 2, "save_total_limit": 2})
-    assert [path.name for path in find_checkpoints(run)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    assert all(map(torch.equal, adapter(run / "final").values(), adapter(run / "checkpoint-2").values()))
-    assert "the final adapter is that of checkpoint-2, the best that was saved: loss" in capsys.readouterr().err
+    assert [path.name for path in find_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
+    assert all(map(torch.equal, adapter(run / "final").values(), adapter(run / "checkpoint-4").values()))
+    assert "the final adapter is that of checkpoint-4, the best that was saved: loss 1.5" in capsys.readouterr().err
+
+
+def test_the_best_of_the_checkpoint_that_is_fallen_back_to_is_there(job, stopped, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LoRATrainer, "evaluate", scores(2, 3, 1, 4, 1, 4))
+    settings = {**SETTINGS, **BEST, "max_steps": 8, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
+    settings |= {"eval_steps": 2, "save_steps": 2, "save_total_limit": 2}
+    with at_call(6, LoRATrainer, "training_step", send(signal.SIGTERM)):
+        assert stopped(**settings) == 143
+    kept = [path.name for path in find_checkpoints(tmp_path / "run")]
+    assert kept == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    (tmp_path / "run/checkpoint-6/optimizer.pt").unlink()
+    job(**settings)
+    assert "continuing from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm", ["flipped", "gone"])

@@ -477,6 +477,18 @@ def test_data_that_changes_while_it_is_read_is_not_kept(tmp_path, tiny_tokenizer
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
+def test_a_tokenizer_that_was_saved_cutting_prepares_data_as_any_other(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "[UNK]": 2}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.enable_truncation(8)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="[UNK]")
+    file = write(tmp_path / "rows.jsonl", ROWS[:1])
+    assert len(SFTDataset(file, tokenizer, 100, cache_dir=tmp_path / "cache")) == 1
+
+
 # Several files, and streams
 
 
