@@ -1,4 +1,6 @@
-"""The operations of plain.py as Triton kernels, for CUDA. Same names, same arguments, same results up to rounding."""
+"""The operations of plain.py as Triton kernels, for CUDA: same names, same arguments, same results up to rounding, so
+that what they are is said there. A kernel says what one of its programs does.
+"""
 
 import torch
 import triton
@@ -27,6 +29,7 @@ def dequantize_kernel(
     packed_ptr, absmax_ptr, scales_ptr, steps_ptr, offset_ptr, code_ptr, out_ptr, width, stride,
     GROUP: tl.constexpr, OUTER: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
+    """2 * SIZE values of one row, which are SIZE bytes."""
     row = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1) * SIZE + tl.arange(0, SIZE)  # a byte is two values of one group
     inside = pair < width // 2
@@ -59,6 +62,7 @@ def rms_norm(
 def rms_norm_kernel(
     x_ptr, update_ptr, weight_ptr, out_ptr, total_ptr, width, stride, eps, ADDS: tl.constexpr, WIDTH: tl.constexpr
 ):
+    """One token, its whole width."""
     row = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, WIDTH)
     inside = columns < width
@@ -91,6 +95,7 @@ def rms_norm_backward(
 def rms_norm_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, residual_ptr, out_ptr, again_ptr, width, eps, ADDS: tl.constexpr, WIDTH: tl.constexpr
 ):
+    """One token, its whole width."""
     row = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, WIDTH)
     inside = columns < width
@@ -143,6 +148,7 @@ def rotate_kernel(
     HEADS: tl.constexpr,
     ANGLES: tl.constexpr,
 ):
+    """HEADS heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     angle = tl.arange(0, ANGLES)[None, :]
@@ -173,6 +179,7 @@ def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
 
 @triton.jit
 def swiglu_kernel(gate_up_ptr, out_ptr, width, stride, SIZE: tl.constexpr):
+    """SIZE columns of one token."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = columns < width
@@ -189,6 +196,7 @@ def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
 
 @triton.jit
 def swiglu_backward_kernel(grad_ptr, gate_up_ptr, width, SIZE: tl.constexpr):
+    """SIZE columns of one token."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = columns < width
@@ -232,6 +240,7 @@ def lora_down_kernel(
     x_ptr, down_ptr, out_ptr, tokens, width, rank, x_stride, out_stride, seed, limit, scale,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
+    """TOKENS rows and RANK columns of the output, over the whole width."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     ranks = tl.program_id(1) * RANK + tl.arange(0, RANK)
     x_rows = x_ptr + rows[:, None].to(tl.int64) * x_stride
@@ -271,6 +280,7 @@ def lora_down_grad_kernel(
     grad_ptr, x_ptr, sums_ptr, tokens, width, rank, seed, limit, scale, share,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
+    """RANK rows and WIDTH columns of one part's sum, over that part's `share` of the tokens."""
     columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
     first = tl.program_id(1) * share
@@ -317,6 +327,7 @@ def lora_input_grad_kernel(
     total_ptr, grad_ptr, down_ptr, tokens, width, rank, seed, limit, scale,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
+    """TOKENS rows and WIDTH columns of the total."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     ranks = tl.arange(0, RANK)
@@ -345,6 +356,7 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, vocab, stride, SIZE: tl.constexpr):
+    """One learned position: its loss, and then the gradient in place of its logits."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(targets_ptr + row)
