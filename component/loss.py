@@ -10,10 +10,10 @@ def learned_positions(target_mask: torch.Tensor) -> torch.Tensor:
 
 
 class TargetLMLoss:
-    """Cross-entropy of learned tokens, in float32."""
+    """Cross-entropy of learned tokens, each in float32."""
 
     def __call__(self, logits: torch.Tensor, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """The sum over learned tokens, a scalar. Unlearned positions are left out before the upcast.
+        """The sum over learned tokens, a float64 scalar. Unlearned positions are left out before the upcast.
 
         Args:
             logits: (batch, length, vocab); position t predicts token t + 1.
@@ -21,7 +21,8 @@ class TargetLMLoss:
             target_mask: (batch, length), 1 where a token is learned.
         """
         rows, positions = target_mask[:, 1:].nonzero(as_tuple=True)
-        return cross_entropy(logits[rows, positions].float(), input_ids[rows, positions + 1], reduction="sum")
+        losses = cross_entropy(logits[rows, positions].float(), input_ids[rows, positions + 1], reduction="none")
+        return losses.sum(dtype=torch.float64)
 
     def count(self, target_mask: torch.Tensor) -> torch.Tensor:
         """Learned tokens of each row, (batch,). The first token has nothing to predict it and is not counted."""

@@ -106,7 +106,8 @@ class LoRATrainer(Trainer):
         else:
             self.update = batches
             batches = [[batch] for batch in batches]
-        self.update_loss, self.loss_before = torch.zeros((), device=device), self._tr_loss.clone()
+        self.update_loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss_before = self._tr_loss.clone()
         num_items = self._get_num_items_in_batch(batches, device)
         # Until all ranks have met here, also while they pass over the samples seen before, a signal leaves at once.
         self.watch.deferred = True
@@ -144,7 +145,7 @@ class LoRATrainer(Trainer):
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of a padded batch, or of an update's packed rows; ranks meet in the last one."""
-        total = torch.zeros((), device=self.args.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for part in inputs:
             with nullcontext() if part is inputs[-1] else self.accelerator.no_sync(model):
                 total += super().training_step(model, part, num_items_in_batch)
@@ -245,7 +246,7 @@ class LoRATrainer(Trainer):
         rounds = -(-len(dataset) // (self.args.eval_batch_size * self.args.world_size))  # of the rank with most rows
         self.model.eval()
         deferred, self.watch.deferred = self.watch.deferred, True
-        totals = torch.zeros(2, device=self.args.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
             for batch in islice(chain(batches, repeat(None)), rounds):
                 parts = self.data_collator.rows(batch.samples) if isinstance(batch, Samples) else filter(None, [batch])

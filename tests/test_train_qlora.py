@@ -161,9 +161,9 @@ def test_ranks_wait_for_slow_data_longer_than_a_collective_may_take(job, tmp_pat
 
 def test_a_stream_trains_on_one_process_and_on_two(job, tmp_path):
     """One update of all rows, of which each rank has every other."""
-    settings = {"streaming": True, "max_steps": 2, "per_device_train_batch_size": len(ROWS), "optim": "sgd"}
+    settings = {"streaming": True, "max_steps": 3, "per_device_train_batch_size": len(ROWS), "optim": "sgd"}
     whole = job("whole", **settings)
-    assert len(losses(whole)) == 2
+    assert len(losses(whole)) == 3
     written = json.loads((tmp_path / "whole.json").read_text())
     run_on_two_ranks(tmp_path, written | {"per_device_train_batch_size": len(ROWS) // 2})
     assert losses(whole) == pytest.approx(losses(tmp_path / "ranks"), abs=1e-5)

@@ -8,7 +8,7 @@ LOGITS = 1 << 27  # elements of logits that exist at a time
 
 
 class HeadLoss(torch.autograd.Function):
-    """(hidden, learned, targets, norm, eps, head, ops, trains) to the summed cross-entropy, a float32 scalar.
+    """(hidden, learned, targets, norm, eps, head, ops, trains) to the summed cross-entropy, a float64 scalar.
 
     Args:
         hidden: (tokens, hidden_size), before the final norm.
@@ -32,7 +32,7 @@ class HeadLoss(torch.autograd.Function):
         trains: bool,
     ) -> torch.Tensor:
         chosen = hidden[learned]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grads = []
         for part, wanted in zip(
             *(values.split(max(LOGITS // len(head), 1)) for values in (chosen, targets)), strict=True

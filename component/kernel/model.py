@@ -27,7 +27,7 @@ class Unfused(ValueError):
 class PackedForward:
     """Replaces a model's forward for packed rows; a call without `targets` is the model's own.
 
-    A call returns the summed cross-entropy of a row's learned tokens, a float32 scalar, and takes what
+    A call returns the summed cross-entropy of a row's learned tokens, a float64 scalar, and takes what
     component.collator.PackingCollator makes: input_ids, position_ids (tokens,), ends (samples + 1,), longest, learned
     and targets (n,).
 
@@ -131,7 +131,7 @@ class PackedForward:
         logits = self.own_forward(
             input_ids=input_ids[None], position_ids=position_ids[None], logits_to_keep=learned, use_cache=False
         ).logits[0]
-        return cross_entropy(logits.float(), targets, reduction="sum")
+        return cross_entropy(logits.float(), targets, reduction="none").sum(dtype=torch.float64)
 
 
 def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:

@@ -143,10 +143,10 @@ def lora_input_grad_(
 
 
 def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The summed loss, float32; `logits` (learned, vocab) become its gradient."""
+    """The summed loss, float64; `logits` (learned, vocab) become its gradient."""
     wide = logits.float()
     log_total = wide.logsumexp(-1)
-    loss = (log_total - wide.gather(1, targets[:, None])[:, 0]).sum()
+    loss = (log_total - wide.gather(1, targets[:, None])[:, 0]).sum(dtype=torch.float64)
     logits.copy_((wide - log_total[:, None]).exp_())
     rows = torch.arange(len(targets), device=logits.device)
     logits[rows, targets] -= 1

@@ -351,7 +351,7 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     learned, vocab = logits.shape
     losses = logits.new_empty(learned, dtype=torch.float32)
     cross_entropy_kernel[(learned,)](logits, targets, losses, vocab, logits.stride(0), 4096, num_warps=16)
-    return losses.sum()
+    return losses.sum(dtype=torch.float64)
 
 
 @triton.jit
