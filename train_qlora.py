@@ -230,10 +230,7 @@ def main() -> None:
         with SignalWatch() as watch:
             run(cli, watch)
     except (Interrupted, Exception) as error:
-        # Inside an import, a library may have made something else of it.
-        if not isinstance(error, Interrupted) and (watch.deferred or not watch.received):
-            raise
-        stop = error if isinstance(error, Interrupted) else Interrupted(watch.received)
+        stop = watch.cause(error)
         if not watch.deferred:
             with suppress(OSError):
                 print(f"{stop}: stopped before training; the same command starts it", file=sys.stderr, flush=True)

@@ -93,11 +93,13 @@ class RunFolder:
         self.take()
         start = self.choose(resume, overwrite, despite_changes)
         for path in self.path.glob(".tmp-*"):
-            if path.name == f".tmp-{FINAL}" or re.fullmatch(r"\.tmp-checkpoint-\d+", path.name):
+            published = path.with_name(path.name.removeprefix(".tmp-"))
+            if published.name == FINAL or step_of(published) >= 0:
                 remove(path)
         return start
 
     def choose(self, resume: str | bool, overwrite: bool, despite_changes: bool) -> Start:
+        """Between what the folder holds, nothing, and an error."""
         held = [*find_checkpoints(self.path), *self.finals()]
         if held and overwrite and (resume is False or (resume == "auto" and self.is_to_be_left(despite_changes))):
             self.move_away()

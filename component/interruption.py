@@ -38,6 +38,18 @@ class SignalWatch:
         for signum, old in self.replaced.items():
             signal.signal(signum, old)
 
+    def cause(self, error: BaseException) -> Interrupted:
+        """The Interrupted that ended the block; within an import, a library may have made `error` of it.
+
+        Raises:
+            error: no signal came, or it was deferred and something else went wrong.
+        """
+        if isinstance(error, Interrupted):
+            return error
+        if self.deferred or not self.received:
+            raise error
+        return Interrupted(self.received)
+
     def handle(self, signum: int, frame) -> None:
         if os.getpid() != self.process:
             return

@@ -34,10 +34,7 @@ def main() -> None:
         with SignalWatch() as watch:
             run(cli)
     except (Interrupted, Exception) as error:
-        if not watch.received:
-            raise
-        # Inside an import, a library may have made something else of it.
-        stop = error if isinstance(error, Interrupted) else Interrupted(watch.received)
+        stop = watch.cause(error)
         state = "is there" if cli.output.exists() else "was not made"
         print(f"{stop}: stopped; {cli.output} {state}", file=sys.stderr, flush=True)
         os._exit(stop.exit_code)
