@@ -6,6 +6,7 @@ torchrun --nproc_per_node=N train_qlora.py --train_args_file FILE
 
 import argparse
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -266,6 +267,8 @@ def run(cli: argparse.Namespace, watch) -> None:
         train(cli, watch)
     except tuple(exit_codes) as error:
         exit_code = next(code for kind, code in exit_codes.items() if isinstance(error, kind))
+        if getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # also where data is prepared
+            exit_code = 4
         logger.error(error)
         if rank and TOLD not in getattr(error, "__notes__", ()):
             print(f"rank {rank}: {error}", file=sys.stderr)

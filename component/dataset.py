@@ -237,8 +237,11 @@ def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir
         if output_dir and part.store.report.bad:
             with_rejected[part.store.folder] = None
             path = Path(output_dir, "rejected.jsonl")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, b"".join((folder / "rejected.jsonl").read_bytes() for folder in with_rejected))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, b"".join((folder / "rejected.jsonl").read_bytes() for folder in with_rejected))
+            except OSError as error:
+                raise DataError(f"{path} could not be written ({error}); make room, or choose another") from error
             logger.warning(f"rejected rows and why: {path}")
         judge(part.store.report, part.files, rules)
         log_report(part.store.report, part.files, rules)

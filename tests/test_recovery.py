@@ -475,6 +475,17 @@ def test_a_full_disk_at_the_results_ends_with_4_and_a_picture_is_no_reason_to_st
     assert "loss.png could not be drawn" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("writer", ["prepare", "write_atomically"], ids=["prepared data", "rejected rows"])
+def test_a_full_disk_before_the_model_loads_ends_with_4(stopped, monkeypatch, capsys, writer):
+    def fail(*args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"component.dataset.{writer}", fail)
+    monkeypatch.setattr("component.model.load_model", lambda *args: pytest.fail("the model was loaded"))
+    assert stopped(rows=[*ROWS, {"conversations": []}], on_bad_row="skip") == 4
+    assert "No space left on device" in capsys.readouterr().err
+
+
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(stopped, capsys, monkeypatch):
     monkeypatch.setattr("component.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(LoRATrainer, "training_step", lambda *args: pytest.fail("a step was made"))
