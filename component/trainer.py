@@ -27,7 +27,8 @@ from .collator import Sample, Samples, spread
 from .distributed import gather, known_to_all, on_every_rank, on_rank_zero
 from .interruption import Interrupted, SignalWatch, outlive_signals
 from .loss import TargetLMLoss
-from .report import LossWatch, ProgressReport, quiet_transformers
+from .progress import LossWatch, ProgressReport
+from .report import quiet_transformers
 
 SHOWN_ROWS = 20  # of an update that has to be named
 HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "alpha")  # of an optimizer's groups

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
-    "trainer": {"checkpoint", "collator", "distributed", "interruption", "loss", "report"},
+    "trainer": {"checkpoint", "collator", "distributed", "interruption", "loss", "progress", "report"},
     "identity": {"cache", "model", "reader"},
     "kernel": {"chatglm"},
     "model": {"argument", "chatglm", "kernel", "trust"},
@@ -29,6 +29,7 @@ ALLOWED = {
     "distributed": set(),
     "interruption": set(),
     "loss": set(),
+    "progress": set(),
     "report": {"cache"},
 }
 # Of benchmark/step.py, of benchmark/scorecard.py, and of benchmark/overhead.py.
@@ -79,6 +80,14 @@ def test_light_parts_import_no_torch(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_logging_is_set_up_before_what_is_loud_at_its_import():
+    code = (
+        "import sys, component.report; print(sorted({'bitsandbytes', 'peft', 'transformers.trainer'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
 def test_parts_log_and_do_not_print():

@@ -20,7 +20,7 @@ import train_qlora
 from component.checkpoint import RunFolder, find_checkpoints, verify
 from component.dataset import StreamingSFTDataset
 from component.kernel.model import PackedForward
-from component.report import LossWatch
+from component.progress import LossWatch
 from component.trainer import LoRATrainer
 
 from .runs import ROWS, adapter, largest_difference, losses, write_rows
