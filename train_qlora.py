@@ -16,14 +16,15 @@ from contextlib import suppress
 from multiprocessing import active_children
 from pathlib import Path
 
-from component.argument import ArgumentError, QLoRAArguments, load_arguments
+from component.settings.load import load_arguments
+from component.settings.schema import ArgumentError, QLoRAArguments
 
 
 class Parser(argparse.ArgumentParser):
     """Its errors repeat what was typed, which may be a token."""
 
     def error(self, message: str):
-        from component.report import redact  # imports torch, which --help need not wait for
+        from component.run.log import redact  # imports torch, which --help need not wait for
 
         super().error(redact(message))
 
@@ -52,11 +53,12 @@ def train(cli: argparse.Namespace, watch) -> None:
     # torch and transformers take seconds to import, which --help need not wait for.
     from loguru import logger
 
-    from component.checkpoint import FINAL, RunFolder
-    from component.dataset import select_format
-    from component.distributed import on_rank_zero
-    from component.identity import describe_run
+    from component.data.dataset import select_format
     from component.model import load_tokenizer
+    from component.run.folder import RunFolder
+    from component.run.ranks import on_rank_zero
+    from component.run.resume import FINAL
+    from component.train.identity import describe_run
 
     args, training_args = load_arguments(cli.train_args_file, cli.overrides)
     data_format, reason = select_format(args.model_name_or_path, args.data_format)
@@ -86,16 +88,17 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     from loguru import logger
     from transformers import set_seed
 
-    from component.checkpoint import step_of
-    from component.collator import PackingCollator, SFTDataCollator
-    from component.dataset import DATA_FORMATS, load_datasets
-    from component.distributed import on_rank_zero
+    from component.data.dataset import DATA_FORMATS
+    from component.data.load import load_datasets
     from component.kernel.memory import fit, optimizer_bytes
     from component.kernel.model import PackedForward
-    from component.loss import TargetLMLoss
     from component.model import attach_lora, load_model
-    from component.report import parameter_table
-    from component.trainer import LoRATrainer
+    from component.run.ranks import on_rank_zero
+    from component.run.resume import step_of
+    from component.train.batch import PackingCollator, SFTDataCollator
+    from component.train.loss import TargetLMLoss
+    from component.train.report import parameter_table
+    from component.train.trainer import LoRATrainer
 
     # 1. Data
     train_dataset, eval_dataset = on_rank_zero(
@@ -149,9 +152,9 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
 def write_results(state, figures: Path, picture: Path) -> None:
     from loguru import logger
 
-    from component.cache import write_atomically
-    from component.checkpoint import StorageError
-    from component.report import plot_loss
+    from component.run.files import write_atomically
+    from component.run.folder import StorageError
+    from component.train.report import plot_loss
 
     try:
         write_atomically(figures, json.dumps(dataclasses.asdict(state), indent=2).encode())
@@ -173,12 +176,13 @@ def peak_memory() -> str:
 
 def show_run(args, training_args, data_format: str, tokenizer) -> None:
     """What a dry run prints: settings, a sample, memory by estimate, steps."""
-    from component.dataset import DATA_FORMATS, load_datasets
-    from component.distributed import on_rank_zero
+    from component.data.dataset import DATA_FORMATS
+    from component.data.load import load_datasets
     from component.kernel.memory import optimizer_bytes, table
     from component.kernel.model import PackedForward
     from component.model import sketch_model
-    from component.report import render_sample
+    from component.run.ranks import on_rank_zero
+    from component.train.report import render_sample
 
     train_dataset, _ = on_rank_zero(
         lambda: load_datasets(args, DATA_FORMATS[data_format], tokenizer, training_args.seed, output_dir=None)
@@ -223,7 +227,7 @@ def count_steps(rows: int, training_args) -> int:
 
 def main() -> None:
     cli = parse_command_line()
-    from component.interruption import Interrupted, SignalWatch, die_with_parent
+    from component.run.process import Interrupted, SignalWatch, die_with_parent
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         die_with_parent()
@@ -245,7 +249,7 @@ def leave(exit_code: int) -> None:
 
 def run(cli: argparse.Namespace, watch) -> None:
     """Train, and turn what can go wrong into a line and an exit code."""
-    from component.report import configure_logging
+    from component.run.log import configure_logging
 
     rank = int(os.environ.get("RANK") or 0)
     configure_logging(rank)  # before libraries are imported that have something to say
@@ -253,11 +257,11 @@ def run(cli: argparse.Namespace, watch) -> None:
     import torch.distributed as dist
     from loguru import logger
 
-    from component.checkpoint import CheckpointError, StorageError
-    from component.conversation import DataError
-    from component.distributed import TOLD
+    from component.data.conversation import DataError
     from component.kernel.memory import DoesNotFit
-    from component.trainer import NumericError
+    from component.run.folder import CheckpointError, StorageError
+    from component.run.ranks import TOLD
+    from component.train.trainer import NumericError
 
     exit_codes = {NumericError: 3, StorageError: 4} | dict.fromkeys(
         (ArgumentError, CheckpointError, DataError, DoesNotFit), 2

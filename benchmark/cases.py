@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmark.faults import PRODUCT, STOCK, Lab, Run, kill, make_model, make_rows, write_rows
 
-TRAINER = {PRODUCT: "component.trainer.LoRATrainer", STOCK: "transformers.Trainer"}
-FORWARD = {PRODUCT: "component.trainer.LoRATrainer.summed_loss", STOCK: "transformers.Trainer.compute_loss"}
+TRAINER = {PRODUCT: "component.train.trainer.LoRATrainer", STOCK: "transformers.Trainer"}
+FORWARD = {PRODUCT: "component.train.trainer.LoRATrainer.summed_loss", STOCK: "transformers.Trainer.compute_loss"}
 UPDATE = "transformers.Trainer.training_step"  # once an update here, since four samples are one row
 TWO_RANKS = {"ranks": 2, "per_device_train_batch_size": 2}
 
@@ -120,22 +120,22 @@ SAVE_CALLS = {
         *(
             (f"{when} {name}", {"at": at, "after": when == "after", "match": "checkpoint-6"})
             for name, at in {
-                "the folder": "component.checkpoint.RunFolder.begin",
+                "the folder": "component.run.folder.RunFolder.begin",
                 "the adapter": "peft.PeftModel.save_pretrained",
                 "the tokenizer": "transformers.PreTrainedTokenizerBase.save_pretrained",
-                "optimizer.pt": "component.trainer.LoRATrainer._save_optimizer_and_scheduler",
-                "the random states": "component.trainer.LoRATrainer._save_rng_state",
+                "optimizer.pt": "component.train.trainer.LoRATrainer._save_optimizer_and_scheduler",
+                "the random states": "component.train.trainer.LoRATrainer._save_rng_state",
                 "trainer_state.json": "transformers.TrainerState.save_to_json",
-                "the manifest": "component.checkpoint.seal",
+                "the manifest": "component.run.folder.seal",
                 "the rename": "os.rename",
             }.items()
             for when in ("before", "after")
         ),
-        ("between two fsyncs", {"at": "component.checkpoint.sync", "match": "checkpoint-6", "nth": 4}),
-        ("before rotation", {"at": "component.checkpoint.RunFolder.rotate", "nth": 3}),
+        ("between two fsyncs", {"at": "component.run.manifest.sync", "match": "checkpoint-6", "nth": 4}),
+        ("before rotation", {"at": "component.run.folder.RunFolder.rotate", "nth": 3}),
         ("rotation, renamed", {"at": "os.rename", "match": ".tmp-checkpoint-3", "nth": 2, "after": True}),
         ("rotation, half deleted", {"at": "os.unlink", "match": "optimizer.pt"}),
-        ("after rotation", {"at": "component.checkpoint.RunFolder.rotate", "nth": 3, "after": True}),
+        ("after rotation", {"at": "component.run.folder.RunFolder.rotate", "nth": 3, "after": True}),
     ],
     STOCK: [
         (f"after {name}", {"at": f"transformers.Trainer.{call}", "match": "checkpoint-6", "after": True})
@@ -310,7 +310,7 @@ def stale_checkpoint(lab: Lab) -> Iterator[Check]:
     folder = stopped(lab, "run", 5).folder
     (folder / "checkpoint-999").mkdir()
     settings = {"save_total_limit": 1}
-    rotate = {PRODUCT: "component.checkpoint.RunFolder.rotate", STOCK: "transformers.trainer.rotate_checkpoints"}
+    rotate = {PRODUCT: "component.run.folder.RunFolder.rotate", STOCK: "transformers.trainer.rotate_checkpoints"}
     faults = [{"at": rotate[lab.program], "do": "equal times", "folder": str(folder)}, *killed(UPDATE, nth=5)]
     run = lab.run("run", faults, resume_from_checkpoint=str(folder / "checkpoint-3"), **settings)
     expected = {"6 kept": "6" in kept(folder).split(", "), "999 not kept": "999" not in kept(folder)}
@@ -321,10 +321,10 @@ def stale_checkpoint(lab: Lab) -> Iterator[Check]:
 FINAL_CALLS = [
     (f"{when} {name}", {"at": at, "after": when == "after", "match": "final"})
     for name, at in {
-        "the folder": "component.checkpoint.RunFolder.begin",
+        "the folder": "component.run.folder.RunFolder.begin",
         "the adapter": "peft.PeftModel.save_pretrained",
         "the tokenizer": "transformers.PreTrainedTokenizerBase.save_pretrained",
-        "the manifest": "component.checkpoint.seal",
+        "the manifest": "component.run.folder.seal",
         "the rename": "os.rename",
     }.items()
     for when in ("before", "after")
@@ -507,10 +507,10 @@ def term_in_forward(lab: Lab) -> Iterator[Check]:
 
 STAGES = {
     "load": {"at": "component.model.load_model"},
-    "tokenise": {"at": "component.dataset.prepare", "after": True},
+    "tokenise": {"at": "component.data.dataset.prepare", "after": True},
     "step": {"at": FORWARD[PRODUCT], "nth": 5},
-    "eval": {"at": "component.trainer.LoRATrainer.evaluate"},
-    "save": {"at": "component.trainer.LoRATrainer._save_rng_state", "match": "checkpoint-6"},
+    "eval": {"at": "component.train.trainer.LoRATrainer.evaluate"},
+    "save": {"at": "component.train.trainer.LoRATrainer._save_rng_state", "match": "checkpoint-6"},
     "export": {"at": "peft.PeftModel.save_pretrained", "match": ".tmp-final"},
 }
 
@@ -681,7 +681,7 @@ def bad_row_and_odd_rows(lab: Lab) -> Iterator[Check]:
 
 def slow_rank_zero(lab: Lab) -> Iterator[Check]:
     seconds, timeout = (90, 30) if lab.share == 1 else (12, 4)
-    fault = {"at": "component.dataset.prepare", "rank": 0, "do": "sleep", "seconds": seconds}
+    fault = {"at": "component.data.dataset.prepare", "rank": 0, "do": "sleep", "seconds": seconds}
     settings = {"ddp_timeout": timeout, "cache_dir": str(lab.folder / "cache")}
     run = lab.start("run", [fault], **settings, **TWO_RANKS).wait(240)
     waited = {"data_seconds": seconds, "timeout_seconds": timeout}
@@ -704,11 +704,11 @@ def restarts(lab: Lab) -> Iterator[Check]:
         yield exactly(lab, f"try {number + 1}", again, lab.reference(**TWO_RANKS), **facts)
 
 
-READER, DATASET, FORMATS = (f"tests/component/test_{name}.py" for name in ("reader", "dataset", "formats"))
-TEMPLATE, CHAT_TEMPLATE = "tests/component/test_template.py", "tests/component/test_chat_template.py"
+READER, DATASET, FORMATS = (f"tests/component/data/test_{name}.py" for name in ("reader", "dataset", "formats"))
+TEMPLATE, CHAT_TEMPLATE = "tests/component/data/test_render.py", "tests/component/data/test_chat_template.py"
 JOB, ARGUMENT, MEMORY = (
     "tests/test_train_qlora.py",
-    "tests/component/test_argument.py",
+    "tests/component/settings/test_load.py",
     "tests/component/kernel/test_memory.py",
 )
 BAD_LINE = f"{READER}::test_a_bad_line_is_named_and_the_next_is_read"

@@ -85,9 +85,9 @@ def train_plain(settings: dict) -> list[float]:
     from transformers import Trainer, set_seed
 
     from benchmark.variants import collate
-    from component.argument import load_arguments
-    from component.dataset import select_dataset
+    from component.data.dataset import select_dataset
     from component.model import attach_lora, load_model, load_tokenizer
+    from component.settings.load import load_arguments
 
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     args, training_args = load_arguments(None, [*overrides, "compute_dtype=float32"])

@@ -1,6 +1,6 @@
 """Runs of the real command with faults at exact points of it, and what two runs differ in: for benchmark/scorecard.py.
 
-FAULTS='[{"at": "component.checkpoint.seal", "do": "kill"}]' RECORD=FILE python benchmark/faults.py train_qlora ...
+FAULTS='[{"at": "component.run.folder.seal", "do": "kill"}]' RECORD=FILE python benchmark/faults.py train_qlora ...
 
 starts train_qlora.main() with faults. One strikes at the `nth` call [1] of the function `at` (before it, or `after` it)
 of those that have `match` in an argument that is text or a path; on rank `rank` [all]; with `once`, only where that
@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 RANK = int(os.environ.get("RANK", 0))
 PRODUCT, STOCK = "train_qlora", "benchmark.stock"
-TRAINERS = {PRODUCT: "component.trainer.LoRATrainer", STOCK: "transformers.Trainer"}
+TRAINERS = {PRODUCT: "component.train.trainer.LoRATrainer", STOCK: "transformers.Trainer"}
 
 
 def main(module: str, *arguments: str) -> None:
@@ -96,7 +96,7 @@ def record_updates(trainer: type) -> None:
 
 
 def token_ids(batches: list) -> list[list[int]]:
-    """Of each sample, without padding, whether batches are padded ones or component.collator.Samples."""
+    """Of each sample, without padding, whether batches are padded ones or component.train.batch.Samples."""
     ids = []
     for batch in batches:
         if hasattr(batch, "samples"):
@@ -369,7 +369,7 @@ class Lab:
 
     def reference(self, ranks: int = 0, **changes) -> Path:
         """The folder of an uninterrupted run, made once for all cases; its batches are in `batches.json` beside it."""
-        from component.cache import fingerprint, make_once
+        from component.run.files import fingerprint, make_once
 
         def make(temporary: Path) -> None:
             run = self.start(temporary / "run", ranks=ranks, **changes).wait()
@@ -442,7 +442,7 @@ def run_in_fork(arguments: list[str], environment: dict[str, str], log_file: Pat
 
 
 def load_libraries() -> None:
-    """What forks have from this process; component.interruption, which knows its process, is not among it."""
+    """What forks have from this process; component.run.process, which knows its process, is not among it."""
     import accelerate  # noqa: F401
     import bitsandbytes  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
@@ -451,7 +451,7 @@ def load_libraries() -> None:
     import transformers
     import transformers.trainer  # noqa: F401
 
-    import component.dataset
+    import component.data.dataset
     import component.kernel.model
     import component.model  # noqa: F401
 

@@ -71,7 +71,7 @@ def work(folder: Path) -> None:
     import torch
     from transformers import Trainer, TrainerCallback
 
-    import component.trainer
+    import component.train.trainer
 
     class Clock(TrainerCallback):
         ends: list[float] = []
@@ -85,7 +85,7 @@ def work(folder: Path) -> None:
         def on_train_end(self, args, state, control, **kwargs):
             (folder / "ends.json").write_text(json.dumps(self.ends))
 
-    class Watched(component.trainer.LoRATrainer):
+    class Watched(component.train.trainer.LoRATrainer):
         if os.environ["OVERHEAD_KIND"] == UNCHECKED:
             _get_grad_norm = Trainer._get_grad_norm
 
@@ -93,7 +93,7 @@ def work(folder: Path) -> None:
             super().__init__(*args, **kwargs)
             self.add_callback(Clock())
 
-    component.trainer.LoRATrainer = Watched
+    component.train.trainer.LoRATrainer = Watched
     sys.argv = ["train_qlora.py", "--train_args_file", str(folder / "settings.json")]
     runpy.run_path(str(ROOT / "train_qlora.py"), run_name="__main__")
 

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from transformers import AutoTokenizer
 
 import component.chatglm  # noqa: F401  registers ChatGLM with the Auto classes
-from component.dataset import select_dataset
-from component.formats import parse_row
-from component.reader import read_rows
+from component.data.dataset import select_dataset
+from component.data.formats import parse_row
+from component.data.reader import read_rows
 
 PLAIN_ROWS = 20_000
 

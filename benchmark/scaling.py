@@ -210,7 +210,7 @@ def work(folder: Path) -> None:
     import torch
     from transformers import TrainerCallback
 
-    import component.trainer
+    import component.train.trainer
     from benchmark.common import peak_memory
 
     class Clock(TrainerCallback):
@@ -234,12 +234,12 @@ def work(folder: Path) -> None:
             figures |= {"started": float(os.environ["SCALING_STARTED"])}
             (folder / f"rank{args.process_index}.json").write_text(json.dumps(figures))
 
-    class Watched(component.trainer.LoRATrainer):
+    class Watched(component.train.trainer.LoRATrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.add_callback(Clock(self))
 
-    component.trainer.LoRATrainer = Watched
+    component.train.trainer.LoRATrainer = Watched
     sys.argv = ["train_qlora.py", "--train_args_file", str(folder / "settings.json")]
     runpy.run_path(str(ROOT / "train_qlora.py"), run_name="__main__")
 

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 
 from benchmark.common import ACCUMULATION, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, figures, make_tokenizer, measure
-from component.collator import PackingCollator
 from component.kernel.memory import fit
 from component.kernel.model import PackedForward
-from component.loss import TargetLMLoss
-from component.trainer import LoRATrainer
+from component.train.batch import PackingCollator
+from component.train.loss import TargetLMLoss
+from component.train.trainer import LoRATrainer
 
 
 def seed(run: Run, grouped: bool = False) -> dict:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from . import chatglm  # noqa: F401  registers ChatGLM2/3 with the Auto classes
-from .argument import ArgumentError, QLoRAArguments
+from .settings.schema import ArgumentError, QLoRAArguments
 from .trust import check_adapter, check_model
 
 

@@ -13,18 +13,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from component.report import configure_logging
+from component.run.log import configure_logging
 
 configure_logging(rank=0)  # before peft, whose import is not quiet
 
 from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from component.argument import ArgumentError
-from component.conversation import Conversation, DataError
-from component.formats import read_conversations
+from component.data.conversation import Conversation, DataError
+from component.data.formats import read_conversations
+from component.data.messages import TOOLS_PROMPT
 from component.model import from_pretrained, load_adapter
-from component.template import TOOLS_PROMPT
+from component.settings.schema import ArgumentError
 from component.trust import check_adapter
 
 

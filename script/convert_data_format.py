@@ -22,9 +22,9 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from component.conversation import DataError
-from component.formats import ROW_FORMATS, detect_format
-from component.reader import Unreadable, find_files, read_rows
+from component.data.conversation import DataError
+from component.data.formats import ROW_FORMATS, detect_format
+from component.data.reader import Unreadable, find_files, read_rows
 
 OUTPUTS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 

@@ -28,9 +28,9 @@ def main() -> None:
     if not cli.train_args_file and not (cli.data and cli.model):
         parser.error("give --train_args_file, or --data and --model")
 
-    from component.argument import ArgumentError
-    from component.conversation import DataError
-    from component.report import configure_logging
+    from component.data.conversation import DataError
+    from component.run.log import configure_logging
+    from component.settings.schema import ArgumentError
 
     configure_logging(rank=0)
     sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
@@ -44,12 +44,13 @@ def main() -> None:
 def inspect(cli: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from component.argument import load_arguments
-    from component.cache import write_atomically
-    from component.conversation import DataError
-    from component.dataset import DATA_FORMATS, rules_of, select_format
-    from component.inspection import Inspection
+    from component.data.conversation import DataError
+    from component.data.dataset import DATA_FORMATS, select_format
+    from component.data.inspection import Inspection
+    from component.data.load import rules_of
     from component.model import load_tokenizer
+    from component.run.files import write_atomically
+    from component.settings.load import load_arguments
 
     if cli.html and (cli.html.is_symlink() or (cli.html.exists() and not cli.html.is_file())):
         raise DataError(f"--html {cli.html}: a link or no file; give the name of a file")

@@ -16,8 +16,8 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from component.formats import read_conversations
-from component.template import chatglm3_messages
+from component.data.formats import read_conversations
+from component.data.render import chatglm3_messages
 
 
 def texts_of(path: Path) -> list[str]:

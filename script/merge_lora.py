@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--from_4bit", action="store_true", help="merge into the base's 4-bit values, as in training")
     cli = parser.parse_args()
 
-    from component.interruption import Interrupted, SignalWatch
+    from component.run.process import Interrupted, SignalWatch
 
     try:
         with SignalWatch() as watch:
@@ -42,14 +42,14 @@ def main() -> None:
 
 def run(cli: argparse.Namespace) -> None:
     """Merge, and turn what can go wrong into a line and an exit code."""
-    from component.report import configure_logging
+    from component.run.log import configure_logging
 
     configure_logging(rank=0)  # before peft, whose import is not quiet
 
     from loguru import logger
     from safetensors import SafetensorError
 
-    from component.argument import ArgumentError
+    from component.settings.schema import ArgumentError
 
     try:
         merge(cli, check(cli))
@@ -64,8 +64,8 @@ def run(cli: argparse.Namespace) -> None:
 
 def check(cli: argparse.Namespace) -> str:
     """The base to merge into, after all that can be refused before a weight is read."""
-    from component.argument import ArgumentError
-    from component.checkpoint import MANIFEST, Damaged, verify
+    from component.run.manifest import MANIFEST, Damaged, verify
+    from component.settings.schema import ArgumentError
     from component.trust import check_adapter, check_model, find, read
 
     if cli.output.exists() or cli.output.is_symlink():
@@ -112,9 +112,9 @@ def merge(cli: argparse.Namespace, base: str) -> None:
     from loguru import logger
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from component.argument import ArgumentError
-    from component.cache import make_once
     from component.model import four_bit, from_pretrained, load_adapter
+    from component.run.files import make_once
+    from component.settings.schema import ArgumentError
 
     def fill(folder: Path) -> None:
         dtype = getattr(torch, cli.dtype)

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train_qlora
-from component.argument import QLoRAArguments
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from component.model import attach_lora
+from component.settings.schema import QLoRAArguments
 from script.make_tiny_model import train_tokenizer
 
 from .runs import ROWS, write_rows

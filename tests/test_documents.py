@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from component.argument import RENAMED_KEYS, QLoRAArguments
+from component.settings.legacy import RENAMED_KEYS
+from component.settings.schema import QLoRAArguments
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
@@ -29,9 +30,9 @@ def test_every_training_command_parses_and_its_settings_load(command):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words[words.index("train_qlora.py") :])
         patch.chdir(ROOT)
-        patch.setattr("component.argument.missing_folder", lambda name: None)  # of the demo, if it has not run
+        patch.setattr("component.settings.load.missing_folder", lambda name: None)  # of the demo, if it has not run
         cli = parse_command_line()
-        from component.argument import load_arguments
+        from component.settings.load import load_arguments
 
         overrides = [text for text in cli.overrides if not text.startswith("model_name_or_path=")]
         assert load_arguments(cli.train_args_file, overrides)[0].lora_rank == 64

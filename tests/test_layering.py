@@ -1,6 +1,7 @@
 """Who may import whom, read from the source (docs/architecture.md)."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,29 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = {
-    "trainer": {"checkpoint", "collator", "distributed", "interruption", "loss", "progress", "report"},
-    "identity": {"cache", "model", "reader"},
+ROOMS = {  # room: the rooms that it imports
+    "train": {"data", "model", "run"},
     "kernel": {"chatglm"},
-    "model": {"argument", "chatglm", "kernel", "trust"},
-    "trust": {"argument"},
-    "inspection": {"dataset", "preprocessing", "reader", "conversation"},
-    "dataset": {"preprocessing", "cache", "formats", "reader", "template", "conversation"},
-    "preprocessing": {"formats", "reader", "template", "conversation"},
-    "formats": {"reader", "template", "conversation"},
-    "reader": {"conversation"},
-    "template": {"conversation"},
-    "cache": set(),
-    "argument": set(),
+    "data": {"run"},
+    "model": {"chatglm", "settings", "trust"},
+    "trust": {"settings"},
+    "settings": set(),
     "chatglm": set(),
-    "checkpoint": {"cache"},
-    "collator": {"loss"},
-    "conversation": set(),
-    "distributed": set(),
-    "interruption": set(),
-    "loss": set(),
-    "progress": set(),
-    "report": {"cache"},
+    "run": set(),
 }
 # Of benchmark/step.py, of benchmark/scorecard.py, and of benchmark/overhead.py.
 BENCHMARK_PARTS = ("benchmark.common", "benchmark.variants", "benchmark.faults", "benchmark.cases", "benchmark.scaling")
@@ -52,14 +39,37 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("component/**/*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_parts_import_downward_only(path):
-    if path == ROOT / "component/__init__.py":
-        assert path.read_text() == ""
-        return
-    room = path.relative_to(ROOT / "component").parts[0].removesuffix(".py")
-    siblings = {name.split(".")[1] for name in imports(path) if name.startswith("component.")} - {room}
-    assert siblings <= ALLOWED[room]
+def rooms() -> dict[str, set[Path]]:
+    """The files of each room: a folder of component/, or a file there."""
+    found: dict[str, set[Path]] = {}
+    for path in ROOT.glob("component/**/*.py"):
+        if path != ROOT / "component/__init__.py":
+            found.setdefault(path.relative_to(ROOT / "component").parts[0].removesuffix(".py"), set()).add(path)
+    return found
+
+
+def test_each_room_imports_the_rooms_below_it_and_no_other():
+    found = {
+        room: {name.split(".")[1] for path in paths for name in imports(path) if name.startswith("component.")} - {room}
+        for room, paths in rooms().items()
+    }
+    assert found == ROOMS
+    assert (ROOT / "component/__init__.py").read_text() == ""
+
+
+def test_no_files_import_one_another_in_a_circle():
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in ROOT.glob("component/**/*.py")
+    }
+
+    def imported(path: Path) -> set[str]:
+        names = imports(path)
+        return {file for file in files if file in names or any(name.rpartition(".")[0] == file for name in names)}
+
+    graph = {file: imported(path) - {file} for file, path in files.items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    assert len(order) == len(files)
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
@@ -70,11 +80,12 @@ def test_programs_import_parts_and_never_one_another(path):
 
 
 def test_a_conversation_needs_the_standard_library_alone():
-    assert {name.split(".")[0] for name in imports(ROOT / "component/conversation.py")} <= sys.stdlib_module_names
+    assert {name.split(".")[0] for name in imports(ROOT / "component/data/conversation.py")} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(
-    "module", ["component.formats", "component.reader", "component.template", "component.argument"]
+    "module",
+    ["component.data.formats", "component.data.reader", "component.data.render", "component.settings.load"],
 )
 def test_light_parts_import_no_torch(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
@@ -83,9 +94,8 @@ def test_light_parts_import_no_torch(module):
 
 
 def test_logging_is_set_up_before_what_is_loud_at_its_import():
-    code = (
-        "import sys, component.report; print(sorted({'bitsandbytes', 'peft', 'transformers.trainer'} & {*sys.modules}))"
-    )
+    loud = "{'bitsandbytes', 'peft', 'transformers.trainer'}"
+    code = f"import sys, component.run.log; print(sorted({loud} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 

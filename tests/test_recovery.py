@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 import train_qlora
-from component.checkpoint import RunFolder, find_checkpoints, verify
-from component.dataset import StreamingSFTDataset
+from component.data.stream import StreamingSFTDataset
 from component.kernel.model import PackedForward
-from component.progress import LossWatch
-from component.trainer import LoRATrainer
+from component.run.folder import RunFolder
+from component.run.manifest import verify
+from component.run.resume import find_checkpoints
+from component.train.progress import LossWatch
+from component.train.trainer import LoRATrainer
 
 from .runs import ROWS, adapter, largest_difference, losses, write_rows
 
@@ -262,7 +264,7 @@ def test_the_sampler_is_told_the_epoch_through_all_that_skips_and_shares_its_bat
     from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
     from torch.utils.data import BatchSampler
 
-    from component.trainer import LengthGroupedSampler, set_epoch
+    from component.train.sampler import LengthGroupedSampler, set_epoch
 
     def batches(epoch: int) -> list[list[int]]:
         sampler = BatchSampler(LengthGroupedSampler(range(40), 4, seed=1), 4, drop_last=False)
@@ -467,27 +469,27 @@ def test_a_full_disk_at_the_results_ends_with_4_and_a_picture_is_no_reason_to_st
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("component.cache.write_atomically", fill)
+        patch.setattr("component.run.files.write_atomically", fill)
         assert stopped(**SETTINGS) == 4
     assert "trainer_state.json could not be written" in capsys.readouterr().err
-    monkeypatch.setattr("component.report.plot_loss", lambda *args: fill(*args))
+    monkeypatch.setattr("component.train.report.plot_loss", lambda *args: fill(*args))
     assert (job(**SETTINGS) / "final").exists()
     assert "loss.png could not be drawn" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("writer", ["prepare", "write_atomically"], ids=["prepared data", "rejected rows"])
+@pytest.mark.parametrize("writer", ["dataset.prepare", "load.write_atomically"], ids=["prepared data", "rejected rows"])
 def test_a_full_disk_before_the_model_loads_ends_with_4(stopped, monkeypatch, capsys, writer):
     def fail(*args) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"component.dataset.{writer}", fail)
+    monkeypatch.setattr(f"component.data.{writer}", fail)
     monkeypatch.setattr("component.model.load_model", lambda *args: pytest.fail("the model was loaded"))
     assert stopped(rows=[*ROWS, {"conversations": []}], on_bad_row="skip") == 4
     assert "No space left on device" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(stopped, capsys, monkeypatch):
-    monkeypatch.setattr("component.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("component.run.folder.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(LoRATrainer, "training_step", lambda *args: pytest.fail("a step was made"))
     assert stopped(**SETTINGS) == 4
     assert "1000" not in (message := capsys.readouterr().err)

@@ -142,9 +142,9 @@ def test_ranks_may_have_different_numbers_of_rows(job, tmp_path):
 
 SLOW_RENDERING = """if True:
     import sys, time
-    import component.preprocessing as preprocessing, train_qlora
-    fit = preprocessing.RowRenderer.fit
-    preprocessing.RowRenderer.fit = lambda *args: (time.sleep(1), fit(*args))[1]
+    import component.data.prepare as prepare, train_qlora
+    fit = prepare.RowRenderer.fit
+    prepare.RowRenderer.fit = lambda *args: (time.sleep(1), fit(*args))[1]
     train_qlora.main()
 """
 
@@ -181,7 +181,7 @@ def test_a_rank_that_should_not_save_writes_nothing(tmp_path):
     from types import SimpleNamespace
     from unittest.mock import Mock
 
-    from component.trainer import LoRATrainer
+    from component.train.trainer import LoRATrainer
 
     for should_save in (False, True):
         rank = Mock(args=SimpleNamespace(should_save=should_save))
@@ -202,7 +202,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(job):
 
 
 def test_evaluation_weighs_every_learned_token_alike(job, tmp_path, checkpoint):
-    from component.dataset import ChatGLM3SFTDataset
+    from component.data.dataset import ChatGLM3SFTDataset
 
     file = write_rows(tmp_path / "eval.jsonl", ROWS[:7])
     folder = job(

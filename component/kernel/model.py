@@ -28,8 +28,8 @@ class PackedForward:
     """Replaces a model's forward for packed rows; a call without `targets` is the model's own.
 
     A call returns the summed cross-entropy of a row's learned tokens, a float64 scalar, and takes what
-    component.collator.PackingCollator makes: input_ids, position_ids (tokens,), ends (samples + 1,), longest, learned
-    and targets (n,).
+    component.train.batch.PackingCollator makes: input_ids, position_ids (tokens,), ends (samples + 1,), longest,
+    learned and targets (n,).
 
     Args:
         model: with its adapter. Its causal LM's `forward` is replaced on the instance.

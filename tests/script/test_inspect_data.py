@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from component.chatglm import ChatGLMTokenizer
-from component.dataset import ChatGLM3SFTDataset
-from component.inspection import Inspection, visible
+from component.data.dataset import ChatGLM3SFTDataset
+from component.data.inspection import Inspection, visible
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "</script><img src=x onerror=alert(1)>"

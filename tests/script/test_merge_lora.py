@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from component.checkpoint import seal
 from component.model import four_bit, load_adapter
+from component.run.manifest import seal
 from script import merge_lora
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from component.dataset import ChatGLM3SFTDataset
-from component.inspection import Inspection
+from component.data.dataset import ChatGLM3SFTDataset
+from component.data.inspection import Inspection
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")

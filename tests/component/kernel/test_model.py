@@ -9,14 +9,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, OPTConfig
 
 import component.kernel
-from component.collator import PackingCollator, SFTDataCollator
 from component.kernel import attention, plain
 from component.kernel.attention import Bounds, choose_attention
 from component.kernel.layer import CHECKPOINTING
 from component.kernel.memory import fit
 from component.kernel.model import PackedForward, choose_ops
-from component.loss import TargetLMLoss
 from component.model import find_linear_names
+from component.train.batch import PackingCollator, SFTDataCollator
+from component.train.loss import TargetLMLoss
 
 from .conftest import gradients, make_model, make_samples
 

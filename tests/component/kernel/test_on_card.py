@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from component.collator import PackingCollator
 from component.kernel import attention
 from component.kernel.attention import Bounds
 from component.kernel.layer import CHECKPOINTING
 from component.kernel.memory import fit
 from component.kernel.model import PackedForward
+from component.train.batch import PackingCollator
 
 from .conftest import gradients, make_model, make_samples
 

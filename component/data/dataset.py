@@ -1,0 +1,176 @@
+"""Training data: one class for each conversation format, and the table that picks one."""
+
+import inspect
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ..run.files import default_cache_dir, fingerprint, make_once
+from . import chat_template, conversation, formats, messages, reader, render
+from . import prepare as preparing
+from .chat_template import render_chat_template
+from .conversation import DataError
+from .prepare import RowRenderer, checked, item, prepare
+from .reader import find_files
+from .render import render_chatglm2, render_chatglm3, render_firefly
+from .rules import DataRules, judge
+from .store import TokenStore
+
+Source = str | Path | list[str] | list[Path]
+
+
+class SFTDataset(Dataset):
+    """Firefly's format. All rows are read, checked and rendered when the dataset is made, or found in the cache.
+
+    An item is a dict of int lists of one length, at most `max_seq_length`: `input_ids`, `attention_mask` (ones) and
+    `target_mask` (1: this token is learned). Items are made anew at each access.
+
+    Args:
+        source: a file of rows in any format of component.data.formats, a folder, a glob, or a list of these.
+        tokenizer: of the model to be trained.
+        max_seq_length: in tokens.
+        cache_dir: folder of rendered data; by default `$XDG_CACHE_HOME/luciole` or `~/.cache/luciole`.
+        workers: processes that render; by default one for each core.
+        judged: raise where too many rows are bad; else `judge` is left to the caller.
+        rules: the other fields of DataRules.
+
+    Raises:
+        DataError: bad rows (file, line, field), too many of them, or no row left to learn from.
+    """
+
+    render = staticmethod(render_firefly)
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer,
+        max_seq_length: int,
+        *,
+        cache_dir: str | Path | None = None,
+        workers: int | None = None,
+        judged: bool = True,
+        **rules,
+    ):
+        self.files = find_files(source)
+        self.rules = DataRules(max_seq_length, **rules)
+        self.renderer = RowRenderer(self.render, checked(tokenizer, self.render), self.rules)
+        workers = workers or len(os.sched_getaffinity(0))
+        try:
+            data = fingerprint(self.files)
+            key = fingerprint([data, *map(str, self.files), *identity(self.renderer)])
+            folder = Path(cache_dir or default_cache_dir()).expanduser() / key
+            make_once(folder, lambda empty: self.prepare(workers, empty, data))
+            self.store = TokenStore(folder)
+        except OSError as error:
+            raise DataError(
+                f"{error}; the data must be readable, and cache_dir a folder with room in which files can be written"
+            ) from error
+        if judged:
+            judge(self.store.report, self.files, self.rules)
+
+    def prepare(self, workers: int, folder: Path, data: str) -> None:
+        prepare(self.files, self.renderer, workers, folder)
+        if fingerprint(self.files) != data:
+            raise DataError(f"{self.files[0]}: the data changed while it was read; start again when it is complete")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample."""
+        return np.diff(self.store.ends, prepend=0)
+
+    def place(self, index: int) -> str:
+        """`file:line` of a sample."""
+        number, line = self.store.place(index)
+        return f"{self.files[number]}:{line}"
+
+    def find(self, input_ids: list[int]) -> str | None:
+        """`file:line` of the first sample of these tokens."""
+        for index in np.flatnonzero(self.lengths == len(input_ids)).tolist():
+            if np.array_equal(self.store[index][0], input_ids):
+                return self.place(index)
+        return None
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        input_ids, target_mask = self.store[index]
+        return item(input_ids.tolist(), target_mask.tolist())
+
+
+class ChatGLM2SFTDataset(SFTDataset):
+    """Firefly's rows as ChatGLM2's rounds."""
+
+    render = staticmethod(render_chatglm2)
+
+
+class ChatGLM3SFTDataset(SFTDataset):
+    """ChatGLM3's messages, with system prompts, `tools` and function calls."""
+
+    render = staticmethod(render_chatglm3)
+
+
+class ChatTemplateSFTDataset(SFTDataset):
+    """The text of the tokenizer's own chat template."""
+
+    render = staticmethod(render_chat_template)
+
+
+DATA_FORMATS: dict[str, type[SFTDataset]] = {
+    "chatglm2": ChatGLM2SFTDataset,
+    "chatglm3": ChatGLM3SFTDataset,
+    "firefly": SFTDataset,
+    "chat_template": ChatTemplateSFTDataset,
+}
+
+
+def identity(renderer: RowRenderer) -> list[str | Path]:
+    """All that decides how a row is rendered: the rules that do, the tokenizer as it would be saved, this program and
+    the libraries."""
+    with tempfile.TemporaryDirectory() as folder:
+        renderer.tokenizer.save_pretrained(folder)
+        files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        saved = [part for path in files for part in (path.name, fingerprint([path]))]
+    rules = {key: value for key, value in asdict(renderer.rules).items() if key not in ("on_bad_row", "max_bad_share")}
+    modules = (conversation, formats, reader, preparing, messages, render, chat_template)
+    modules = (*modules, inspect.getmodule(type(renderer.tokenizer)))
+    program = [fingerprint([Path(module.__file__)]) for module in modules]
+    libraries = map(version, ("transformers", "tokenizers", "sentencepiece"))
+    return [renderer.render.__name__, json.dumps(rules), *saved, *program, *libraries]
+
+
+def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:
+    """Which of DATA_FORMATS to train with, and why.
+
+    `data_format` decides if given; else `chatglm2` or `chatglm3` in the name (any case; the last one in a path), else
+    Firefly's.
+
+    Raises:
+        DataError: an unknown `data_format`, or a folder whose config.json is ChatGLM's under a name that is not.
+    """
+    if data_format is not None:
+        if data_format not in DATA_FORMATS:
+            raise DataError(f"data_format is {data_format!r}; expected one of {', '.join(DATA_FORMATS)}")
+        return data_format, "data_format says so"
+    name = model_name_or_path.lower()
+    found = max(("chatglm2", "chatglm3"), key=name.rfind)
+    if found in name:
+        return found, f"model_name_or_path contains {found!r}"
+    config = Path(model_name_or_path, "config.json")
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "chatglm":
+        raise DataError(
+            f"{config} is a ChatGLM's, but {model_name_or_path!r} contains neither 'chatglm2' nor 'chatglm3': set "
+            "data_format to chatglm2 or chatglm3 (for GLM-4 take its transformers checkpoint, glm-4-9b-chat-hf)"
+        )
+    return "firefly", "model_name_or_path contains neither 'chatglm2' nor 'chatglm3'"
+
+
+def select_dataset(model_name_or_path: str, data_format: str | None = None) -> type[SFTDataset]:
+    """The dataset class for a model, see `select_format`."""
+    return DATA_FORMATS[select_format(model_name_or_path, data_format)[0]]

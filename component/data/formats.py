@@ -1,0 +1,623 @@
+"""The rows that exist in the world, to a Conversation and back: Firefly, ChatGLM3, OpenAI, ShareGPT, Alpaca, Glaive.
+
+A parser raises DataError naming the field. A writer calls `lost(what)` for everything that its format has no place for,
+and raises DataError where the row would say something else. Every format is described in docs/data_format.md.
+"""
+
+import contextlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .conversation import Conversation, DataError, Turn, describe, take
+from .messages import as_text, chat_messages, question_answer_pairs, wrap_tools
+from .reader import load_json, read_rows
+
+Lost = Callable[[str], None]
+
+
+# Firefly: {"conversation": [{"human": text, "assistant": text}]}, for ChatGLM2 too
+
+
+def parse_firefly(row: dict) -> Conversation:
+    turns = []
+    for i, exchange in enumerate(take(row, "conversation", list)):
+        place = f"conversation[{i}]"
+        require_object(exchange, place, "human and assistant")
+        turns.append(Turn("user", take(exchange, "human", str, place)))
+        turns.append(Turn("assistant", take(exchange, "assistant", str, place), learned=True))
+    return Conversation(tuple(turns))
+
+
+def write_firefly(conversation: Conversation, lost: Lost) -> dict:
+    pairs, system = as_pairs(conversation, "firefly", lost)
+    if system:
+        raise DataError("has a system turn, for which Firefly's rows have no place")
+    return {"conversation": [{"human": human, "assistant": assistant} for human, assistant in pairs]}
+
+
+def as_pairs(conversation: Conversation, name: str, lost: Lost) -> tuple[list[tuple[str, str]], str]:
+    """Questions with their answers, and the system prompt before them. Raises DataError for any other order."""
+    has_system = bool(conversation.turns) and conversation.turns[0].role == "system"
+    system = conversation.turns[0].content if has_system else ""
+    spoken = replace(conversation, turns=conversation.turns[has_system:])
+    pairs = question_answer_pairs(spoken, name, remedy="convert it to another format")
+    if not pairs:
+        raise DataError("has no question with an answer; remove the row")
+    if has_system and not system:
+        lost("an empty system prompt")
+    if not all(answer.learned for _, answer in pairs):
+        lost("loss=false of an answer")
+    return [(question.content, answer.content) for question, answer in pairs], system
+
+
+# ChatGLM3: {"tools": any, "conversations": [{"role": …}]}
+
+
+def parse_chatglm3(row: dict) -> Conversation:
+    turns = [parse_turn(turn, f"conversations[{i}]") for i, turn in enumerate(take(row, "conversations", list))]
+    for i, turn in enumerate(turns):
+        if turn.joined and (i == 0 or turns[i - 1].role not in ("assistant", "tool")):
+            raise DataError(f"conversations[{i}].joined: there is no answer or call before it; remove it")
+    return Conversation(tuple(turns), row.get("tools"))
+
+
+def parse_turn(turn: Any, place: str) -> Turn:
+    """A turn of ChatGLM3's rows. Raises DataError, which names the field under `place`."""
+    require_object(turn, place, "role")
+    role = take(turn, "role", str, place)
+    if role in ("system", "user"):
+        return Turn(role, take(turn, "content", str, place))
+    if role not in ("assistant", "tool"):
+        raise DataError(f"{place}.role is {role!r}; expected system, user, assistant or tool")
+    learned = flag(turn, "loss", place, default=True)
+    if role == "assistant":
+        return Turn(role, take(turn, "content", str, place), learned)
+    parameters = take(turn, "parameters", dict, place)
+    for key in parameters:
+        if not key.isidentifier():
+            raise DataError(f"{place}.parameters: {key!r} cannot be a keyword argument; rename it")
+    identity = take(turn, "id", str, place) if "id" in turn else ""
+    return Turn(
+        role,
+        learned=learned,
+        name=function_name(take(turn, "name", str, place), f"{place}.name"),
+        parameters=parameters,
+        observation=turn.get("observation"),
+        observed="observation" in turn,
+        id=identity,
+        joined=flag(turn, "joined", place, default=False),
+    )
+
+
+def write_chatglm3(conversation: Conversation, lost: Lost) -> dict:
+    """A row of ChatGLM3: a call and its result are one turn of the role `tool`."""
+    turns = []
+    for turn in conversation.turns:
+        if turn.role == "tool":
+            for key in turn.parameters:
+                if not key.isidentifier():
+                    raise DataError(f"the parameter {key!r} of {turn.name} cannot be a Python keyword argument")
+            written = {"role": "tool", "name": turn.name, "parameters": turn.parameters}
+            written |= {"observation": turn.observation} if turn.observed else {}
+            written |= {"id": turn.id} if turn.id else {}
+        else:
+            written = {"role": turn.role, "content": turn.content}
+        if turn.role in ("assistant", "tool") and not turn.learned:
+            written["loss"] = False
+        turns.append(written | ({"joined": True} if turn.joined else {}))
+    tools = {} if conversation.tools is None else {"tools": conversation.tools}
+    return tools | {"conversations": turns}
+
+
+# OpenAI: {"tools": […], "messages": [{"role": …}]}
+
+
+def parse_openai(row: dict) -> Conversation:
+    """Messages of OpenAI's chat API, `tool_calls` and `tool_call_id` included. Raises DataError for the first fault."""
+    turns: list[Turn] = []
+    pending: dict[int, str] = {}  # calls without a result yet: place in turns to id
+    for i, message in enumerate(take(row, "messages", list)):
+        place = f"messages[{i}]"
+        require_object(message, place, "role")
+        role = take(message, "role", str, place)
+        if role in ("tool", "function"):
+            answer_call(turns, pending, message.get("tool_call_id"), content_of(message, place), place)
+            continue
+        if role not in ("system", "developer", "user", "assistant"):
+            raise DataError(f"{place}.role is {role!r}; expected system, developer, user, assistant or tool")
+        pending = {}
+        if role != "assistant":
+            turns.append(Turn("system" if role == "developer" else role, content_of(message, place)))
+            continue
+        calls = parse_calls(message, place)
+        learned = is_learned(message, place)
+        text = content_of(message, place, optional=bool(calls))
+        if given(message, "reasoning_content"):  # as the templates of reasoning models have it
+            reasoning = take(message, "reasoning_content", str, place).strip()
+            text = f"<think>\n{reasoning}\n</think>\n\n{text}"
+        if text or not calls:
+            turns.append(Turn("assistant", text, learned))
+        for call in calls:
+            joined = bool(text) or call is not calls[0]
+            pending[len(turns)] = call.id
+            turns.append(replace(call, learned=learned, joined=joined))
+    key = "functions" if row.get("tools") is None else "tools"  # the older name
+    return Conversation(tuple(turns), unwrap_tools(row.get(key), key))
+
+
+def answer_call(turns: list[Turn], pending: dict[int, str], identity: Any, text: str, place: str) -> None:
+    """Give the result to the call of that id, or to the first that waits where the message names none."""
+    waiting = [at for at, known in pending.items() if identity in (None, "") or known == identity]
+    if not waiting:
+        named = f" with the id {describe(identity)}" if identity else ""
+        raise DataError(f"{place}: answers no call{named} of the message before; give that call, or remove the result")
+    del pending[waiting[0]]
+    turns[waiting[0]] = replace(turns[waiting[0]], observation=text, observed=True)
+
+
+def parse_calls(message: dict, place: str) -> list[Turn]:
+    """The calls of an assistant's message, by `tool_calls` or the older `function_call`."""
+    if message.get("tool_calls") in (None, []):
+        legacy = message.get("function_call")
+        return [] if legacy is None else [parse_call(legacy, f"{place}.function_call")]
+    found = []
+    for i, call in enumerate(take(message, "tool_calls", list, place)):
+        here = f"{place}.tool_calls[{i}]"
+        require_object(call, here, "function")
+        turn = parse_call(call.get("function", call), f"{here}.function")
+        found.append(replace(turn, id=take(call, "id", str, here) if call.get("id") is not None else ""))
+    if len({turn.id for turn in found if turn.id}) < sum(bool(turn.id) for turn in found):
+        raise DataError(f"{place}.tool_calls: two calls have one id; give each its own")
+    return found
+
+
+def parse_call(call: Any, place: str) -> Turn:
+    """`{"name", "arguments"}`, the arguments an object or its JSON."""
+    require_object(call, place, "name and arguments")
+    name = function_name(take(call, "name", str, place), f"{place}.name")
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = from_json(arguments or "{}", f"{place}.arguments")
+    if not isinstance(arguments, dict):
+        raise DataError(f"{place}.arguments must be an object, got {describe(arguments)}")
+    return Turn("tool", name=name, parameters=arguments, learned=True)
+
+
+def content_of(message: dict, place: str, optional: bool = False) -> str:
+    content = message.get("content")
+    if content is None and optional:
+        return ""
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise DataError(f"{place}.content: holds a part that is no text; only text can be learned")
+        return "".join(part["text"] for part in content)
+    return take(message, "content", str, place)
+
+
+def write_openai(conversation: Conversation, lost: Lost) -> dict:
+    """A row of OpenAI's messages; a call and its result are two of them, joined by an id."""
+    messages, tools = chat_messages(conversation)
+    lose_empty_answers(conversation, lost)
+    for message in messages:
+        identities = [call["id"] for call in message.get("tool_calls", ())]
+        if len(set(identities)) < len(identities):
+            raise DataError("has calls in one message that share an id; give each its own")
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        if "tool_calls" in message:
+            message["content"] = message["content"] or None
+        flags = set(message.pop("learned", (True,)))
+        if len(flags) > 1:
+            lost("loss=false of a part of a message")
+        if flags == {False}:
+            message["weight"] = 0
+    if any(turn.observed and not isinstance(turn.observation, str) for turn in conversation.turns):
+        lost("the type of a result: written as its JSON")
+    if tools is None and conversation.tools is not None:
+        lost("tools that are no function descriptions: written as the system message that ChatGLM3 shows")
+    elif tools is not None and unwrap_tools(tools, "tools") != conversation.tools:
+        lost("the form of tools")
+    return {"messages": messages} if tools is None else {"tools": tools, "messages": messages}
+
+
+def unwrap_tools(tools: Any, place: str) -> list | None:
+    """OpenAI's `{"type": "function", "function": {…}}` to the bare descriptions that ChatGLM3 shows."""
+    if isinstance(tools, str):
+        tools = from_json(tools, place) if tools.strip() else None
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"{place} must be a list of functions, got {describe(tools)}")
+    return [
+        tool["function"] if isinstance(tool, dict) and tool.keys() == {"type", "function"} else tool for tool in tools
+    ]
+
+
+# ShareGPT: {"system": text, "tools": list or its JSON, "conversations": [{"from": …, "value": text}]}
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "call",
+    "observation": "result",
+    "tool": "result",
+    "function_response": "result",
+}
+
+
+def parse_sharegpt(row: dict) -> Conversation:
+    """ShareGPT's `from` and `value`, with `function_call` and `observation`. Raises DataError for the first fault."""
+    turns = [Turn("system", take(row, "system", str))] if given(row, "system") else []
+    pending: dict[int, str] = {}
+    for i, message in enumerate(take(row, "conversations", list)):
+        place = f"conversations[{i}]"
+        require_object(message, place, "from and value")
+        source = take(message, "from", str, place)
+        role = SHAREGPT_ROLES.get(source)
+        if role is None:
+            raise DataError(f"{place}.from is {source!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
+        value = take(message, "value", str, place)
+        learned = is_learned(message, place)
+        if role == "result":
+            answer_calls(turns, pending, value, place)
+            continue
+        pending = {}
+        if role == "call":
+            calls = from_json(value, f"{place}.value")
+            if calls == []:
+                raise DataError(f"{place}.value: holds no call; remove the message")
+            for j, call in enumerate(calls if isinstance(calls, list) else [calls]):
+                pending[len(turns)] = ""
+                turns.append(replace(parse_call(call, f"{place}.value"), learned=learned, joined=j > 0))
+        else:
+            turns.append(Turn(role, value, learned and role == "assistant"))
+    return Conversation(tuple(turns), unwrap_tools(row.get("tools"), "tools"))
+
+
+def answer_calls(turns: list[Turn], pending: dict[int, str], value: str, place: str) -> None:
+    """One observation for one call, or for several a JSON list with one result each."""
+    results: Any = None
+    if len(pending) > 1:
+        with contextlib.suppress(DataError):  # it is text, perhaps such that begins as a list does
+            results = load_json(value)
+    if not isinstance(results, list) or len(results) != len(pending):
+        results = [value]
+    for result in results:
+        answer_call(turns, pending, None, result, place)
+
+
+def write_sharegpt(conversation: Conversation, lost: Lost) -> dict:
+    """A row of ShareGPT."""
+    messages: list[dict] = []
+    for group in grouped(conversation.turns):
+        calls = [turn for turn in group if turn.role == "tool"]
+        for turn in group:
+            if turn.role != "tool":
+                name = {"user": "human", "assistant": "gpt"}.get(turn.role, turn.role)
+                messages.append({"from": name, "value": turn.content} | unlearned([turn], lost))
+        if calls:
+            if len(group) > len(calls):
+                lost("that an answer's text and its calls are one message")
+            if any(call.id for call in calls):
+                lost("the ids of calls")
+            written = [{"name": call.name, "arguments": call.parameters} for call in calls]
+            value = json.dumps(written if len(calls) > 1 else written[0], ensure_ascii=False)
+            messages.append({"from": "function_call", "value": value} | unlearned(calls, lost))
+            messages += [{"from": "observation", "value": value} for value in results_of(calls, lost)]
+    row: dict[str, Any] = {"conversations": messages}
+    if conversation.tools is not None:
+        if not isinstance(conversation.tools, list):
+            raise DataError("has tools that are no list, for which ShareGPT's rows have no place")
+        if unwrap_tools(conversation.tools, "tools") != conversation.tools:
+            lost("the form of tools")
+        row["tools"] = json.dumps(conversation.tools, ensure_ascii=False)
+    return row
+
+
+def results_of(calls: list[Turn], lost: Lost) -> list[str]:
+    """Each call's result, or for parallel calls one JSON list, so that none can be taken for another's."""
+    observed = [call for call in calls if call.observed]
+    if not observed:
+        return []
+    if len(calls) == 1:
+        if not isinstance(calls[0].observation, str):
+            lost("the type of a result: written as its JSON")
+        return [as_text(calls[0].observation)]
+    if len(observed) < len(calls):
+        raise DataError("has parallel calls of which only some have results, which ShareGPT's rows cannot say")
+    return [json.dumps([call.observation for call in calls], ensure_ascii=False)]
+
+
+def lose_empty_answers(conversation: Conversation, lost: Lost) -> None:
+    if any(
+        not one.content and one.role != "tool" and two.joined for one, two in itertools.pairwise(conversation.turns)
+    ):
+        lost("an empty answer before a call")
+
+
+def unlearned(turns: list[Turn], lost: Lost) -> dict:
+    flags = {turn.learned for turn in turns if turn.role in ("assistant", "tool")}
+    if len(flags) > 1:
+        lost("loss=false of one call among others")
+    return {"loss": False} if False in flags else {}
+
+
+def grouped(turns: tuple[Turn, ...]) -> list[list[Turn]]:
+    """Turns by the message that they are written in."""
+    groups: list[list[Turn]] = []
+    for turn in turns:
+        if turn.joined and groups:
+            groups[-1].append(turn)
+        else:
+            groups.append([turn])
+    return groups
+
+
+# Alpaca: {"instruction": text, "input": text, "output": text, "system": text, "history": [[text, text]]}
+
+
+def parse_alpaca(row: dict) -> Conversation:
+    turns = [Turn("system", take(row, "system", str))] if given(row, "system") else []
+    for i, pair in enumerate(take(row, "history", list) if given(row, "history") else []):
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise DataError(f"history[{i}] must be [question, answer], got {describe(pair)}")
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1], learned=True)]
+    question = take(row, "instruction", str)
+    if given(row, "input"):
+        question += "\n" + take(row, "input", str)
+    return Conversation((*turns, Turn("user", question), Turn("assistant", take(row, "output", str), learned=True)))
+
+
+def write_alpaca(conversation: Conversation, lost: Lost) -> dict:
+    pairs, system = as_pairs(conversation, "alpaca", lost)
+    row = {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}
+    row |= {"system": system} if system else {}
+    return row | ({"history": [list(pair) for pair in pairs[:-1]]} if pairs[1:] else {})
+
+
+# Glaive: {"system": "SYSTEM: …functions…", "chat": "USER: …\n\n\nASSISTANT: …<|endoftext|>…"}
+
+GLAIVE_TOOLS = "You are a helpful assistant with access to the following functions. Use them if required -"
+GLAIVE_SPEAKER = re.compile(r"(?:^|\n)[ \t]*(USER|ASSISTANT|FUNCTION RESPONSE):[ \t]?")
+GLAIVE_CALL = re.compile(
+    r"""\{\s*"name":\s*"(?P<name>[^"]+)"\s*(?:,\s*"arguments":\s*(?:'(?P<quoted>.*)'|(?P<bare>\{.*\}))\s*)?\}""",
+    re.DOTALL,
+)
+GLAIVE_END = "<|endoftext|>"
+
+
+def parse_glaive(row: dict) -> Conversation:
+    """Glaive's one text of `USER:`, `ASSISTANT:` and `FUNCTION RESPONSE:`. Raises DataError for the first fault."""
+    turns, tools = [], None
+    if given(row, "system"):
+        text = take(row, "system", str).removeprefix("SYSTEM:").strip()
+        at = text.find("{")
+        if "functions" in text and at >= 0:
+            tools = concatenated_json(text[at:], "system")
+        elif text:
+            turns.append(Turn("system", text))
+    lead, *parts = GLAIVE_SPEAKER.split(take(row, "chat", str))
+    if lead.strip() or not parts:
+        raise DataError("chat: must begin with 'USER: '")
+    pending: dict[int, str] = {}
+    for speaker, text in zip(parts[::2], parts[1::2], strict=True):
+        text = text.strip().removesuffix(GLAIVE_END).strip()
+        if speaker == "FUNCTION RESPONSE":
+            answer_call(turns, pending, None, text, "chat: a FUNCTION RESPONSE")
+            continue
+        pending = {}
+        if speaker == "USER":
+            turns.append(Turn("user", text))
+            continue
+        text, *calls = text.split("<functioncall>")
+        if text.strip() or not calls:
+            turns.append(Turn("assistant", text.strip(), learned=True))
+        for call in calls:
+            pending[len(turns)] = ""
+            turns.append(replace(glaive_call(call), joined=bool(text.strip()) or call is not calls[0]))
+    return Conversation(tuple(turns), tools)
+
+
+def glaive_call(text: str) -> Turn:
+    """A call whose arguments are JSON between single quotes, in which a quote may be escaped or not."""
+    match = GLAIVE_CALL.fullmatch(text.strip().removesuffix(GLAIVE_END).strip())
+    if not match:
+        raise DataError(f"chat: <functioncall> is followed by no call: {describe(text.strip())}")
+    arguments = match["bare"] or match["quoted"] or "{}"
+    try:
+        json.loads(arguments)
+    except (ValueError, RecursionError):
+        arguments = arguments.replace("\\'", "'")
+    call = {"name": match["name"], "arguments": from_json(arguments, "chat: the arguments of a <functioncall>")}
+    return parse_call(call, "chat: a <functioncall>")
+
+
+def concatenated_json(text: str, place: str) -> list:
+    values, at, decoder = [], 0, json.JSONDecoder()
+    while at < len(text):
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: a function's description is not JSON ({error})") from None
+        values.append(from_json(text[at:end], place))
+        at = end
+        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+    return values
+
+
+def write_glaive(conversation: Conversation, lost: Lost) -> dict:
+    """A row of Glaive: `system` and `chat`."""
+    turns = list(conversation.turns)
+    if conversation.tools is not None:
+        tools = wrap_tools(conversation.tools)
+        if not tools:
+            raise DataError("has tools that are no function descriptions, for which Glaive's rows have no place")
+        functions = [tool["function"] for tool in tools]
+        if functions != conversation.tools:
+            lost("the form of tools")
+        described = [json.dumps(function, indent=4, ensure_ascii=False) for function in functions]
+        system = "\n\n".join([GLAIVE_TOOLS, *described])
+        if turns and turns[0].role == "system":
+            lost("a system prompt beside tools")
+            turns.pop(0)
+    else:
+        has_system = bool(turns) and turns[0].role == "system"
+        system = turns.pop(0).content if has_system else ""
+        if has_system and not system:
+            lost("an empty system prompt")
+        if system != system.strip() or ("functions" in system and "{" in system):
+            raise DataError("has a system prompt with space at an end or that Glaive's rows take for tools")
+    if not turns:
+        raise DataError("has no question or answer; remove the row")
+    lose_empty_answers(conversation, lost)
+    chat = []
+    for group in grouped(tuple(turns)):
+        unlearned_flag = unlearned(group, lost)
+        if unlearned_flag:
+            lost("loss=false of an answer")
+        calls = [turn for turn in group if turn.role == "tool"]
+        if len(calls) > 1:
+            raise DataError("has parallel calls, for which Glaive's rows have no place")
+        if group[0].role == "system":
+            raise DataError("has a system turn after the first turn, for which Glaive's rows have no place")
+        text = plain_for_glaive(group[0].content) if group[0].role != "tool" else ""
+        if group[0].role == "user":
+            chat.append(f"USER: {text}")
+            continue
+        for call in calls:
+            arguments = plain_for_glaive(json.dumps(call.parameters, ensure_ascii=False))
+            if plain_for_glaive(call.name).count('"'):
+                raise DataError(f"the function's name {call.name!r} holds a quote, which Glaive's rows cannot say")
+            text += f' <functioncall> {{"name": "{call.name}", "arguments": \'{arguments}\'}}'
+            if call.id:
+                lost("the ids of calls")
+        chat.append(f"ASSISTANT: {text.strip()} {GLAIVE_END}")
+        for call in calls:
+            if call.observed:
+                if not isinstance(call.observation, str):
+                    lost("the type of a result: written as its JSON")
+                chat.append(f"FUNCTION RESPONSE: {plain_for_glaive(as_text(call.observation))}")
+    return {"system": f"SYSTEM: {system}" if system else "", "chat": "\n\n\n".join(chat)}
+
+
+def plain_for_glaive(text: str) -> str:
+    if GLAIVE_SPEAKER.search(text) or GLAIVE_END in text or "<functioncall>" in text or text != text.strip():
+        raise DataError("has text with a marker of Glaive's or with space at an end, which its rows cannot quote")
+    return text
+
+
+# All of them
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    parse: Callable[[dict], Conversation]
+    write: Callable[[Conversation, Lost], dict]
+    keys: frozenset[str]  # of a row that it reads; others are carried over as they are
+    turn_keys: frozenset[str]  # of a turn; others are lost
+
+
+def row_format(parse: Callable, write: Callable, keys: str, turn_keys: str = "") -> RowFormat:
+    return RowFormat(parse, write, frozenset(keys.split()), frozenset(turn_keys.split()))
+
+
+ROW_FORMATS: dict[str, RowFormat] = {
+    "firefly": row_format(parse_firefly, write_firefly, "conversation", "human assistant"),
+    "chatglm3": row_format(
+        parse_chatglm3,
+        write_chatglm3,
+        "conversations tools",
+        "role content loss name parameters observation id joined",
+    ),
+    "openai": row_format(
+        parse_openai,
+        write_openai,
+        "messages tools functions",
+        "role content name loss weight tool_calls function_call tool_call_id reasoning_content",
+    ),
+    "sharegpt": row_format(parse_sharegpt, write_sharegpt, "conversations tools system", "from value loss weight"),
+    "alpaca": row_format(parse_alpaca, write_alpaca, "instruction input output system history"),
+    "glaive": row_format(parse_glaive, write_glaive, "system chat"),
+}
+
+
+def detect_format(row: dict) -> str:
+    """Which of ROW_FORMATS a row is in, by its keys. Raises DataError where it is in none."""
+    if "conversations" in row:
+        turns = row["conversations"]
+        first = turns[0] if isinstance(turns, list) and turns else None
+        return "sharegpt" if isinstance(first, dict) and "from" in first and "role" not in first else "chatglm3"
+    for key, name in (("conversation", "firefly"), ("messages", "openai"), ("chat", "glaive")):
+        if key in row:
+            return name
+    if "instruction" in row:
+        return "alpaca"
+    keys = ", ".join(map(repr, list(row)[:8])) or "no key"
+    raise DataError(
+        f"unknown kind of row, with {keys}; expected conversations (ChatGLM3, ShareGPT), conversation (Firefly), "
+        "messages (OpenAI), instruction and output (Alpaca) or chat (Glaive)"
+    )
+
+
+def parse_row(row: dict) -> Conversation:
+    """A row in any of ROW_FORMATS."""
+    return ROW_FORMATS[detect_format(row)].parse(row)
+
+
+def read_conversations(file: Path) -> Iterator[tuple[int, Conversation]]:
+    """(line, Conversation) of every row of a file. Raises DataError, with file and line, for the first bad one."""
+    for line, row in read_rows(file):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            yield line, parse_row(row)
+        except DataError as error:
+            raise DataError(f"{file}:{line}: {error}") from None
+
+
+# What the parsers share
+
+
+def require_object(value: Any, place: str, keys: str) -> None:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: must be an object with {keys}, got {describe(value)}")
+
+
+def is_learned(message: dict, place: str) -> bool:
+    """By `loss`, true or false, or else by OpenAI's `weight`, 1 or 0."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise DataError(f"{place}.weight must be 0 or 1, got {describe(weight)}")
+    return flag(message, "loss", place, default=weight == 1)
+
+
+def given(holder: dict, key: str) -> bool:
+    """Whether there is something to take: null and an empty text say that there is not, 0 and false are wrong."""
+    return holder.get(key) not in (None, "")
+
+
+def flag(holder: dict, key: str, place: str, *, default: bool) -> bool:
+    return take(holder, key, bool, place) if key in holder else default
+
+
+def function_name(name: str, place: str) -> str:
+    if not name.strip() or "\n" in name:
+        raise DataError(f"{place} is {name!r}; expected the function's name on one line")
+    return name
+
+
+def from_json(text: str, place: str) -> Any:
+    try:
+        return load_json(text)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None

@@ -1,0 +1,179 @@
+"""What a model will learn from its data, for a person to look at: a table, one row as tokens, one HTML page."""
+
+import hashlib
+import json
+from collections import defaultdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .conversation import count_rounds, names_of
+from .dataset import SFTDataset
+from .reader import read_lines
+from .rules import CUT, DROPPED, NOTES, SHORTENED
+
+PAGE = Path(__file__).with_name("inspection.html")
+BARS = 12  # of the histogram
+FAULT_TEXT = 2000  # characters of a bad row
+
+
+class Inspection:
+    """The figures of a data set, and its rows on demand."""
+
+    def __init__(self, dataset: SFTDataset, tokenizer):
+        self.dataset, self.tokenizer, self.report = dataset, tokenizer, dataset.store.report
+        self.lengths = dataset.lengths
+        self.duplicates = find_duplicates(dataset)
+        special = getattr(getattr(tokenizer, "tokenizer", None), "special_tokens", {})  # ChatGLM's
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.control = added | set(special.values()) | set(tokenizer.all_special_ids)
+
+    def summary(self) -> list[tuple[str, str]]:
+        report = self.report
+        return [
+            ("rows", f"{report.rows:,}"),
+            ("turns", f"{report.turns:,}"),
+            ("tokens", f"{report.tokens:,}"),
+            ("learned", f"{report.learned / max(report.tokens, 1):.1%}"),
+            ("mean length", f"{report.tokens / max(report.kept, 1):,.0f}"),
+            ("longest", f"{report.longest:,}"),
+            (CUT, f"{report.count(CUT):,}"),
+            (SHORTENED, f"{report.count(SHORTENED):,}"),
+            (DROPPED, f"{report.count(DROPPED):,}"),
+            ("bad rows", f"{report.bad:,}"),
+            ("duplicates", f"{len(self.duplicates):,}"),
+        ]
+
+    def histogram(self) -> tuple[list[int], list[int]]:
+        """(edges, counts) of the samples' lengths in tokens; one edge more than counts."""
+        width = max(-(-int(self.report.longest + 1) // BARS), 1)
+        edges = [width * i for i in range(BARS + 1)]
+        return edges, np.histogram(self.lengths, edges)[0].tolist()
+
+    def table(self) -> str:
+        """The figures and the histogram as text."""
+        lines = [f"{name:<22}{value:>16}" for name, value in self.summary()]
+        edges, counts = self.histogram()
+        lines += ["", "samples by length in tokens"]
+        for start, end, count in zip(edges, edges[1:], counts, strict=False):
+            bar = "█" * round(40 * count / max(counts)) or "▏" * bool(count)
+            lines.append(f"{start:>7} – {end - 1:<7}{count:>10,} {bar}")
+        for kind, (count, first) in (self.report.notes | self.report.odd).items():
+            lines.append(f"{count:,} rows, the first at {first}: {kind}")
+        lines += ["", f"{self.report.bad:,} bad rows", *self.report.fault_lines()] if self.report.bad else []
+        return "\n".join(lines)
+
+    def tokens(self, index: int, colours: bool) -> str:
+        """One sample with every token visible: its text, the learned stretches in green or between ⟦ and ⟧."""
+        ids, mask = (values.tolist() for values in self.dataset.store[index])
+        parts = []
+        for learned, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+            shown = "│".join(visible(self.piece(token)) for token, _ in run)
+            start, end = ("\033[32m", "\033[0m") if colours else ("⟦", "⟧")
+            parts.append(f"{start}{shown}{end}" if learned else shown)
+        return f"{self.dataset.place(index)}, {len(ids)} tokens, {sum(mask)} learned\n" + "│".join(parts)
+
+    def piece(self, token: int) -> str:
+        """A token's text as it stands in the whole, leading space included; a control token's name."""
+        raw = self.tokenizer.convert_ids_to_tokens(token)
+        if token in self.control:
+            return str(raw or self.tokenizer.added_tokens_decoder[token])  # ChatGLM's own has no name for its end
+        text = self.tokenizer.decode([token])
+        if text == "\ufffd" and str(raw).startswith("<0x"):  # a byte of a character that the vocabulary does not have
+            return raw
+        return f" {text}" if str(raw).startswith("▁") and not text.startswith(" ") else text
+
+    def html(self, title: str, model: str, data_format: str, limit: int) -> str:
+        """One page that needs nothing else, with the first `limit` samples."""
+        edges, counts = self.histogram()
+        shown = min(len(self.dataset), limit)
+        rows = self.rows(shown)
+        used = {token for row in rows for token in row["ids"]}
+        data = {
+            "title": title,
+            "model": model,
+            "format": data_format,
+            "max_seq_length": self.dataset.rules.max_seq_length,
+            "summary": self.summary(),
+            "shown": shown,
+            "total": len(self.dataset),
+            "histogram": {"edges": edges, "counts": counts},
+            "bad": self.report.bad,
+            "faults": self.faults(),
+            "warnings": [
+                {"reason": kind, "count": count, "first": first}
+                for kind, (count, first) in (self.report.notes | self.report.odd).items()
+            ],
+            "pieces": {str(token): self.piece(token) for token in sorted(used)},
+            "control": sorted(used & self.control),
+            "rows": rows,
+        }
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+        return PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
+
+    def faults(self) -> list[dict[str, str]]:
+        with open(self.dataset.store.folder / "rejected.jsonl", encoding="utf-8") as lines:
+            rejected = [json.loads(line) for line, _ in zip(lines, range(1000), strict=False)]
+        return [
+            {"place": f"{row['file']}:{row['line']}", "reason": row["reason"], "text": row["row"][:FAULT_TEXT]}
+            for row in rejected
+        ]
+
+    def rows(self, shown: int) -> list[dict[str, Any]]:
+        """Tokens and turns of the first samples; the turns are read from the files again."""
+        wanted: dict[int, dict[int, int]] = defaultdict(dict)  # file number: line: sample
+        for index in range(shown):
+            number, line = self.dataset.store.place(index)
+            wanted[number][line] = index
+        rows: list[dict[str, Any]] = [{} for _ in range(shown)]
+        for number, lines in wanted.items():
+            last = max(lines)
+            for line, raw in read_lines(self.dataset.files[number]):
+                if line in lines:
+                    rows[lines[line]] = self.row(lines[line], raw)
+                if line >= last:
+                    break
+        return rows
+
+    def row(self, index: int, raw: bytes) -> dict[str, Any]:
+        conversation, odd = self.dataset.renderer.parse(raw)
+        note = NOTES[self.dataset.store.notes[index]]
+        if note and self.dataset.rules.on_too_long == "truncate_left_turns" and count_rounds(conversation) > 1:
+            conversation = self.dataset.renderer.shorten(conversation)
+        notes = [*([note] if note else []), *odd]
+        ids, mask = (values.tolist() for values in self.dataset.store[index])
+        if index in self.duplicates:
+            notes.append(f"duplicate of {self.dataset.place(self.duplicates[index])}")
+        runs = [len(list(run)) for _, run in groupby(mask)]
+        return {
+            "place": self.dataset.place(index),
+            "ids": ids,
+            "mask": [0, *runs] if mask[0] else runs,
+            "notes": notes,
+            "tools": sorted(names_of(conversation.tools)),
+            "turns": [
+                {"role": turn.role, "content": turn.content, "learned": turn.learned}
+                | ({"name": turn.name, "parameters": turn.parameters} if turn.role == "tool" else {})
+                | ({"observation": turn.observation} if turn.observed else {})
+                for turn in conversation.turns
+            ],
+        }
+
+
+def find_duplicates(dataset: SFTDataset) -> dict[int, int]:
+    """Samples whose tokens an earlier one has, to that one."""
+    first: dict[bytes, int] = {}
+    duplicates = {}
+    for index in range(len(dataset)):
+        digest = hashlib.blake2b(dataset.store[index][0].tobytes(), digest_size=16).digest()
+        if (earlier := first.setdefault(digest, index)) != index:
+            duplicates[index] = earlier
+    return duplicates
+
+
+def visible(piece: str) -> str:
+    """What a terminal may be given: no text of a row can move its cursor or turn the line around."""
+    shown = piece.replace(" ", "·").replace("\t", "→")
+    return "".join(c if c.isprintable() else "↵\n" if c == "\n" else f"U+{ord(c):04X}" for c in shown) or "∅"

@@ -1,0 +1,81 @@
+"""A Conversation as messages: question and answer pairs, or those of OpenAI and chat templates."""
+
+import json
+from typing import Any
+
+from .conversation import Conversation, DataError, Turn
+
+TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
+
+
+def tools_message(tools: Any) -> str:
+    return f"{TOOLS_PROMPT}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
+
+
+def as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def question_answer_pairs(
+    conversation: Conversation, data_format: str, remedy: str = "set data_format to chat_template"
+) -> list[tuple[Turn, Turn]]:
+    """The turns of a conversation that is nothing but questions with answers. Raises DataError for any other."""
+    turns = conversation.turns
+    others = {turn.role for turn in turns} - {"user", "assistant"}
+    others |= {"tools"} if conversation.tools is not None else set()
+    if others:
+        reason = f"{data_format} has no place for {' and '.join(sorted(others))}"
+    elif [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+        reason = f"{data_format} has pairs of user and assistant alone"
+    else:
+        return list(zip(turns[::2], turns[1::2], strict=True))
+    raise DataError(f"{reason}; remove the row, or {remedy}")
+
+
+def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | None]:
+    """Messages and tools as OpenAI and chat templates have them, a call's arguments as an object.
+
+    An assistant's message has `learned`, a flag for its text and for each call. Tools that are no descriptions with
+    names become the system message that ChatGLM3 shows.
+    """
+    messages: list[dict] = []
+    calls: list[Turn] = []  # of the last message
+
+    def add_results() -> None:
+        for call in calls:
+            if call.observed:
+                result = {"tool_call_id": identities[id(call)], "name": call.name, "content": as_text(call.observation)}
+                messages.append({"role": "tool"} | result)
+        calls.clear()
+
+    # Nine letters and digits, which every template accepts.
+    identities = {id(turn): turn.id or f"call{i:05}" for i, turn in enumerate(conversation.turns)}
+    tools = wrap_tools(conversation.tools)
+    if tools is None and conversation.tools is not None:
+        messages.append({"role": "system", "content": tools_message(conversation.tools)})
+    for turn in conversation.turns:
+        if not turn.joined:
+            add_results()
+        if turn.role == "tool":
+            if not turn.joined:
+                messages.append({"role": "assistant", "content": "", "learned": ()})
+            function = {"name": turn.name, "arguments": turn.parameters}
+            call = {"id": identities[id(turn)], "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
+            messages[-1]["learned"] += (turn.learned,)
+            calls.append(turn)
+        else:
+            flags = {"learned": (turn.learned,)} if turn.role == "assistant" else {}
+            messages.append({"role": turn.role, "content": turn.content} | flags)
+    add_results()
+    return messages, tools
+
+
+def wrap_tools(tools: Any) -> list[dict] | None:
+    """Descriptions of functions as `{"type": "function", "function": …}`; None where they are none with names."""
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return None
+    bare = [tool.get("function", tool) for tool in tools]
+    if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in bare):
+        return None
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]

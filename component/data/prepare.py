@@ -1,0 +1,203 @@
+"""Files of rows to token ids, once: read, checked and rendered by several processes."""
+
+import json
+import time
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from loguru import logger
+
+from .chat_template import render_chat_template
+from .conversation import Conversation, DataError, choose_learned, count_rounds, oddities, without_first_rounds
+from .formats import parse_row
+from .pool import in_order
+from .reader import Unreadable, parse_line, read_lines
+from .render import Sample
+from .rules import CUT, DROPPED, NOTES, SHORTENED, SHOWN, DataReport, DataRules, judge
+from .store import FILES, PLACE_BITS
+
+CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 20  # what a process gets at a time, whichever is reached first
+PARALLEL_FROM = 4 << 20  # bytes of input; below, starting processes costs more than they save
+ESCAPE = "backslashreplace"  # for files' names that are not UTF-8
+
+
+class RowRenderer:
+    """One line of a file to a sample that fits.
+
+    Args:
+        render: of component.data.render and component.data.chat_template.
+    """
+
+    def __init__(self, render: Callable, tokenizer, rules: DataRules):
+        self.render, self.tokenizer, self.rules = render, tokenizer, rules
+
+    def parse(self, raw: bytes | DataError) -> tuple[Conversation, list[str]]:
+        """The conversation, and what is unusual in it. Raises DataError, without a place, for a bad row."""
+        if isinstance(raw, DataError):
+            raise raw
+        conversation = choose_learned(parse_row(parse_line(raw)), self.rules.loss_on)
+        odd = list(oddities(conversation))
+        if odd and self.rules.strict_roles:
+            raise DataError(f"{odd[0]}; mend the row, or set strict_roles to false")
+        return conversation, odd
+
+    def fit(self, conversation: Conversation) -> tuple[Sample | None, str | None]:
+        """A sample of at most `max_seq_length` tokens, or None; and CUT, SHORTENED or DROPPED."""
+        limit, note = self.rules.max_seq_length, None
+        sample = self.render(conversation, self.tokenizer)
+        if len(sample.input_ids) > limit:
+            if self.rules.on_too_long == "drop":
+                return None, DROPPED
+            if self.rules.on_too_long == "truncate_left_turns" and count_rounds(conversation) > 1:
+                sample, note = self.render(self.shorten(conversation), self.tokenizer), SHORTENED
+            if len(sample.input_ids) > limit:
+                note = CUT
+                sample = Sample(sample.input_ids[:limit], sample.target_mask[:limit])
+        # Nothing predicts the first token, so learning starts at the second.
+        return (sample, note) if any(sample.target_mask[1:]) else (None, DROPPED)
+
+    def shorten(self, conversation: Conversation) -> Conversation:
+        """Without as many early rounds as must go; the last one stays."""
+
+        def fits(gone: int) -> bool:
+            return len(self.render(without_first_rounds(conversation, gone), self.tokenizer).input_ids) <= limit
+
+        limit = self.rules.max_seq_length
+        gone = bisect_left(range(1, count_rounds(conversation) - 1), True, key=fits) + 1
+        return without_first_rounds(conversation, gone)
+
+
+def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path) -> None:
+    """Fill `folder` for a TokenStore.
+
+    Raises:
+        DataError: bad rows with `on_bad_row: stop`: the first SHOWN, and how many; or else an unreadable file.
+    """
+    report = DataReport()
+    started = told = time.monotonic()
+    stops = renderer.rules.on_bad_row == "stop"
+    workers = workers if sum(file.stat().st_size for file in files) > PARALLEL_FROM else 1
+    with ExitStack() as stack:
+        rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8", errors=ESCAPE))
+        outputs = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
+        # Once a row is bad and the run will stop, the rest is checked and no more rendered.
+        tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(read_files(files, not stops)))
+        for outcome in in_order(render_chunk, tasks, workers):
+            for name in FILES:
+                values = getattr(outcome, name)
+                outputs[name].write(values + report.tokens if name == "ends" else values)
+            for number, line, reason, text in outcome.rejected:
+                entry = {"file": str(files[number]), "line": line, "reason": reason, "row": text}
+                rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            add(report, outcome, files)
+            if (now := time.monotonic()) > told + 10:
+                told = now
+                logger.info(f"{report.rows:,} rows prepared, {report.rows / (now - started):,.0f} rows/s")
+    if report.bad and stops:
+        judge(report, files, renderer.rules)
+    (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8", errors=ESCAPE)
+
+
+@dataclass
+class Outcome:
+    """What became of a chunk. `ends` counts from the chunk's start."""
+
+    input_ids: np.ndarray
+    target_mask: np.ndarray
+    ends: np.ndarray
+    lines: np.ndarray
+    notes: np.ndarray
+    rows: int
+    turns: int
+    rejected: list[tuple[int, int, str, str]]  # file number, line, reason, text
+    fitted: list[tuple[int, int, str]]  # file number, line, and CUT, SHORTENED or DROPPED
+    odd: list[tuple[int, int, str]]
+
+    @property
+    def longest(self) -> int:
+        return int(np.diff(self.ends, prepend=0).max(initial=0))
+
+
+Chunk = list[tuple[int, int, bytes | DataError]]  # file number, line, row
+
+
+def read_files(files: list[Path], skips: bool) -> Iterator[tuple[int, int, bytes | DataError]]:
+    """Raises DataError for a file that cannot be read on, if bad rows are skipped: its rest is not known to be bad."""
+    for number, file in enumerate(files):
+        for line, raw in read_lines(file):
+            if skips and isinstance(raw, Unreadable):
+                raise DataError(f"{file}:{line}: {raw}")
+            yield number, line, raw
+
+
+def chunks(rows: Iterable[tuple[int, int, bytes | DataError]]) -> Iterator[Chunk]:
+    chunk: Chunk = []
+    size = 0
+    for number, line, raw in rows:
+        chunk.append((number, line, raw))
+        size += len(raw) if isinstance(raw, bytes) else 0
+        if len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
+    """Parse, and if the task's last part says so render, the rows of a chunk."""
+    renderer, chunk, renders = task
+    ids, mask = array("i"), bytearray()  # which grow from lists faster than numpy makes an array of one
+    ends, lines, notes, rejected, fitted, odd = [], [], bytearray(), [], [], []
+    turns = 0
+    for number, line, raw in chunk:
+        try:
+            conversation, unusual = renderer.parse(raw)
+            sample, note = renderer.fit(conversation) if renders else (None, None)
+        except DataError as error:
+            text = "" if isinstance(raw, DataError) else raw.decode(errors="backslashreplace").strip()
+            rejected.append((number, line, str(error), text))
+            continue
+        turns += len(conversation.turns)
+        odd += [(number, line, what) for what in unusual]
+        fitted += [(number, line, note)] if note else []
+        if sample:
+            ids.fromlist(sample.input_ids)
+            mask += bytes(sample.target_mask)
+            ends.append(len(ids))
+            lines.append((number << PLACE_BITS) + line)
+            notes.append(NOTES.index(note))
+    arrays = [np.frombuffer(ids, np.int32), np.frombuffer(mask, np.uint8), np.array(ends, int), np.array(lines, int)]
+    return Outcome(*arrays, np.frombuffer(notes, np.uint8), len(chunk), turns, rejected, fitted, odd)
+
+
+def add(report: DataReport, outcome: Outcome, files: list[Path]) -> None:
+    """Count a chunk's outcome in the report."""
+    report.rows += outcome.rows
+    report.turns += outcome.turns
+    report.kept += len(outcome.ends)
+    report.tokens += len(outcome.input_ids)
+    report.longest = max(report.longest, outcome.longest)
+    report.learned += int(outcome.target_mask.sum())
+    report.bad += len(outcome.rejected)
+    for number, line, reason, _ in outcome.rejected[: SHOWN - len(report.faults)]:
+        report.faults.append(f"{files[number]}:{line}: {reason}")
+    for totals, found in ((report.notes, outcome.fitted), (report.odd, outcome.odd)):
+        for number, line, what in found:
+            totals.setdefault(what, [0, f"{files[number]}:{line}"])[0] += 1
+
+
+def item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]]:
+    return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "target_mask": target_mask}
+
+
+def checked(tokenizer, render):
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token, so no answer can be taught to end; set one in its folder")
+    if render is render_chat_template and not (tokenizer.is_fast and tokenizer.chat_template):
+        raise DataError("data_format chat_template needs a fast tokenizer with a chat template; choose another format")
+    return tokenizer

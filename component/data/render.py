@@ -1,0 +1,101 @@
+"""A Conversation to token ids and the mask of what is learned, token for token as the official inference code has it.
+
+`target_mask[i] == 1` means that the model learns to predict token i. The formats are described in docs/data_format.md.
+"""
+
+import ast
+from dataclasses import dataclass, field
+
+from .conversation import Conversation, DataError, Turn
+from .messages import as_text, question_answer_pairs, tools_message
+
+
+@dataclass(slots=True)
+class Sample:
+    """Token ids and their mask, which grow together."""
+
+    input_ids: list[int] = field(default_factory=list)
+    target_mask: list[int] = field(default_factory=list)
+
+    def add(self, ids: list[int], *, learned: bool) -> None:
+        self.input_ids += ids
+        self.target_mask += [int(learned)] * len(ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One ChatGLM3 message: `<|role|>metadata\\ncontent`."""
+
+    role: str  # system, user, assistant or observation
+    content: str
+    metadata: str = ""
+    learned: bool = False
+
+
+def chatglm3_messages(conversation: Conversation) -> list[Message]:
+    """The messages that official inference would have seen: tools first, a tool turn as its call and its result."""
+    messages = []
+    if conversation.tools is not None:
+        messages.append(Message("system", tools_message(conversation.tools)))
+    for turn in conversation.turns:
+        if turn.role == "tool":
+            messages.append(Message("assistant", format_tool_call(turn), turn.name, turn.learned))
+            messages.append(Message("observation", as_text(turn.observation)))
+        else:
+            messages.append(Message(turn.role, turn.content, learned=turn.learned))
+    return messages
+
+
+def format_tool_call(call: Turn) -> str:
+    for name in call.parameters:
+        if not name.isidentifier():
+            raise DataError(f"the parameter {name!r} of {call.name} cannot be a keyword argument; rename it")
+    keywords = [ast.keyword(name, ast.Constant(value)) for name, value in call.parameters.items()]
+    text = ast.unparse(ast.Call(ast.Name("tool_call"), [], keywords))
+    return f"```python\n{text}\n```"
+
+
+def render_chatglm3(conversation: Conversation, tokenizer) -> Sample:
+    """`[gMASK] sop`, the messages, `</s>`.
+
+    A learned message teaches its tokens and the token after it, which is how the model learns to stop: with
+    `<|user|>`, `<|observation|>` or `</s>`. Its own role token is written by the inference code and not learned.
+    """
+    sample = Sample()
+    sample.add(tokenizer.get_prefix_tokens(), learned=False)
+    ends_learned = False
+    for message in chatglm3_messages(conversation):
+        role, *body = tokenizer.build_single_message(message.role, message.metadata, message.content)
+        sample.add([role], learned=ends_learned)
+        sample.add(body, learned=message.learned)
+        ends_learned = message.learned
+    sample.add([tokenizer.eos_token_id], learned=ends_learned)
+    return sample
+
+
+def render_chatglm2(conversation: Conversation, tokenizer) -> Sample:
+    """`[gMASK] sop`, then for each round its prompt, the answer and `</s>`; answers and their ends are learned."""
+    sample = Sample()
+    sample.add(tokenizer.get_prefix_tokens(), learned=False)
+    for i, (question, answer) in enumerate(question_answer_pairs(conversation, "chatglm2"), 1):
+        prompt = f"[Round {i}]\n\n问：{question.content}\n\n答："
+        sample.add(tokenizer.encode(prompt, add_special_tokens=False), learned=False)
+        sample.add(tokenizer.encode(answer.content, add_special_tokens=False), learned=answer.learned)
+        sample.add([tokenizer.eos_token_id], learned=answer.learned)
+    return sample
+
+
+def render_firefly(conversation: Conversation, tokenizer) -> Sample:
+    """`<s>`, then every utterance followed by `</s>`; answers and their ends are learned.
+
+    `<s>` is the tokenizer's BOS, left out where it has none, and `</s>` its EOS. Control tokens written in an utterance
+    are text.
+    """
+    sample = Sample()
+    if tokenizer.bos_token_id is not None:
+        sample.add([tokenizer.bos_token_id], learned=False)
+    for pair in question_answer_pairs(conversation, "firefly"):
+        for turn in pair:
+            ids = tokenizer.encode(turn.content, add_special_tokens=False, split_special_tokens=True)
+            sample.add([*ids, tokenizer.eos_token_id], learned=turn.learned)
+    return sample

@@ -1,0 +1,54 @@
+"""Samples of token ids in flat files, memory-mapped.
+
+A store's folder holds `input_ids.bin` (int32) and `target_mask.bin` (uint8) of all samples end to end, `ends.bin`
+(int64: where each sample ends), `lines.bin` (int64: file number and line of each, see PLACE_BITS), `notes.bin` (uint8:
+see NOTES), `report.json` and `rejected.jsonl`.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .conversation import DataError
+from .rules import DataReport
+
+PLACE_BITS = 40  # of a place, the low ones that hold the line; those above hold the file's number
+FILES = {"input_ids": np.int32, "target_mask": np.uint8, "ends": np.int64, "lines": np.int64, "notes": np.uint8}
+
+
+class TokenStore:
+    """The samples of a folder that `prepare` filled, memory-mapped. `ends[i]` is where sample i ends."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():  # a process on another machine
+            raise DataError(f"{folder}: not there; set cache_dir to a folder that all machines share")
+        self.folder = folder
+        try:
+            self.report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+            for name, dtype in FILES.items():
+                path = folder / f"{name}.bin"
+                setattr(self, name, np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype))
+            tokens, kept = self.report.tokens, self.report.kept
+            sizes = [len(getattr(self, name)) for name in FILES]
+            if [*sizes, *self.ends[-1:]] != [tokens] * 2 + [kept] * 3 + [tokens] * bool(kept):
+                raise ValueError("its files do not fit one another")
+        except (OSError, TypeError, ValueError) as error:
+            raise DataError(f"{folder}: damaged; delete it, and it will be made anew ({error})") from error
+
+    def __reduce__(self):
+        return TokenStore, (self.folder,)  # to another process goes the folder's name, not the data
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids, target_mask) of a sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = slice(self.ends[index - 1] if index else 0, self.ends[index])
+        return self.input_ids[part], self.target_mask[part]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(number of the file, line) of a sample."""
+        return divmod(int(self.lines[index]), 1 << PLACE_BITS)

@@ -1,0 +1,82 @@
+"""A folder's manifest: what its files are, so that damage is seen."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from .files import sync
+
+MANIFEST = "manifest.json"
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+class Damaged(Exception):
+    """A folder that is not what its manifest says, or has none."""
+
+
+def seal(folder: Path, facts: dict) -> None:
+    """Have every file of `folder` on the disk, and a manifest of `facts`, sizes and sha256, itself checked."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(sync, paths))
+        digests = pool.map(sha256, paths)
+        files = {
+            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        }
+    manifest = facts | {"files": files}
+    path = folder / MANIFEST
+    path.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=1), encoding="utf-8")
+    for file in paths:  # safetensors lets nobody but the owner read
+        file.chmod(path.stat().st_mode)
+    for place in (path, *(place for place in folder.rglob("*") if place.is_dir()), folder):
+        sync(place)
+
+
+def verify(folder: Path, name: str | None = None, deep: bool = True) -> dict:
+    """The manifest of a sealed folder, which was sealed as `name`. Without `deep`, contents of files are not read.
+
+    Raises:
+        Damaged: it differs from its manifest, or has none.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        claimed = manifest.pop("checksum")
+        if claimed != checksum(manifest):
+            raise ValueError
+        files = {folder / name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except FileNotFoundError:
+        raise Damaged(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged(f"{MANIFEST} is damaged") from None
+    if name and manifest.get("name", name) != name:
+        raise Damaged(f"it is a copy of {manifest['name']}")
+    for path, (size, _) in files.items():
+        if not path.is_file():
+            raise Damaged(f"{path.name} is missing")
+        if path.stat().st_size != size:
+            raise Damaged(f"{path.name} has {path.stat().st_size:,} bytes, not {size:,}")
+    if deep:
+        with ThreadPoolExecutor() as pool:
+            for path, digest in zip(files, pool.map(sha256, files), strict=True):
+                if digest != files[path][1]:
+                    raise Damaged(f"{path.name} has other contents than were written")
+    return manifest
+
+
+def checksum(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return str(error)
+
+
+def versions() -> dict[str, str]:
+    return {library: version(library) for library in LIBRARIES}

@@ -1,0 +1,107 @@
+"""Settings that follow from the hardware, from one another, and from parts that are ours."""
+
+from typing import Any
+
+from loguru import logger
+
+from .schema import QLoRAArguments
+
+# What the dataset, the loss and the trainer rely on.
+FIXED = {
+    "remove_unused_columns": False,
+    "label_names": ["target_mask"],
+    "label_smoothing_factor": 0.0,
+    "dataloader_persistent_workers": False,  # they would go through other random numbers than those of a resumed run
+    "logging_nan_inf_filter": False,  # it hides what stops a run here
+}
+
+
+def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, Any]:
+    """Settings that follow from the hardware and from our own parts; whatever overrules the file is logged."""
+    import torch
+
+    has_cuda = torch.cuda.is_available() and not values.get("use_cpu", False)
+    args.compute_dtype = choose_compute_dtype(args.compute_dtype, values, has_cuda)
+    adapted = (
+        values
+        | FIXED
+        | {
+            "use_cpu": not has_cuda,
+            "fp16": args.compute_dtype == "float16",
+            "bf16": args.compute_dtype == "bfloat16",
+        }
+    )
+    for key, value in FIXED.items():
+        if values.get(key, value) != value:
+            logger.warning(f"{key}={values[key]} is not possible here; it is {value}")
+    adapted.setdefault("optim", "paged_adamw_32bit")
+    if not has_cuda and any(part in adapted["optim"] for part in ("paged", "bnb", "8bit")):
+        if "optim" in values:
+            logger.warning(f"optim={values['optim']} needs CUDA; using adamw_torch")
+        adapted["optim"] = "adamw_torch"
+    if values.get("save_total_limit") == 1:
+        logger.info("save_total_limit: 1 is raised to 2, since a run keeps a whole checkpoint while it writes another")
+        adapted["save_total_limit"] = 2
+    if args.eval_file is not None:
+        adapted |= choose_evaluation(values)
+    adapted.setdefault("report_to", "none")
+    adapted.setdefault("ddp_find_unused_parameters", False)
+    return adapted
+
+
+def choose_evaluation(values: dict[str, Any]) -> dict[str, Any]:
+    """When a run with an eval_file evaluates: every `eval_steps` where they are given, else after each epoch, or with
+    `load_best_model_at_end` wherever it saves.
+
+    Raises:
+        ValueError: with `load_best_model_at_end`, checkpoints would be saved that no evaluation tells the worth of.
+    """
+    saves, every = values.get("save_strategy", "steps"), values.get("eval_steps")
+    best = values.get("load_best_model_at_end")
+    follows = best and every is None and saves in ("steps", "epoch")
+    evaluates = values.get("eval_strategy") or ("steps" if every is not None else saves if follows else "epoch")
+    if not best:
+        return {"eval_strategy": evaluates}
+    if "no" in (saves, evaluates) or saves not in ("best", evaluates):
+        raise ValueError(
+            "load_best_model_at_end needs an evaluation of every checkpoint, but eval_strategy is "
+            f"{evaluates!r} and save_strategy {saves!r}; set both to 'steps' or both to 'epoch'"
+        )
+    if saves != "steps":
+        return {"eval_strategy": evaluates}
+    save_steps = values.get("save_steps", 500)  # transformers' own
+    every = save_steps if every is None else every
+    times = save_steps / every
+    if (save_steps < 1) != (every < 1) or abs(times - max(round(times), 1)) > 1e-9:
+        raise ValueError(
+            f"load_best_model_at_end needs an evaluation of every checkpoint, but eval_steps is {every} and save_steps "
+            f"{save_steps}, which is no multiple of it; set one of them so that it is"
+        )
+    return {"eval_strategy": evaluates, "eval_steps": every}
+
+
+def choose_compute_dtype(requested: str, values: dict[str, Any], has_cuda: bool) -> str:
+    """bfloat16, float16 or float32, from `compute_dtype`, the file's `bf16` and `fp16`, and what the card can do.
+
+    Raises:
+        ValueError: bfloat16 is asked of a card without it, or `bf16` and `fp16` are both true.
+    """
+    import torch
+
+    has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if values.get("bf16") and values.get("fp16"):
+        raise ValueError("bf16 and fp16 are both true; keep one")
+    asked = requested if requested != "auto" else "bfloat16" if values.get("bf16") else "auto"
+    if not has_cuda:
+        if asked == "bfloat16" and requested == asked:
+            return asked
+        if values.get("fp16") or asked not in ("auto", "float32"):
+            logger.warning("half precision needs CUDA; computing in float32")
+        return "float32"
+    if asked == "bfloat16" and not has_bf16:
+        raise ValueError(f"{torch.cuda.get_device_name()} has no bfloat16; set compute_dtype to float16")
+    if asked != "auto":
+        return asked
+    if has_bf16 and values.get("fp16"):
+        logger.info("fp16 is true, but this card has bfloat16: using that (compute_dtype=float16 forces fp16)")
+    return "bfloat16" if has_bf16 else "float16"

@@ -1,0 +1,236 @@
+"""Settings of our own, and whether a value fits its key. Standard library only."""
+
+import difflib
+import enum
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+class ArgumentError(ValueError):
+    """A fault in the user's settings. Its text names the file, the key, the value and the remedy."""
+
+
+def setting(default: Any, help: str, check: Callable[[Any], bool] | None = None, expected: str = "") -> Any:
+    return field(default=default, metadata={"help": help, "check": check, "expected": expected})
+
+
+def one_of(*values: str | None) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in values), f"one of {', '.join(filter(None, values))}"
+
+
+def is_positive(value: float) -> bool:
+    return value > 0
+
+
+def is_not_negative(value: float) -> bool:
+    return value >= 0
+
+
+@dataclass
+class QLoRAArguments:
+    """Settings of our own, beside those of Hugging Face TrainingArguments, in the same JSON file."""
+
+    model_name_or_path: str = setting("", "Folder or hub name of the model. Required.", bool, "given")
+    train_file: str | list[str] | dict[str, float] = setting(
+        "",
+        "Data to train on: a file, a folder, a glob, a list of these, or an object of these to their weights in the "
+        "mixture. Required.",
+        lambda value: bool(value) and (not isinstance(value, dict) or all(map(is_positive, value.values()))),
+        "given, and every weight positive",
+    )
+    eval_file: str | list[str] | None = setting(
+        None, "Data to evaluate on during training, after each epoch by default."
+    )
+    data_format: str | None = setting(
+        None,
+        "How conversations become tokens: chatglm2, chatglm3, firefly, or chat_template for the tokenizer's own "
+        "template. Default: read off model_name_or_path.",
+        *one_of(None, "chatglm2", "chatglm3", "firefly", "chat_template"),
+    )
+    max_seq_length: int = setting(1024, "Longest sample, in tokens.", lambda value: value > 1, "an integer above 1")
+    on_too_long: str = setting(
+        "truncate",
+        "What is done with a longer one: truncate (cut its end), truncate_left_turns (leave out early rounds, never "
+        "the system prompt and tools, and cut only the last), or drop.",
+        *one_of("truncate", "truncate_left_turns", "drop"),
+    )
+    loss_on: str = setting(
+        "flagged",
+        "Which answers and calls are learned: flagged (all but those with loss=false), all, or last.",
+        *one_of("flagged", "all", "last"),
+    )
+    on_bad_row: str = setting(
+        "stop",
+        "stop: list the first 20 bad rows and exit. skip: write them to rejected.jsonl in output_dir and go on.",
+        *one_of("stop", "skip"),
+    )
+    max_bad_share: float = setting(
+        0.1,
+        "The run stops where more than this share of the rows is bad or too long to learn from.",
+        lambda value: 0 <= value <= 1,
+        "a number from 0 to 1",
+    )
+    strict_roles: bool = setting(
+        False, "Unusual rows, such as one that ends on a user turn, count as bad and not only as a warning."
+    )
+    streaming: bool = setting(
+        False, "Read and render rows while training instead of beforehand; needs max_steps. For data above disk size."
+    )
+    cache_dir: str | None = setting(
+        None, "Folder of rendered data. Default: $XDG_CACHE_HOME/luciole or ~/.cache/luciole."
+    )
+    preprocessing_workers: int | None = setting(
+        None,
+        "Processes that render the data. Default: one for each core.",
+        lambda value: value is None or value > 0,
+        "a positive integer",
+    )
+    pack_to: int | None = setting(
+        None,
+        "Tokens of a packed row: whole samples one after another, none of which sees another. 0: pad batches instead. "
+        "Default: 8192, or less where the card's memory asks for it.",
+        lambda value: value is None or value >= 0,
+        "0 or a positive integer",
+    )
+    activation_checkpointing: str = setting(
+        "auto",
+        "What layers keep for their backward: none (all that is dear to make anew), selective (not the MLP's wide "
+        "activations), full (their input alone), offload (that in the host's memory). auto: the fastest that fits.",
+        *one_of("auto", "none", "selective", "full", "offload"),
+    )
+    lora_rank: int = setting(64, "Rank of the low-rank update.", is_positive, "a positive integer")
+    lora_alpha: float = setting(
+        16, "Scale of the update, which is multiplied by lora_alpha / lora_rank.", is_positive, "a positive number"
+    )
+    lora_dropout: float = setting(
+        0.05, "Dropout on the input of the update.", lambda value: 0 <= value < 1, "at least 0 and below 1"
+    )
+    target_modules: list[str] | None = setting(
+        None,
+        "Names of the linear layers to adapt. Default: every linear layer but the output head.",
+        lambda value: value is None or value,
+        "a list of names, or null for every linear layer",
+    )
+    compute_dtype: str = setting(
+        "auto",
+        "Type of the 4-bit layers' arithmetic: auto, bfloat16, float16 or float32. auto: bfloat16 where the card has "
+        "it, else float16; float32 without CUDA.",
+        *one_of("auto", "bfloat16", "float16", "float32"),
+    )
+    overwrite_output_dir: bool = setting(
+        False,
+        "Start anew in an output_dir that holds another run, or this one, done; what is there is moved aside. This "
+        "run unfinished is continued, unless resume_from_checkpoint is false.",
+    )
+    resume_despite_changes: bool = setting(
+        False,
+        "Continue a run whose settings, data, format, base model or number of processes are not those that it began "
+        "with, or from a damaged checkpoint that resume_from_checkpoint names.",
+    )
+    max_skipped_updates: int = setting(
+        0,
+        "Updates with a loss or gradient that is not finite that are left out before the run stops.",
+        is_not_negative,
+        "0 or a positive integer",
+    )
+
+    def __post_init__(self):
+        for item in fields(self):
+            check, value = item.metadata["check"], getattr(self, item.name)
+            if check and not check(value):
+                raise ValueError(f"{item.name} must be {item.metadata['expected']}, got {show(value)}")
+        if self.pack_to and self.pack_to < self.max_seq_length:
+            raise ValueError(
+                f"pack_to must be 0 or at least max_seq_length={self.max_seq_length}, so that every sample fits a row, "
+                f"got {show(self.pack_to)}"
+            )
+
+
+# Bounds that TrainingArguments itself does not check.
+POSITIVE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+)
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed")
+
+
+# They would replace parts that are ours, know nothing of packed rows, or leave what cannot be continued exactly.
+UNSUPPORTED = (
+    "fsdp",
+    "parallelism_config",
+    "use_liger_kernel",
+    "accelerator_config",
+    "auto_find_batch_size",
+    "neftune_noise_alpha",
+    "enable_jit_checkpoint",
+    "save_only_model",
+    "push_to_hub",
+)
+
+
+def check_setting(key: str, value: Any, known: dict[str, Any], source: str) -> None:
+    if key not in known:
+        raise ArgumentError(f"{source}: unknown key {key!r}{suggest(key, known)}")
+    if not is_a(value, known[key]):
+        shown = type(value).__name__ if key.endswith("_token") else show(value)
+        raise ArgumentError(f"{source}: {key} must be {name_type(known[key])}, got {shown}")
+    for keys, holds, bound in ((POSITIVE, is_positive, "above 0"), (NOT_NEGATIVE, is_not_negative, "at least 0")):
+        if key in keys and value is not None and not holds(value):
+            raise ArgumentError(f"{source}: {key} must be {bound}, got {show(value)}")
+    if key in UNSUPPORTED and value:
+        raise ArgumentError(f"{source}: {key} is not supported; remove it")
+
+
+def is_a(value: Any, hint: Any) -> bool:
+    """Whether a JSON value fits a type hint. An int fits float; true is no number; enums take their text."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        parts = typing.get_args(hint)
+        enums = [part for part in parts if is_enum(part)]  # `SchedulerType | str` means the text of a SchedulerType
+        return any(is_a(value, part) for part in (enums if enums and isinstance(value, str) else parts))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if is_enum(hint):
+        return value in [member.value for member in hint]
+    if origin is list:
+        return isinstance(value, list) and all(is_a(item, typing.get_args(hint)[0]) for item in value)
+    if origin is dict:
+        inner = typing.get_args(hint)[1]
+        return isinstance(value, dict) and (inner is Any or all(is_a(item, inner) for item in value.values()))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint if hint in (str, bool, list, dict, type(None)) else (str, dict))
+
+
+def name_type(hint: Any) -> str:
+    names = {str: "text", float: "a number", int: "an integer", bool: "true or false", type(None): "null"}
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    names |= {list: "a list", dict: "an object"}
+    if enums := [part for part in parts if is_enum(part)]:
+        return "one of " + ", ".join(member.value for member in enums[0])
+    inner = {(str,): " of text", (str, float): " of numbers"}
+    kinds = [(typing.get_origin(part) or part, typing.get_args(part)) for part in parts]
+    return " or ".join(dict.fromkeys(names.get(kind, "text") + inner.get(held, "") for kind, held in kinds))
+
+
+def is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+
+
+def suggest(key: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; see docs/configuration.md for the keys"
+
+
+def show(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"

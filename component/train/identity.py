@@ -1,0 +1,117 @@
+"""What makes two runs the same run: everything that decides its numbers, as JSON that can be compared and shown."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from ..data.reader import find_files
+from ..model import from_pretrained
+from ..run.files import fingerprint
+
+# Settings that no trained number depends on, by name or by the beginning of the name.
+WITHOUT_EFFECT = {
+    "batch_eval_metrics",
+    "cache_dir",
+    "dataloader_multiprocessing_context",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_timeout",
+    "debug",
+    "disable_tqdm",
+    "greater_is_better",
+    "include_for_metrics",
+    "accelerator_config",
+    "local_rank",
+    "max_bad_share",
+    "max_skipped_updates",
+    "metric_for_best_model",
+    "on_bad_row",
+    "output_dir",
+    "overwrite_output_dir",
+    "per_device_eval_batch_size",
+    "prediction_loss_only",
+    "preprocessing_workers",
+    "project",
+    "report_to",
+    "restore_callback_states_from_checkpoint",
+    "resume_despite_changes",
+    "resume_from_checkpoint",
+    "run_name",
+    "skip_memory_metrics",
+    "torch_empty_cache_steps",
+}
+BEGINNINGS = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
+ELSEWHERE = {"train_file", "model_name_or_path", "data_format"}  # by content, below
+FOLLOWING_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate depends on them
+WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # a file of weights above WHOLE bytes counts by samples of it
+
+
+def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
+    """The identity of a run: its settings, and digests of data, format and base model.
+
+    Args:
+        args: QLoRAArguments.
+        training_args: transformers.TrainingArguments.
+    """
+    settings = training_args.to_dict() | dataclasses.asdict(args)
+    skipped, beginnings = WITHOUT_EFFECT | ELSEWHERE, BEGINNINGS
+    if not args.streaming:
+        skipped |= {"dataloader_num_workers"}  # a stream's order depends on it
+    follows = training_args.lr_scheduler_type in FOLLOWING_EVALUATIONS or training_args.load_best_model_at_end
+    if args.eval_file and follows:
+        skipped -= {"metric_for_best_model", "greater_is_better"}
+        beginnings = tuple(beginning for beginning in BEGINNINGS if beginning != "eval_")
+        settings["eval_file"] = describe_data(args.eval_file, streaming=False)
+    decisive = {key: value for key, value in settings.items() if key not in skipped and not key.startswith(beginnings)}
+    return {
+        "settings": json.loads(json.dumps(decisive, default=str)),
+        "world_size": training_args.world_size,
+        "data": describe_data(args.train_file, args.streaming),
+        "format": {"name": data_format, "tokenizer": describe_tokenizer(tokenizer)},
+        "base_model": describe_base(args),
+    }
+
+
+def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -> list | str:
+    """A digest of the files' contents, of a mixture with weights; of a stream, which may be larger than can be read
+    twice, of names and sizes."""
+    if isinstance(source, dict):
+        return [[describe_data(part, streaming), weight] for part, weight in source.items()]
+    files = find_files(source)
+    return fingerprint([f"{file.name} {file.stat().st_size}" for file in files] if streaming else files)
+
+
+def describe_tokenizer(tokenizer) -> str:
+    if tokenizer.is_fast:
+        model = tokenizer.backend_tokenizer.to_str()
+    else:
+        named = [getattr(tokenizer, name, None) for name in tokenizer.vocab_files_names]
+        model = fingerprint([Path(name) for name in named if name and Path(name).is_file()])
+        model += json.dumps(sorted(tokenizer.get_vocab().items()))
+    return fingerprint([model, json.dumps([tokenizer.special_tokens_map, tokenizer.chat_template], default=str)])
+
+
+def describe_base(args) -> str:
+    """The hub's commit, or a digest of a folder's configuration and weights, of large files by samples."""
+    config = from_pretrained(AutoConfig, args.model_name_or_path)
+    folder = Path(args.model_name_or_path)
+    if not folder.is_dir():
+        return f"{args.model_name_or_path} {config._commit_hash}"
+    return fingerprint([folder / "config.json", *map(sample, sorted(folder.glob("*.safetensors")))])
+
+
+def sample(path: Path) -> str:
+    """A digest of a file's size, head and evenly spread blocks; of the whole of a small one."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with open(path, "rb") as file:
+        if size <= WHOLE:
+            digest.update(file.read())
+        else:
+            for place in range(SAMPLES):
+                file.seek((size - BLOCK) * place // (SAMPLES - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
