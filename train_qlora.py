@@ -6,18 +6,14 @@ torchrun --nproc_per_node=N train_qlora.py --train_args_file FILE
 
 import argparse
 import dataclasses
-import errno
 import json
 import math
 import os
-import signal
-import sys
-from contextlib import suppress
-from multiprocessing import active_children
 from pathlib import Path
 
+from component.run.process import run_program
 from component.settings.load import load_arguments
-from component.settings.schema import ArgumentError, QLoRAArguments
+from component.settings.schema import QLoRAArguments
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +54,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     from component.run.folder import RunFolder
     from component.run.ranks import on_rank_zero
     from component.run.resume import FINAL
-    from component.train.identity import describe_run
+    from component.train.identity import describe_run, renew_identity
 
     args, training_args = load_arguments(cli.train_args_file, cli.overrides)
     data_format, reason = select_format(args.model_name_or_path, args.data_format)
@@ -71,7 +67,7 @@ def train(cli: argparse.Namespace, watch) -> None:
         return
     logger.info(describe_update(training_args))
     identity = on_rank_zero(lambda: describe_run(args, training_args, data_format, tokenizer))
-    with RunFolder(training_args.output_dir, identity) as folder:
+    with RunFolder(training_args.output_dir, identity, renew_identity) as folder:
         start = on_rank_zero(
             lambda: folder.open(
                 training_args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_despite_changes
@@ -90,7 +86,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
 
     from component.data.dataset import DATA_FORMATS
     from component.data.load import load_datasets
-    from component.kernel.memory import fit, optimizer_bytes
+    from component.kernel.memory import PADDED, choose_plan, optimizer_bytes
     from component.kernel.model import PackedForward
     from component.model import attach_lora, load_model
     from component.run.ranks import on_rank_zero
@@ -114,11 +110,19 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     logger.info(f"parameters\n{parameter_table(model)}")
 
     # 3. Layout: rows and what layers keep. A run that goes on has the one that it began with.
-    layout = start.plan or {"tokens": args.pack_to, "checkpointing": args.activation_checkpointing}
-    forward = PackedForward(model, args.max_seq_length, fuses=args.pack_to != 0)
-    plan = fit(forward, **layout, longest=args.max_seq_length, optimizer_bytes=optimizer_bytes(training_args.optim))
+    asked = start.plan or {"tokens": args.packing_length, "checkpointing": args.activation_checkpointing}
+    plan = choose_plan(
+        PackedForward(model, args.max_seq_length, fuses=args.packing and args.fused_layers),
+        **asked,
+        longest=args.max_seq_length,
+        optimizer_bytes=optimizer_bytes(training_args.optim, on_card=True),
+        packing=args.packing and asked["tokens"] != PADDED,
+    )
     folder.plan = dataclasses.asdict(plan)
-    collator = PackingCollator(plan.tokens) if plan.tokens else SFTDataCollator(tokenizer, args.max_seq_length)
+    if plan.tokens == PADDED:
+        collator = SFTDataCollator(tokenizer, args.max_seq_length)
+    else:
+        collator = PackingCollator(plan.tokens)
 
     # 4. Training
     trainer = LoRATrainer(
@@ -152,8 +156,8 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
 def write_results(state, figures: Path, picture: Path) -> None:
     from loguru import logger
 
+    from component.run.errors import StorageError
     from component.run.files import write_atomically
-    from component.run.folder import StorageError
     from component.train.report import plot_loss
 
     try:
@@ -191,9 +195,10 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
         return
     show_settings(args, training_args)
     print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")
-    forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.pack_to != 0)
+    forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.packing and args.fused_layers)
     if forward.layers:
-        print(table(forward, args.pack_to or max(8192, args.max_seq_length), optimizer_bytes(training_args.optim)))
+        tokens = args.packing_length or max(8192, args.max_seq_length)
+        print(table(forward, tokens, optimizer_bytes(training_args.optim, on_card=True)))
     steps = training_args.max_steps if args.streaming else count_steps(len(train_dataset), training_args)
     print(f"{describe_update(training_args)}\n{steps} steps. No weights were loaded.")
 
@@ -227,63 +232,7 @@ def count_steps(rows: int, training_args) -> int:
 
 def main() -> None:
     cli = parse_command_line()
-    from component.run.process import Interrupted, SignalWatch, die_with_parent
-
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
-        die_with_parent()
-    try:
-        with SignalWatch() as watch:
-            run(cli, watch)
-    except (Interrupted, Exception) as error:
-        stop = watch.cause(error)
-        if not watch.deferred:
-            with suppress(OSError):
-                print(f"{stop}: stopped before training; the same command starts it", file=sys.stderr, flush=True)
-        leave(stop.exit_code)
-
-
-def leave(exit_code: int) -> None:
-    """At once, without waiting for other ranks, which may still be at work."""
-    os._exit(exit_code)
-
-
-def run(cli: argparse.Namespace, watch) -> None:
-    """Train, and turn what can go wrong into a line and an exit code."""
-    from component.run.log import configure_logging
-
-    rank = int(os.environ.get("RANK") or 0)
-    configure_logging(rank)  # before libraries are imported that have something to say
-
-    import torch.distributed as dist
-    from loguru import logger
-
-    from component.data.conversation import DataError
-    from component.kernel.memory import DoesNotFit
-    from component.run.folder import CheckpointError, StorageError
-    from component.run.ranks import TOLD
-    from component.train.trainer import NumericError
-
-    exit_codes = {NumericError: 3, StorageError: 4} | dict.fromkeys(
-        (ArgumentError, CheckpointError, DataError, DoesNotFit), 2
-    )
-    exit_code = 0
-    try:
-        train(cli, watch)
-    except tuple(exit_codes) as error:
-        exit_code = next(code for kind, code in exit_codes.items() if isinstance(error, kind))
-        if getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # also where data is prepared
-            exit_code = 4
-        logger.error(error)
-        if rank and TOLD not in getattr(error, "__notes__", ()):
-            print(f"rank {rank}: {error}", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a helper for an error
-        for helper in active_children():  # they outlive other signals, and would be waited for
-            helper.kill()
-    if dist.is_initialized():  # after an error that other ranks do not know of, they may still be at work
-        dist.destroy_process_group()
-    if exit_code:
-        sys.exit(exit_code)
+    run_program(lambda watch: train(cli, watch), lambda: "stopped before training; the same command starts it")
 
 
 if __name__ == "__main__":

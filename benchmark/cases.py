@@ -131,7 +131,7 @@ SAVE_CALLS = {
             }.items()
             for when in ("before", "after")
         ),
-        ("between two fsyncs", {"at": "component.run.manifest.sync", "match": "checkpoint-6", "nth": 4}),
+        ("between two fsyncs", {"at": "component.run.files.sync", "match": "checkpoint-6", "nth": 4}),
         ("before rotation", {"at": "component.run.folder.RunFolder.rotate", "nth": 3}),
         ("rotation, renamed", {"at": "os.rename", "match": ".tmp-checkpoint-3", "nth": 2, "after": True}),
         ("rotation, half deleted", {"at": "os.unlink", "match": "optimizer.pt"}),
@@ -428,7 +428,7 @@ def kills_with(lab: Lab, optim: str, workers: int) -> Iterator[Check]:
 
 
 def length_grouping(lab: Lab) -> Iterator[Check]:
-    settings = {"train_sampling_strategy": "group_by_length", "pack_to": 0, "per_device_train_batch_size": 3}
+    settings = {"train_sampling_strategy": "group_by_length", "packing": False, "per_device_train_batch_size": 3}
     reference = lab.reference(**settings)
     for update in (5, 11):
         stopped(lab, f"run-{update}", update, **settings)

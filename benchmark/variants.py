@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 
 from benchmark.common import ACCUMULATION, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, figures, make_tokenizer, measure
-from component.kernel.memory import fit
+from component.kernel.memory import choose_plan
 from component.kernel.model import PackedForward
 from component.train.batch import PackingCollator
 from component.train.loss import TargetLMLoss
@@ -164,12 +164,12 @@ def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
     return measure(run, trainer, clock, checkpointing=False)
 
 
-def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, pack_to: int = 8192) -> dict:
+def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, packing_length: int = 8192) -> dict:
     """This project's own step: packed rows, fused layers, the loss of learned tokens alone."""
     model = run.model()
     clock = Clock(run.device)
     model = get_peft_model(model, lora(dropout))
-    plan = fit(PackedForward(model, run.longest), pack_to, checkpointing, run.longest, optimizer_bytes=0)
+    plan = choose_plan(PackedForward(model, run.longest), packing_length, checkpointing, run.longest, optimizer_bytes=0)
     settings = trainer_settings(run) | {"remove_unused_columns": False, "label_names": ["target_mask"]}
     trainer = LoRATrainer(
         model=model,
@@ -196,7 +196,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Run], dict]]] = {
     "luciole-selective": ("chatglm3-6b", partial(luciole, checkpointing="selective")),
     "luciole-full": ("chatglm3-6b", partial(luciole, checkpointing="full")),
     "luciole-offload": ("chatglm3-6b", partial(luciole, checkpointing="offload")),
-    "luciole-small": ("chatglm3-6b", partial(luciole, checkpointing="offload", pack_to=2048)),
+    "luciole-small": ("chatglm3-6b", partial(luciole, checkpointing="offload", packing_length=2048)),
     "luciole-llama-d05": ("llama-16", luciole),
     "luciole-llama-d0": ("llama-16", partial(luciole, dropout=0.0)),
     "seed": ("chatglm3-6b", seed),

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from . import chatglm  # noqa: F401  registers ChatGLM2/3 with the Auto classes
-from .settings.schema import ArgumentError, QLoRAArguments
+from .run.errors import ArgumentError
+from .settings.schema import QLoRAArguments
 from .trust import check_adapter, check_model
 
 

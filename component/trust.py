@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
+from .run.errors import ArgumentError
 from .settings.load import missing_folder, read_json_object
-from .settings.schema import ArgumentError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = "convert it to safetensors as docs/security.md shows, on a machine that holds nothing else"

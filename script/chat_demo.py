@@ -20,11 +20,11 @@ configure_logging(rank=0)  # before peft, whose import is not quiet
 from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from component.data.conversation import Conversation, DataError
+from component.chatglm.prompt import TOOLS_PROMPT
+from component.data.conversation import Conversation
 from component.data.formats import read_conversations
-from component.data.messages import TOOLS_PROMPT
 from component.model import from_pretrained, load_adapter
-from component.settings.schema import ArgumentError
+from component.run.errors import ArgumentError, DataError
 from component.trust import check_adapter
 
 

@@ -11,9 +11,7 @@ import argparse
 import contextlib
 import gzip
 import json
-import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,9 +20,10 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from component.data.conversation import DataError
 from component.data.formats import ROW_FORMATS, detect_format
-from component.data.reader import Unreadable, find_files, read_rows
+from component.data.reader import Unreadable, find_files, read_rows, rejected_line
+from component.run.errors import DataError
+from component.run.files import replacing
 
 OUTPUTS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
@@ -74,9 +73,8 @@ def convert_files(
                 except DataError as error:
                     if not skip or isinstance(error, Unreadable):
                         raise DataError(f"{path}:{line}: {error}") from None
-                    entry = {"file": str(path), "line": line, "reason": str(error)}
-                    entry |= {"row": row} if isinstance(row, dict) else {}
-                    rejects.write(json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+                    kept = row if isinstance(row, dict) else None
+                    rejects.write(rejected_line(path, line, str(error), kept).encode(errors="backslashreplace"))
                     summary.rejected += 1
                     continue
                 file.write(json.dumps(converted, ensure_ascii=False).encode() + b"\n")
@@ -101,17 +99,8 @@ def whole_or_absent(output: Path | None) -> Iterator[BinaryIO | None]:
         with open(output, "wb") as file:
             yield file
         return
-    with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", delete=False) as temporary:
-        try:
-            with compressing(temporary, output.name) as file:
-                yield file
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.chmod(temporary.name, 0o644)
-            os.replace(temporary.name, output)
-        except BaseException:
-            os.unlink(temporary.name)
-            raise
+    with replacing(output) as file, compressing(file, output.name) as compressed:
+        yield compressed
 
 
 def compressing(file: BinaryIO, name: str) -> contextlib.AbstractContextManager[BinaryIO]:

@@ -28,9 +28,8 @@ def main() -> None:
     if not cli.train_args_file and not (cli.data and cli.model):
         parser.error("give --train_args_file, or --data and --model")
 
-    from component.data.conversation import DataError
+    from component.run.errors import ArgumentError, DataError
     from component.run.log import configure_logging
-    from component.settings.schema import ArgumentError
 
     configure_logging(rank=0)
     sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
@@ -44,11 +43,11 @@ def main() -> None:
 def inspect(cli: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from component.data.conversation import DataError
     from component.data.dataset import DATA_FORMATS, select_format
     from component.data.inspection import Inspection
     from component.data.load import rules_of
     from component.model import load_tokenizer
+    from component.run.errors import DataError
     from component.run.files import write_atomically
     from component.settings.load import load_arguments
 

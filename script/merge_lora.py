@@ -8,7 +8,6 @@ in --dtype; it is never quantised again, which would round the adapter away. OUT
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
@@ -28,44 +27,18 @@ def main() -> None:
     parser.add_argument("--from_4bit", action="store_true", help="merge into the base's 4-bit values, as in training")
     cli = parser.parse_args()
 
-    from component.run.process import Interrupted, SignalWatch
+    from component.run.process import run_program
 
-    try:
-        with SignalWatch() as watch:
-            run(cli)
-    except (Interrupted, Exception) as error:
-        stop = watch.cause(error)
-        state = "is there" if cli.output.exists() else "was not made"
-        print(f"{stop}: stopped; {cli.output} {state}", file=sys.stderr, flush=True)
-        os._exit(stop.exit_code)
-
-
-def run(cli: argparse.Namespace) -> None:
-    """Merge, and turn what can go wrong into a line and an exit code."""
-    from component.run.log import configure_logging
-
-    configure_logging(rank=0)  # before peft, whose import is not quiet
-
-    from loguru import logger
-    from safetensors import SafetensorError
-
-    from component.settings.schema import ArgumentError
-
-    try:
-        merge(cli, check(cli))
-    except ArgumentError as error:
-        logger.error(error)
-        sys.exit(2)
-    except (OSError, SafetensorError) as error:
-        logger.error(f"{cli.output}: could not be written ({error}); nothing was left there")
-        sys.exit(4)
-    print(f"merged model: {cli.output}")
+    run_program(
+        lambda watch: merge(cli, check(cli)),
+        lambda: f"stopped; {cli.output} {'is there' if cli.output.exists() else 'was not made'}",
+    )
 
 
 def check(cli: argparse.Namespace) -> str:
     """The base to merge into, after all that can be refused before a weight is read."""
+    from component.run.errors import ArgumentError
     from component.run.manifest import MANIFEST, Damaged, verify
-    from component.settings.schema import ArgumentError
     from component.trust import check_adapter, check_model, find, read
 
     if cli.output.exists() or cli.output.is_symlink():
@@ -110,11 +83,12 @@ def check(cli: argparse.Namespace) -> str:
 def merge(cli: argparse.Namespace, base: str) -> None:
     import torch
     from loguru import logger
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from component.model import four_bit, from_pretrained, load_adapter
+    from component.run.errors import ArgumentError, StorageError
     from component.run.files import make_once
-    from component.settings.schema import ArgumentError
 
     def fill(folder: Path) -> None:
         dtype = getattr(torch, cli.dtype)
@@ -133,7 +107,11 @@ def merge(cli: argparse.Namespace, base: str) -> None:
         model.save_pretrained(folder, max_shard_size=cli.max_shard_size)
         tokenizer.save_pretrained(folder)
 
-    make_once(cli.output, fill)
+    try:
+        make_once(cli.output, fill)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{cli.output}: could not be written ({error}); nothing was left there") from error
+    print(f"merged model: {cli.output}")
 
 
 if __name__ == "__main__":

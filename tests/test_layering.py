@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {  # room: the rooms that it imports
-    "train": {"data", "model", "run"},
-    "kernel": {"chatglm"},
-    "data": {"run"},
-    "model": {"chatglm", "settings", "trust"},
-    "trust": {"settings"},
-    "settings": set(),
+    "train": {"data", "kernel", "model", "run"},
+    "kernel": {"chatglm", "run"},
+    "data": {"chatglm", "run"},
+    "model": {"chatglm", "run", "settings", "trust"},
+    "trust": {"run", "settings"},
+    "settings": {"run"},
     "chatglm": set(),
     "run": set(),
 }
@@ -80,12 +80,20 @@ def test_programs_import_parts_and_never_one_another(path):
 
 
 def test_a_conversation_needs_the_standard_library_alone():
-    assert {name.split(".")[0] for name in imports(ROOT / "component/data/conversation.py")} <= sys.stdlib_module_names
+    own = {"component.run.errors.DataError", "component.data.tools.names_of"}
+    for file in ("data/conversation", "data/tools", "run/errors", "chatglm/prompt"):
+        foreign = imports(ROOT / f"component/{file}.py") - own
+        assert {name.split(".")[0] for name in foreign} <= sys.stdlib_module_names, file
+
+
+def test_settings_use_of_other_rooms_the_errors_alone():
+    used = {name for path in rooms()["settings"] for name in imports(path) if name.startswith("component.run.")}
+    assert used == {"component.run.errors.ArgumentError"}
 
 
 @pytest.mark.parametrize(
     "module",
-    ["component.data.formats", "component.data.reader", "component.data.render", "component.settings.load"],
+    ["component.data.formats", "component.data.messages", "component.settings.load", "component.run.process"],
 )
 def test_light_parts_import_no_torch(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_qlora
 from component.data.stream import StreamingSFTDataset
 from component.kernel.model import PackedForward
 from component.run.folder import RunFolder
@@ -33,7 +32,7 @@ SETTINGS = {"max_steps": 7, "lora_dropout": 0.1, "save_strategy": "steps", "save
 @pytest.fixture
 def stopped(job, monkeypatch):
     """Runs a job that has to stop; returns its exit code."""
-    monkeypatch.setattr(train_qlora, "leave", sys.exit)
+    monkeypatch.setattr("component.run.process.leave", sys.exit)
 
     def run(*args, **settings) -> int:
         with pytest.raises(SystemExit) as stop:
@@ -287,7 +286,7 @@ def test_each_signal_has_its_exit_code_and_a_checkpoint_of_the_very_step(stopped
     "settings",
     [
         {"train_sampling_strategy": "group_by_length"},
-        {"pack_to": 0},
+        {"packing": False},
         {"dataloader_num_workers": 2},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 3},
         {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "logging_strategy": "epoch"},
@@ -379,10 +378,10 @@ def nan_files(folder: Path) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("pack_to", [0, None], ids=["padded", "packed"])
-def test_a_weight_that_is_not_finite_stops_the_run_before_the_update(stopped, tmp_path, capsys, pack_to):
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_a_weight_that_is_not_finite_stops_the_run_before_the_update(stopped, tmp_path, capsys, packing):
     with at_call(5, LoRATrainer, "training_step", poison):
-        assert stopped(**SETTINGS, pack_to=pack_to) == 3
+        assert stopped(**SETTINGS, packing=packing) == 3
     message = capsys.readouterr().err
     assert "step 5: the loss is not finite" in message
     assert f"{tmp_path / 'train.jsonl'}:" in message

@@ -61,17 +61,17 @@ def test_four_accumulated_batches_of_one_equal_one_batch_of_four(job):
 
 def test_packed_rows_equal_padded_batches(job):
     settings = {"optim": "sgd", "max_seq_length": 64}
-    padded = job("padded", **settings, pack_to=0, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    padded = job("padded", **settings, packing=False, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     packed = job("packed", **settings, gradient_accumulation_steps=2, per_device_train_batch_size=2)
-    rows = job("rows", **settings, pack_to=64)
+    rows = job("rows", **settings, packing_length=64)
     for other in (packed, rows):
         assert losses(padded) == pytest.approx(losses(other), abs=1e-5)
         assert largest_difference(padded, other) <= 1e-5
 
 
-@pytest.mark.parametrize("pack_to", [0, None], ids=["padded", "packed"])
-def test_checkpointing_changes_no_weight(job, pack_to):
-    settings = {"pack_to": pack_to, "lora_dropout": 0.0}
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_checkpointing_changes_no_weight(job, packing):
+    settings = {"packing": packing, "lora_dropout": 0.0}
     kept = job("kept", **settings)
     for name in ("selective", "full", "offload"):
         again = job(name, **settings, activation_checkpointing=name)
@@ -81,7 +81,7 @@ def test_checkpointing_changes_no_weight(job, pack_to):
 
 
 def test_length_grouping_is_exact_on_resume(job):
-    settings = {"max_steps": 6, "group_by_length": True, "pack_to": 0, "save_strategy": "steps", "save_steps": 2}
+    settings = {"max_steps": 6, "group_by_length": True, "packing": False, "save_strategy": "steps", "save_steps": 2}
     settings |= {"per_device_train_batch_size": 3, "lora_dropout": 0.1}
     whole = job("whole", **settings)
     resumed = job("resumed", **settings)
@@ -125,14 +125,14 @@ def test_the_short_update_at_an_epochs_end_is_that_of_padded_batches(job, tmp_pa
     settings = {"optim": "sgd", "max_seq_length": 64, "per_device_train_batch_size": 1, "max_steps": 3}
     settings |= {"gradient_accumulation_steps": 8, "rows": ROWS[:11]}
     for drop_last in (False, True):
-        padded = job(f"padded-{drop_last}", **settings, pack_to=0, dataloader_drop_last=drop_last)
+        padded = job(f"padded-{drop_last}", **settings, packing=False, dataloader_drop_last=drop_last)
         packed = job(f"packed-{drop_last}", **settings, dataloader_drop_last=drop_last)
         assert losses(padded) == pytest.approx(losses(packed), abs=1e-5)
         assert largest_difference(padded, packed) <= 1e-5
 
 
 def test_ranks_may_have_different_numbers_of_rows(job, tmp_path):
-    settings = {"max_seq_length": 24, "pack_to": 24, "optim": "sgd"}
+    settings = {"max_seq_length": 24, "packing_length": 24, "optim": "sgd"}
     whole = job("whole", per_device_train_batch_size=4, **settings)
     written = json.loads((tmp_path / "whole.json").read_text())
     run_on_two_ranks(tmp_path, written | {"per_device_train_batch_size": 2})
@@ -316,18 +316,18 @@ def test_bad_lines_and_no_lines_stop_before_the_model_loads(job, tmp_path, capsy
 
 
 def test_a_card_that_is_too_small_ends_with_exit_code_2_and_the_remedies(job, capsys, monkeypatch):
-    def fit(*args, **kwargs):
-        raise memory.DoesNotFit("rows of 8,192 tokens need about 9.0 GiB: lower pack_to")
+    def refuse(*args, **kwargs):
+        raise memory.DoesNotFit("rows of 8,192 tokens need about 9.0 GiB: lower packing_length")
 
-    monkeypatch.setattr(memory, "fit", fit)
+    monkeypatch.setattr(memory, "choose_plan", refuse)
     with pytest.raises(SystemExit) as stop:
         job()
     assert stop.value.code == 2
-    assert "need about 9.0 GiB: lower pack_to" in capsys.readouterr().err
+    assert "need about 9.0 GiB: lower packing_length" in capsys.readouterr().err
 
 
 def test_a_dry_run_of_padded_batches_estimates_no_rows(job, capsys):
-    job(dry_run=True, pack_to=0)
+    job(dry_run=True, packing=False)
     assert "GPU memory by estimate" not in capsys.readouterr().out
 
 

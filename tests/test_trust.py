@@ -174,7 +174,7 @@ def test_a_misspelt_folder_is_refused_by_every_program_and_the_hub_is_not_asked(
 
 
 def test_a_hubs_model_is_checked_as_a_folder_is(model_folder, canary, monkeypatch):
-    from component.settings.schema import ArgumentError
+    from component.run.errors import ArgumentError
     from component.trust import check_model
 
     model = model_folder()

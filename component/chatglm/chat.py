@@ -12,6 +12,8 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
+from .prompt import round_prompt
+
 
 def parse_tool_call(code: str) -> dict | None:
     """Keyword arguments of a call such as `tool_call(city='北京', days=2)`, or None where it is anything else.
@@ -174,7 +176,7 @@ class Turn:
     def _continue(self, seen: int, speaks_pairs: bool):
         """Inputs for the new message alone; padding ids stand where the `seen` cached tokens are."""
         if speaks_pairs:
-            prompt = f"\n\n[Round {len(self.history) + 1}]\n\n问：{self.query}\n\n答："
+            prompt = "\n\n" + round_prompt(len(self.history) + 1, self.query)
             ids = self.tokenizer.encode(prompt, add_special_tokens=False)[1:]  # without the dummy space
         else:
             ids = self.tokenizer.build_single_message(self.role, "", self.query)

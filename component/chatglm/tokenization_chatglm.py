@@ -3,12 +3,13 @@
 Same ids, methods and results as the official `tokenization_chatglm.py` (see docs/chatglm_port.md).
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 from transformers import BatchEncoding, PreTrainedTokenizer
+
+from .prompt import round_prompt, tools_message
 
 ROLES = ("system", "user", "assistant", "observation")
 CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(f"<|{role}|>" for role in ROLES))
@@ -149,17 +150,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         for message in history or []:
             content = message["content"]
             if message["role"] == "system" and "tools" in message:
-                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+                content = tools_message(message["tools"], content)
             ids += self.build_single_message(message["role"], message.get("metadata", ""), content)
         ids += [*self.build_single_message(role, "", query), self.get_command("<|assistant|>")]
         return self._prompt(self.get_prefix_tokens() + ids)
 
     def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
         """ChatGLM2 prompt as text: every earlier round with its answer, then the newest question."""
-        rounds = [
-            f"[Round {i}]\n\n问：{asked}\n\n答：{answer}\n\n" for i, (asked, answer) in enumerate(history or [], 1)
-        ]
-        return "".join(rounds) + f"[Round {len(rounds) + 1}]\n\n问：{query}\n\n答："
+        rounds = [f"{round_prompt(i, asked)}{answer}\n\n" for i, (asked, answer) in enumerate(history or [], 1)]
+        return "".join(rounds) + round_prompt(len(rounds) + 1, query)
 
     def _prompt(self, ids: list[int]) -> BatchEncoding:
         batch = {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "position_ids": [list(range(len(ids)))]}

@@ -6,7 +6,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .conversation import Conversation, DataError
+from ..run.errors import DataError
+from .conversation import Conversation
 from .messages import chat_messages
 from .render import Sample
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-
-class DataError(ValueError):
-    """A fault in a user's data. Its text is `field: what is wrong; what to do`, and names file and line if raised."""
+from ..run.errors import DataError
+from .tools import names_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +49,6 @@ def oddities(conversation: Conversation) -> Iterator[str]:
     offered = names_of(conversation.tools)
     if offered and any(turn.role == "tool" and turn.name not in offered for turn in turns):
         yield "calls a function that tools does not name"
-
-
-def names_of(tools: Any) -> set[str]:
-    """Names of the functions that `tools` describes in the usual way, bare or as `{"function": …}`."""
-    tools = tools if isinstance(tools, list) else []
-    bare = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
-    return {tool["name"] for tool in bare if isinstance(tool, dict) and isinstance(tool.get("name"), str)}
 
 
 def choose_learned(conversation: Conversation, loss_on: str) -> Conversation:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..run.errors import DataError, unusable
 from ..run.files import default_cache_dir, fingerprint, make_once
 from . import chat_template, conversation, formats, messages, reader, render
 from . import prepare as preparing
 from .chat_template import render_chat_template
-from .conversation import DataError
 from .prepare import RowRenderer, checked, item, prepare
 from .reader import find_files
 from .render import render_chatglm2, render_chatglm3, render_firefly
@@ -68,9 +68,8 @@ class SFTDataset(Dataset):
             make_once(folder, lambda empty: self.prepare(workers, empty, data))
             self.store = TokenStore(folder)
         except OSError as error:
-            raise DataError(
-                f"{error}; the data must be readable, and cache_dir a folder with room in which files can be written"
-            ) from error
+            remedy = "the data must be readable, and cache_dir a folder with room in which files can be written"
+            raise unusable(f"{error}; {remedy}", error) from error
         if judged:
             judge(self.store.report, self.files, self.rules)
 

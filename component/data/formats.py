@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .conversation import Conversation, DataError, Turn, describe, take
-from .messages import as_text, chat_messages, question_answer_pairs, wrap_tools
+from ..run.errors import DataError
+from .conversation import Conversation, Turn, describe, take
+from .messages import as_text, chat_messages, question_answer_pairs
 from .reader import load_json, read_rows
+from .tools import unwrap_tools, wrap_tools
 
 Lost = Callable[[str], None]
 
@@ -147,7 +149,7 @@ def parse_openai(row: dict) -> Conversation:
             pending[len(turns)] = call.id
             turns.append(replace(call, learned=learned, joined=joined))
     key = "functions" if row.get("tools") is None else "tools"  # the older name
-    return Conversation(tuple(turns), unwrap_tools(row.get(key), key))
+    return Conversation(tuple(turns), parse_tools(row.get(key), key))
 
 
 def answer_call(turns: list[Turn], pending: dict[int, str], identity: Any, text: str, place: str) -> None:
@@ -221,22 +223,20 @@ def write_openai(conversation: Conversation, lost: Lost) -> dict:
         lost("the type of a result: written as its JSON")
     if tools is None and conversation.tools is not None:
         lost("tools that are no function descriptions: written as the system message that ChatGLM3 shows")
-    elif tools is not None and unwrap_tools(tools, "tools") != conversation.tools:
+    elif tools is not None and parse_tools(tools, "tools") != conversation.tools:
         lost("the form of tools")
     return {"messages": messages} if tools is None else {"tools": tools, "messages": messages}
 
 
-def unwrap_tools(tools: Any, place: str) -> list | None:
-    """OpenAI's `{"type": "function", "function": {…}}` to the bare descriptions that ChatGLM3 shows."""
+def parse_tools(tools: Any, place: str) -> list | None:
+    """A list of functions' descriptions or its JSON, as the bare ones that ChatGLM3 shows."""
     if isinstance(tools, str):
         tools = from_json(tools, place) if tools.strip() else None
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list):
         raise DataError(f"{place} must be a list of functions, got {describe(tools)}")
-    return [
-        tool["function"] if isinstance(tool, dict) and tool.keys() == {"type", "function"} else tool for tool in tools
-    ]
+    return unwrap_tools(tools)
 
 
 # ShareGPT: {"system": text, "tools": list or its JSON, "conversations": [{"from": …, "value": text}]}
@@ -281,7 +281,7 @@ def parse_sharegpt(row: dict) -> Conversation:
                 turns.append(replace(parse_call(call, f"{place}.value"), learned=learned, joined=j > 0))
         else:
             turns.append(Turn(role, value, learned and role == "assistant"))
-    return Conversation(tuple(turns), unwrap_tools(row.get("tools"), "tools"))
+    return Conversation(tuple(turns), parse_tools(row.get("tools"), "tools"))
 
 
 def answer_calls(turns: list[Turn], pending: dict[int, str], value: str, place: str) -> None:
@@ -318,7 +318,7 @@ def write_sharegpt(conversation: Conversation, lost: Lost) -> dict:
     if conversation.tools is not None:
         if not isinstance(conversation.tools, list):
             raise DataError("has tools that are no list, for which ShareGPT's rows have no place")
-        if unwrap_tools(conversation.tools, "tools") != conversation.tools:
+        if parse_tools(conversation.tools, "tools") != conversation.tools:
             lost("the form of tools")
         row["tools"] = json.dumps(conversation.tools, ensure_ascii=False)
     return row

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .conversation import count_rounds, names_of
+from .conversation import count_rounds
 from .dataset import SFTDataset
 from .reader import read_lines
 from .rules import CUT, DROPPED, NOTES, SHORTENED
+from .tools import names_of
 
 PAGE = Path(__file__).with_name("inspection.html")
 BARS = 12  # of the histogram

@@ -7,8 +7,8 @@ import numpy as np
 from loguru import logger
 from torch.utils.data import ConcatDataset, Subset
 
+from ..run.errors import unusable
 from ..run.files import write_atomically
-from .conversation import DataError
 from .dataset import SFTDataset, Source
 from .rules import DataRules, judge, log_report
 from .stream import StreamingSFTDataset
@@ -37,7 +37,7 @@ def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, b"".join((folder / "rejected.jsonl").read_bytes() for folder in with_rejected))
             except OSError as error:
-                raise DataError(f"{path} could not be written ({error}); make room, or choose another") from error
+                raise unusable(f"{path} could not be written ({error}); make room, or choose another", error) from error
             logger.warning(f"rejected rows and why: {path}")
         judge(part.store.report, part.files, rules)
         log_report(part.store.report, part.files, rules)

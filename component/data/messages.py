@@ -3,13 +3,9 @@
 import json
 from typing import Any
 
-from .conversation import Conversation, DataError, Turn
-
-TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
-
-
-def tools_message(tools: Any) -> str:
-    return f"{TOOLS_PROMPT}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
+from ..run.errors import DataError
+from .conversation import Conversation, Turn
+from .tools import wrap_tools
 
 
 def as_text(value: Any) -> str:
@@ -52,6 +48,8 @@ def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | 
     identities = {id(turn): turn.id or f"call{i:05}" for i, turn in enumerate(conversation.turns)}
     tools = wrap_tools(conversation.tools)
     if tools is None and conversation.tools is not None:
+        from ..chatglm.prompt import tools_message  # whose package takes seconds to import, for rows that hardly are
+
         messages.append({"role": "system", "content": tools_message(conversation.tools)})
     for turn in conversation.turns:
         if not turn.joined:
@@ -69,13 +67,3 @@ def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | 
             messages.append({"role": turn.role, "content": turn.content} | flags)
     add_results()
     return messages, tools
-
-
-def wrap_tools(tools: Any) -> list[dict] | None:
-    """Descriptions of functions as `{"type": "function", "function": …}`; None where they are none with names."""
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        return None
-    bare = [tool.get("function", tool) for tool in tools]
-    if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in bare):
-        return None
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]

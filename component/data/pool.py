@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from threading import Thread
 
-from .conversation import DataError
+from ..run.errors import DataError
 
 
 def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from loguru import logger
 
+from ..run.errors import DataError
 from .chat_template import render_chat_template
-from .conversation import Conversation, DataError, choose_learned, count_rounds, oddities, without_first_rounds
+from .conversation import Conversation, choose_learned, count_rounds, oddities, without_first_rounds
 from .formats import parse_row
 from .pool import in_order
-from .reader import Unreadable, parse_line, read_lines
+from .reader import Unreadable, parse_line, read_lines, rejected_line
 from .render import Sample
 from .rules import CUT, DROPPED, NOTES, SHORTENED, SHOWN, DataReport, DataRules, judge
 from .store import FILES, PLACE_BITS
@@ -92,8 +93,7 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
                 values = getattr(outcome, name)
                 outputs[name].write(values + report.tokens if name == "ends" else values)
             for number, line, reason, text in outcome.rejected:
-                entry = {"file": str(files[number]), "line": line, "reason": reason, "row": text}
-                rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                rejected.write(rejected_line(files[number], line, reason, text))
             add(report, outcome, files)
             if (now := time.monotonic()) > told + 10:
                 told = now

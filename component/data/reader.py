@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .conversation import DataError, describe
+from ..run.errors import DataError
+from .conversation import describe
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LINE_LIMIT = 16 << 20  # bytes of one row; no model reads as many
@@ -60,6 +61,12 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict | DataError]]:
             yield line, raw if isinstance(raw, DataError) else parse_line(raw)
         except DataError as error:
             yield line, error
+
+
+def rejected_line(file: Path, line: int, reason: str, row: str | dict | None) -> str:
+    """What is kept of a bad row: a line of JSON that says where it stands and what is wrong, and has the row if any."""
+    entry = {"file": str(file), "line": line, "reason": reason} | ({} if row is None else {"row": row})
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:

@@ -3,11 +3,12 @@
 `target_mask[i] == 1` means that the model learns to predict token i. The formats are described in docs/data_format.md.
 """
 
-import ast
 from dataclasses import dataclass, field
 
-from .conversation import Conversation, DataError, Turn
-from .messages import as_text, question_answer_pairs, tools_message
+from ..chatglm.prompt import round_prompt, tool_call, tools_message
+from ..run.errors import DataError
+from .conversation import Conversation, Turn
+from .messages import as_text, question_answer_pairs
 
 
 @dataclass(slots=True)
@@ -39,20 +40,18 @@ def chatglm3_messages(conversation: Conversation) -> list[Message]:
         messages.append(Message("system", tools_message(conversation.tools)))
     for turn in conversation.turns:
         if turn.role == "tool":
-            messages.append(Message("assistant", format_tool_call(turn), turn.name, turn.learned))
+            messages.append(Message("assistant", call_text(turn), turn.name, turn.learned))
             messages.append(Message("observation", as_text(turn.observation)))
         else:
             messages.append(Message(turn.role, turn.content, learned=turn.learned))
     return messages
 
 
-def format_tool_call(call: Turn) -> str:
+def call_text(call: Turn) -> str:
     for name in call.parameters:
         if not name.isidentifier():
             raise DataError(f"the parameter {name!r} of {call.name} cannot be a keyword argument; rename it")
-    keywords = [ast.keyword(name, ast.Constant(value)) for name, value in call.parameters.items()]
-    text = ast.unparse(ast.Call(ast.Name("tool_call"), [], keywords))
-    return f"```python\n{text}\n```"
+    return tool_call(call.parameters)
 
 
 def render_chatglm3(conversation: Conversation, tokenizer) -> Sample:
@@ -78,7 +77,7 @@ def render_chatglm2(conversation: Conversation, tokenizer) -> Sample:
     sample = Sample()
     sample.add(tokenizer.get_prefix_tokens(), learned=False)
     for i, (question, answer) in enumerate(question_answer_pairs(conversation, "chatglm2"), 1):
-        prompt = f"[Round {i}]\n\n问：{question.content}\n\n答："
+        prompt = round_prompt(i, question.content)
         sample.add(tokenizer.encode(prompt, add_special_tokens=False), learned=False)
         sample.add(tokenizer.encode(answer.content, add_special_tokens=False), learned=answer.learned)
         sample.add([tokenizer.eos_token_id], learned=answer.learned)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from .conversation import DataError
+from ..run.errors import DataError
 
 SHOWN = 20  # faults in an error message
 CUT, SHORTENED, DROPPED = "cut", "early turns dropped", "too long, dropped"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .conversation import DataError
+from ..run.errors import DataError
 from .rules import DataReport
 
 PLACE_BITS = 40  # of a place, the low ones that hold the line; those above hold the file's number

@@ -8,7 +8,7 @@ from pathlib import Path
 from loguru import logger
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .conversation import DataError
+from ..run.errors import DataError
 from .dataset import Source
 from .prepare import RowRenderer, add, checked, chunks, item, read_files, render_chunk
 from .reader import find_files

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 
+from ..run.errors import DoesNotFit
 from .head import LOGITS
 from .layer import CHECKPOINTING, FULL, NONE, OFFLOAD, SELECTIVE, Layer
 from .model import PackedForward
@@ -25,20 +26,17 @@ PLANS = (
     (2048, OFFLOAD),
     (1024, OFFLOAD),
 )
+PADDED = 0  # tokens of a row where there is none
 UNFUSED_TOKENS = 2048  # of a row whose attention needs a mask of tokens x tokens
-
-
-class DoesNotFit(ValueError):
-    """No plan, or not the one asked for, fits the card."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    tokens: int  # of a packed row, at most
+    tokens: int  # of a packed row, at most, or PADDED
     checkpointing: str
 
     def __str__(self) -> str:
-        layout = f"rows of {self.tokens:,} tokens" if self.tokens else "padded batches"
+        layout = f"rows of {self.tokens:,} tokens" if self.tokens != PADDED else "padded batches"
         return f"{layout}, activation_checkpointing {self.checkpointing}"
 
 
@@ -89,12 +87,24 @@ def table(forward: PackedForward, tokens: int, optimizer_bytes: int) -> str:
     return f"GPU memory by estimate, in GiB, with rows of {tokens:,} tokens: {', '.join(sizes)}"
 
 
-def optimizer_bytes(name: str) -> int:
-    """For each trainable value, on the card: two moments; paged ones lie in memory that the host can take back."""
-    return 0 if "paged" in name else 2 if "8bit" in name else 8
+def optimizer_bytes(optim: str, on_card: bool) -> int:
+    """Bytes of an optimizer's state for each trainable value: two moments.
+
+    Paged ones lie in memory that the host can take back, so that none of them counts `on_card`.
+    """
+    if "sgd" in optim or (on_card and "paged" in optim):
+        return 0
+    return 2 if "8bit" in optim else 8
 
 
-def fit(forward: PackedForward, tokens: int | None, checkpointing: str, longest: int, optimizer_bytes: int) -> Plan:
+def choose_plan(
+    forward: PackedForward,
+    tokens: int | None,
+    checkpointing: str,
+    longest: int,
+    optimizer_bytes: int,
+    packing: bool = True,
+) -> Plan:
     """Choose what was left open, prove it, and set the forward to it.
 
     Args:
@@ -102,13 +112,14 @@ def fit(forward: PackedForward, tokens: int | None, checkpointing: str, longest:
         checkpointing: of layer.CHECKPOINTING, or auto.
         longest: tokens that the longest sample may have.
         optimizer_bytes: for each trainable value, on the card.
+        packing: False: batches are padded, and nothing is to be chosen but what layers keep.
 
     Raises:
         DoesNotFit: nothing fits.
     """
     device = forward.model.device
-    if not forward.layers or device.type != "cuda":
-        plan = unproven_plan(forward, tokens, checkpointing, longest)
+    if not packing or not forward.layers or device.type != "cuda":
+        plan = unproven_plan(forward, tokens, checkpointing, longest, packing)
         forward.use(plan.checkpointing)
         logger.info(plan)
         return plan
@@ -131,12 +142,12 @@ def fit(forward: PackedForward, tokens: int | None, checkpointing: str, longest:
             return plan
         logger.warning(f"{plan}: out of memory on the longest row")
     raise DoesNotFit(
-        f"{plan} needs about {sizes[plan] / GIB:.1f} GiB, of which {free / GIB:.1f} are free: lower pack_to, "
+        f"{plan} needs about {sizes[plan] / GIB:.1f} GiB, of which {free / GIB:.1f} are free: lower packing_length, "
         "max_seq_length or lora_rank, set activation_checkpointing to auto, or free the card of other programs"
     )
 
 
-def unproven_plan(forward: PackedForward, tokens: int | None, checkpointing: str, longest: int) -> Plan:
+def unproven_plan(forward: PackedForward, tokens: int | None, checkpointing: str, longest: int, packing: bool) -> Plan:
     """Where there is nothing to estimate with (a model's own layers) or nothing to run out of (a CPU)."""
     if checkpointing == "auto":
         checkpointing = FULL if forward.on_cuda else NONE
@@ -144,10 +155,10 @@ def unproven_plan(forward: PackedForward, tokens: int | None, checkpointing: str
     if not forward.layers:
         size = UNFUSED_TOKENS
         checkpointing = NONE if checkpointing == NONE else FULL  # a model's own layers keep all, or their input alone
-        if tokens != 0 and not forward.isolates():
+        if packing and not forward.isolates():
             logger.warning("padded batches, which are slower: in rows, this model's samples would see each other")
-            tokens = 0
-    return Plan(max(size, longest) if tokens is None else tokens, checkpointing)
+            packing = False
+    return Plan((tokens or max(size, longest)) if packing else PADDED, checkpointing)
 
 
 def least(number: int, device: torch.device) -> int:

@@ -44,7 +44,7 @@ class PackedForward:
         self.host: HostMemory | None = None
         try:
             if not fuses:
-                raise Unfused("asked for by pack_to=0")
+                raise Unfused("asked for by fused_layers=false or packing=false")
             self.layers = find_layers(self.model, max_length)
         except Unfused as reason:
             self.layers = []

@@ -1,12 +1,13 @@
-"""What is made once and then shared by every process that wants the same: whole or absent."""
+"""Files and folders that are whole or absent: under a temporary name until every byte is on the disk, then renamed."""
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 from loguru import logger
@@ -55,10 +56,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
             temporary.mkdir()
             try:
                 make(temporary)
-                for path in (*temporary.rglob("*"), temporary):
-                    sync(path)
-                os.rename(temporary, folder)
-                sync(folder.parent)
+                publish(temporary, folder)
                 with suppress(OSError):
                     os.unlink(lock.lock_file)  # whoever waits for it, or comes now, finds the folder
             finally:
@@ -68,20 +66,37 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """A file of a run, replaced when its successor is whole. Where a link stands, it is replaced, never followed."""
-    path = Path(path)
+def publish(temporary: Path, folder: Path) -> None:
+    """Rename a folder when every file of it is on the disk: from here on `folder` is there, and whole."""
+    for path in (*temporary.rglob("*"), temporary):
+        sync(path)
+    os.rename(temporary, folder)
+    sync(folder.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block has written it whole; after an error nothing has changed.
+
+    Where a link stands, it is replaced, never followed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
         with open(temporary, "xb") as file:  # x: not where another has put something in the meantime
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """A file of a run, replaced when its successor is whole."""
+    with replacing(Path(path)) as file:
+        file.write(data)
 
 
 def sync(path: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import resource
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,19 +12,12 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 from loguru import logger
 
-from .files import sync
-from .manifest import MANIFEST, Damaged, seal, verify, versions
-from .resume import FINAL, LAYOUT, NEEDED, SHAPES, Start, differences, find_checkpoints, step_of
+from .errors import CheckpointError, StorageError
+from .files import publish
+from .manifest import Damaged, seal, verify, versions
+from .resume import FINAL, Candidates, Start, find_checkpoints, step_of
 
 ASIDE = "aside"
-
-
-class CheckpointError(ValueError):
-    """What is to be resumed is not this run, or its folder is somebody else's."""
-
-
-class StorageError(ValueError):
-    """The output folder cannot be written to or read from as a run needs it."""
 
 
 class RunFolder:
@@ -33,11 +26,12 @@ class RunFolder:
     Args:
         path: the folder, made if it is not there.
         identity: what decides the run's numbers (component.train.identity); the same identity is the same run.
+        renew: makes of an identity that an earlier version wrote what this one would have written.
     """
 
-    def __init__(self, path: str | Path, identity: dict):
+    def __init__(self, path: str | Path, identity: dict, renew: Callable[[dict], dict] = dict):
         self.path = Path(path).resolve()
-        self.identity = identity
+        self.identity, self.renew = identity, renew
         self.plan: dict | None = None
         self.run_id = uuid4().hex  # of the manifests; a run that goes on keeps it, also as another one
         self.origin: str | None = None  # the checkpoint that the run was told to go on from
@@ -67,32 +61,26 @@ class RunFolder:
         """
         resume = {None: "auto", "true": True, "false": False}.get(resume, resume)
         self.take()
-        start = self.choose(resume, overwrite, despite_changes)
+        start = self.find_start(resume, overwrite, despite_changes)
         for path in self.path.glob(".tmp-*"):
             published = path.with_name(path.name.removeprefix(".tmp-"))
             if published.name == FINAL or step_of(published) >= 0:
                 remove(path)
         return start
 
-    def choose(self, resume: str | bool, overwrite: bool, despite_changes: bool) -> Start:
-        """Between what the folder holds, nothing, and an error."""
-        held = [*find_checkpoints(self.path), *self.finals()]
-        if held and overwrite and (resume is False or (resume == "auto" and self.is_to_be_left(despite_changes))):
+    def find_start(self, resume: str | bool, overwrite: bool = False, despite_changes: bool = False) -> Start:
+        """Decide where to begin, and only then move what has to be out of the way."""
+        decision = Candidates(self.path, self.identity, self.renew).decide(resume, overwrite, despite_changes)
+        if decision.information:
+            logger.info(decision.information)
+        if decision.warning:
+            logger.warning(decision.warning)
+        if decision.leaves_folder:
             self.move_away()
-        elif held and resume is False:
-            raise CheckpointError(
-                f"{self.path} holds a run already ({', '.join(path.name for path in held)}): continue it by leaving "
-                "resume_from_checkpoint out, choose another output_dir, or set overwrite_output_dir=true, which moves "
-                "it aside"
-            )
-        elif held:
-            return self.find_start(resume, despite_changes)
-        if resume not in ("auto", False):
-            raise CheckpointError(
-                f"resume_from_checkpoint is {str(resume).lower()}, but {self.path} holds no checkpoint; start without "
-                "it"
-            )
-        return Start()
+        for path, reason in decision.aside.items():
+            self.set_aside(path, reason)
+        self.run_id, self.origin = decision.run_id or self.run_id, decision.origin
+        return decision.start
 
     def take(self) -> None:
         """Make the folder, see that it can be written to, and lock it for the life of this process."""
@@ -120,113 +108,12 @@ class RunFolder:
             "written there"
         )
 
-    def is_to_be_left(self, despite_changes: bool) -> bool:
-        try:
-            return self.find_start("auto", despite_changes).is_done
-        except (CheckpointError, StorageError):
-            return True
-
     def move_away(self) -> None:
         aside = self.path.with_name(f"{self.path.name}.{datetime.now():%Y%m%d-%H%M%S}")
         move(self.path, aside)
         self.lock.release(force=True)
-        self.run_id, self.origin = uuid4().hex, None
         logger.info(f"moved the earlier run to {aside}")
         self.take()
-
-    def find_start(self, resume: str | bool, despite_changes: bool) -> Start:
-        """Of a folder that holds a run. Nothing is moved before it is clear that this run may continue."""
-        given = None if resume in ("auto", True) else resume
-        folders = [*self.finals(), *reversed(find_checkpoints(self.path))]
-        if given and any(self.went_on_from(given, folder) for folder in folders):
-            logger.info(f"this run went on from {given} before, and goes on from its newest checkpoint now")
-        elif given:
-            folders = [self.given_checkpoint(given)]
-            self.origin = folders[0].name
-        broken: dict[Path, str] = {}
-        for folder in folders:
-            try:
-                manifest = verify(folder, folder.name)
-            except Damaged as damage:
-                broken[folder] = str(damage)
-                continue
-            changes = differences(manifest["run"], self.identity)
-            if changes and (not despite_changes or any(line.startswith(SHAPES) for line in changes)):
-                raise CheckpointError(self.describe_changes(folder, changes))
-            if folder.name != FINAL:
-                break
-            if not changes:
-                return Start(is_done=True)
-        else:
-            if not given or not despite_changes or len(folders) > 1:
-                raise self.nothing_verifies(broken)
-            folder, manifest, changes = folders[0], {}, [broken.pop(folders[0])]
-            if missing := [name for name in NEEDED if not (folder / name).is_file()]:
-                raise StorageError(f"{folder / missing[0]} is missing; nothing can go on from there")
-        self.run_id = manifest.get("run_id", self.run_id)
-        self.origin = self.origin or manifest.get("origin")
-        self.warn_of_changes(folder, manifest, changes)
-        for path in [*self.finals(), *find_checkpoints(self.path)]:
-            if path in broken or path.name == FINAL or step_of(path) > step_of(folder):
-                self.set_aside(path, broken.get(path, f"the run goes on from {folder.name}"))
-        keeps_layout = not any(line.startswith(LAYOUT) for line in changes)
-        return Start(str(folder), manifest.get("plan") if keeps_layout else None)
-
-    def finals(self) -> list[Path]:
-        """What stands under FINAL's name, were it a link that leads nowhere."""
-        return [path for path in (self.path / FINAL,) if os.path.lexists(path)]
-
-    def went_on_from(self, given: str, folder: Path) -> bool:
-        """Whether it is of this very run, which was told before to go on from the checkpoint `given`."""
-        try:
-            manifest = verify(folder, folder.name, deep=False)
-        except Damaged:
-            return False
-        same = not differences(manifest["run"], self.identity)
-        return same and bool(manifest.get("origin")) and self.locate(given) == self.path / manifest["origin"]
-
-    def locate(self, given: str) -> Path:
-        """A checkpoint by its name here, or by a path."""
-        return self.path / given if given == Path(given).name else Path(given).expanduser().resolve()
-
-    def given_checkpoint(self, path: str) -> Path:
-        checkpoint = self.locate(path)
-        if checkpoint not in find_checkpoints(self.path):
-            known = ", ".join(found.name for found in find_checkpoints(self.path)) or "none"
-            raise CheckpointError(
-                f"resume_from_checkpoint={path!r} is not a checkpoint of output_dir {self.path} (there: {known}); a "
-                "run continues in its own folder, and no other folder's optimizer state is opened"
-            )
-        return checkpoint
-
-    def describe_changes(self, folder: Path, changes: list[str]) -> str:
-        remedy = "\nSet these as they were, choose another output_dir, or begin anew with overwrite_output_dir=true"
-        if find_checkpoints(self.path):
-            remedy += (
-                "; resume_despite_changes=true goes on all the same, which another lora_rank, target_modules, optim or "
-                "lr_scheduler_type cannot"
-            )
-        return "\n  ".join([f"{folder} is of a run that is not this one:", *changes]) + remedy
-
-    def warn_of_changes(self, folder: Path, manifest: dict, changes: list[str]) -> None:
-        then, now = manifest.get("versions", {}), versions()
-        changes = changes + [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
-        if changes:
-            logger.warning("\n  ".join([f"going on from {folder.name} is not exact:", *changes]))
-
-    def nothing_verifies(self, broken: dict[Path, str]) -> ValueError:
-        if not broken:
-            return CheckpointError(
-                f"{self.path} holds {FINAL} alone, and no checkpoint to go on from; choose another output_dir"
-            )
-        found = "\n  ".join([f"{self.path}: nothing to continue from:", *(f"{p.name}: {d}" for p, d in broken.items())])
-        remedy = "overwrite_output_dir=true moves the folder aside and begins anew"
-        if any((path / MANIFEST).exists() for path in broken):
-            return StorageError(
-                f"{found}\n{remedy}; resume_despite_changes=true with resume_from_checkpoint=FOLDER goes on from what "
-                "is left of one, which is not exact"
-            )
-        return CheckpointError(f"{found}\nNone is a checkpoint of this program. Choose another output_dir; {remedy}")
 
     def set_aside(self, path: Path, reason: str) -> None:
         target = self.path / ASIDE / f"{path.name}.{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -247,8 +134,7 @@ class RunFolder:
         self.check_lock()
         facts = {"name": name, "step": step, "run_id": self.run_id, "origin": self.origin, "world_size": world_size}
         seal(folder, facts | {"plan": self.plan, "run": self.identity, "versions": versions()})
-        os.rename(folder, target)
-        sync(self.path)
+        publish(folder, target)
         return target
 
     def rotate(self, limit: int | None, keep: Iterable[Path] = ()) -> None:

@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from .files import sync
-
 MANIFEST = "manifest.json"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
@@ -17,10 +15,9 @@ class Damaged(Exception):
 
 
 def seal(folder: Path, facts: dict) -> None:
-    """Have every file of `folder` on the disk, and a manifest of `facts`, sizes and sha256, itself checked."""
+    """Add a manifest of `facts` and of every file's size and sha256, itself checked by a sum. It is not yet synced."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
-        list(pool.map(sync, paths))
         digests = pool.map(sha256, paths)
         files = {
             str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest}
@@ -31,8 +28,6 @@ def seal(folder: Path, facts: dict) -> None:
     path.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=1), encoding="utf-8")
     for file in paths:  # safetensors lets nobody but the owner read
         file.chmod(path.stat().st_mode)
-    for place in (path, *(place for place in folder.rglob("*") if place.is_dir()), folder):
-        sync(place)
 
 
 def verify(folder: Path, name: str | None = None, deep: bool = True) -> dict:

@@ -1,9 +1,14 @@
-"""Signals that ask a run to leave: at once before and after training, at the end of the update during it."""
+"""How a program ends: by a signal that asks it to leave, or by a Fault in one line, and with which exit code."""
 
 import ctypes
 import os
 import signal
+import sys
+from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import active_children
+
+from .errors import Fault
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -78,3 +83,62 @@ def outlive_signals() -> None:
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     die_with_parent()
+
+
+def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], str]) -> None:
+    """Do `work`, and end the process where it did not end well.
+
+    The exit code is that of the Fault, told in one line, or 128 + n after signal n. A signal ends it at once, without
+    waiting for other ranks, which may still be at work.
+
+    Args:
+        work: is given the watch over signals.
+        if_stopped: what is told where a signal ended it and `work` did not defer signals to tell of them itself.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+        die_with_parent()
+    try:
+        with SignalWatch() as watch:
+            exit_code = exit_code_of(work, watch)
+    except (Interrupted, Exception) as error:
+        stop = watch.cause(error)
+        if not watch.deferred:
+            with suppress(OSError):
+                sys.stderr.write(f"{stop}: {if_stopped()}\n")
+                sys.stderr.flush()
+        leave(stop.exit_code)
+    if exit_code:
+        sys.exit(exit_code)
+
+
+def leave(exit_code: int) -> None:
+    os._exit(exit_code)
+
+
+def exit_code_of(work: Callable[[SignalWatch], None], watch: SignalWatch) -> int:
+    """0 where `work` is done, else the exit code of the Fault that ended it, which is logged."""
+    from .log import configure_logging
+
+    rank = int(os.environ.get("RANK") or 0)
+    configure_logging(rank)  # before libraries are imported that have something to say
+
+    import torch.distributed as dist
+    from loguru import logger
+
+    from .ranks import TOLD
+
+    exit_code = 0
+    try:
+        work(watch)
+    except Fault as error:
+        exit_code = error.exit_code
+        logger.error(error)
+        if rank and TOLD not in getattr(error, "__notes__", ()):
+            sys.stderr.write(f"rank {rank}: {error}\n")
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a helper for an error
+        for helper in active_children():  # they outlive other signals, and would be waited for
+            helper.kill()
+    if dist.is_initialized():  # after an error that other ranks do not know of, they may still be at work
+        dist.destroy_process_group()
+    return exit_code

@@ -1,26 +1,194 @@
-"""Which checkpoints a folder holds, and where a run goes on from."""
+"""Where a run goes on from: read off its folder, decided, and said, before anything is moved."""
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .errors import CheckpointError, Fault, StorageError
+from .manifest import MANIFEST, Damaged, verify, versions
+
 FINAL = "final"
-SHAPES = tuple(
-    f"settings.{key}: " for key in ("lora_rank", "target_modules", "optim", "lr_scheduler_type")
-)  # of what is kept: never other
-LAYOUT = tuple(f"settings.{key}: " for key in ("pack_to", "max_seq_length", "activation_checkpointing"))
+UNCHANGEABLE = ("lora_rank", "target_modules", "optim", "lr_scheduler_type")  # they shape what a checkpoint holds
+# With another of these, rows are laid out anew.
+LAYOUT = ("packing", "packing_length", "fused_layers", "max_seq_length", "activation_checkpointing")
 DIGEST = re.compile("[0-9a-f]{32}")
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")  # to continue at all
 
 
-@dataclass
+@dataclass(frozen=True)
 class Start:
     """Where a run begins: at `checkpoint` with the layout of rows (`plan`) that it had, or at the base model."""
 
     checkpoint: str | None = None
     plan: dict | None = None
     is_done: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A start, and what has to be done in the folder before it."""
+
+    start: Start
+    run_id: str | None = None  # that the run had, if it goes on
+    origin: str | None = None  # name of the checkpoint that it was told to go on from, now or earlier
+    leaves_folder: bool = False  # another run is there, which is moved away
+    aside: dict[Path, str] = field(default_factory=dict)  # what is moved aside within the folder, and why
+    warning: str = ""  # why the run is not exactly that which would not have been interrupted
+    information: str = ""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The checkpoints and the final adapter of a folder, for a run of this identity. Nothing here changes a file.
+
+    renew: makes of an identity that an earlier version wrote what this one would have written.
+    """
+
+    folder: Path
+    identity: dict
+    renew: Callable[[dict], dict]
+
+    def decide(self, resume: str | bool, overwrite: bool, despite_changes: bool) -> Decision:
+        """Between going on, beginning, and an error; the arguments are those of RunFolder.open, `resume` never None."""
+        held = [*find_checkpoints(self.folder), *self.finals()]
+        if held and overwrite and (resume is False or (resume == "auto" and self.is_to_be_left(despite_changes))):
+            return Decision(Start(), leaves_folder=True)
+        if held and resume is False:
+            raise CheckpointError(
+                f"{self.folder} holds a run already ({', '.join(path.name for path in held)}): continue it by leaving "
+                "resume_from_checkpoint out, choose another output_dir, or set overwrite_output_dir=true, which moves "
+                "it aside"
+            )
+        if held:
+            return self.decide_among(resume, despite_changes)
+        if resume not in ("auto", False):
+            raise CheckpointError(
+                f"resume_from_checkpoint is {str(resume).lower()}, but {self.folder} holds no checkpoint; start "
+                "without it"
+            )
+        return Decision(Start())
+
+    def is_to_be_left(self, despite_changes: bool) -> bool:
+        try:
+            return self.decide_among("auto", despite_changes).start.is_done
+        except Fault:
+            return True
+
+    def decide_among(self, resume: str | bool, despite_changes: bool) -> Decision:
+        """Of a folder that holds a run: from which of its checkpoints this one goes on."""
+        given = None if resume in ("auto", True) else resume
+        folders = [*self.finals(), *reversed(find_checkpoints(self.folder))]
+        origin, information = None, ""
+        if given and any(self.went_on_from(given, folder) for folder in folders):
+            information = f"this run went on from {given} before, and goes on from its newest checkpoint now"
+        elif given:
+            folders = [self.checkpoint_named(given)]
+            origin = folders[0].name
+        chosen, manifest, changes, broken = self.first_whole(folders, despite_changes)
+        if chosen is None:
+            if not given or not despite_changes or len(folders) > 1:
+                raise self.nothing_verifies(broken)
+            chosen, changes = folders[0], [broken.pop(folders[0])]
+            if missing := [name for name in NEEDED if not (chosen / name).is_file()]:
+                raise StorageError(f"{chosen / missing[0]} is missing; nothing can go on from there")
+        elif chosen.name == FINAL and not changes:
+            return Decision(Start(is_done=True), information=information)
+        aside = {
+            path: broken.get(path, f"the run goes on from {chosen.name}")
+            for path in [*self.finals(), *find_checkpoints(self.folder)]
+            if path in broken or path.name == FINAL or step_of(path) > step_of(chosen)
+        }
+        return Decision(
+            start=Start(str(chosen), None if concern(changes, LAYOUT) else manifest.get("plan")),
+            run_id=manifest.get("run_id"),
+            origin=origin or manifest.get("origin"),
+            aside=aside,
+            warning=describe_inexactness(chosen, manifest, changes),
+            information=information,
+        )
+
+    def first_whole(
+        self, folders: list[Path], despite_changes: bool
+    ) -> tuple[Path | None, dict, list[str], dict[Path, str]]:
+        """The first of `folders` that verifies and can be gone on from, or a final adapter of this very run.
+
+        Returns:
+            (it, its manifest, what has changed since, what is wrong with those before it); None and empty values for
+            the first three where there is none.
+
+        Raises:
+            CheckpointError: the first that verifies is of a run that may not be continued.
+        """
+        broken: dict[Path, str] = {}
+        for folder in folders:
+            try:
+                manifest = verify(folder, folder.name)
+            except Damaged as damage:
+                broken[folder] = str(damage)
+                continue
+            changes = self.changes_since(manifest)
+            if changes and (not despite_changes or concern(changes, UNCHANGEABLE)):
+                raise CheckpointError(self.describe_changes(folder, changes))
+            if folder.name != FINAL or not changes:
+                return folder, manifest, changes, broken
+        return None, {}, [], broken
+
+    def finals(self) -> list[Path]:
+        """What stands under FINAL's name, were it a link that leads nowhere."""
+        return [path for path in (self.folder / FINAL,) if path.is_symlink() or path.exists()]
+
+    def went_on_from(self, given: str, folder: Path) -> bool:
+        """Whether it is of this very run, which was told before to go on from the checkpoint `given`."""
+        try:
+            manifest = verify(folder, folder.name, deep=False)
+        except Damaged:
+            return False
+        if self.changes_since(manifest) or not manifest.get("origin"):
+            return False
+        return self.locate(given) == self.folder / manifest["origin"]
+
+    def changes_since(self, manifest: dict) -> list[str]:
+        return differences(self.renew(manifest["run"]), self.identity)
+
+    def locate(self, given: str) -> Path:
+        """A checkpoint by its name here, or by a path."""
+        return self.folder / given if given == Path(given).name else Path(given).expanduser().resolve()
+
+    def checkpoint_named(self, given: str) -> Path:
+        checkpoint, known = self.locate(given), find_checkpoints(self.folder)
+        if checkpoint not in known:
+            raise CheckpointError(
+                f"resume_from_checkpoint={given!r} is not a checkpoint of output_dir {self.folder} (there: "
+                f"{', '.join(found.name for found in known) or 'none'}); a run continues in its own folder, and no "
+                "other folder's optimizer state is opened"
+            )
+        return checkpoint
+
+    def describe_changes(self, folder: Path, changes: list[str]) -> str:
+        remedy = "\nSet these as they were, choose another output_dir, or begin anew with overwrite_output_dir=true"
+        if find_checkpoints(self.folder):
+            remedy += (
+                "; resume_despite_changes=true goes on all the same, which another lora_rank, target_modules, optim or "
+                "lr_scheduler_type cannot"
+            )
+        return "\n  ".join([f"{folder} is of a run that is not this one:", *changes]) + remedy
+
+    def nothing_verifies(self, broken: dict[Path, str]) -> Fault:
+        if not broken:
+            return CheckpointError(
+                f"{self.folder} holds {FINAL} alone, and no checkpoint to go on from; choose another output_dir"
+            )
+        lines = [f"{self.folder}: nothing to continue from:", *(f"{p.name}: {d}" for p, d in broken.items())]
+        found = "\n  ".join(lines)
+        remedy = "overwrite_output_dir=true moves the folder aside and begins anew"
+        if any((path / MANIFEST).exists() for path in broken):
+            return StorageError(
+                f"{found}\n{remedy}; resume_despite_changes=true with resume_from_checkpoint=FOLDER goes on from what "
+                "is left of one, which is not exact"
+            )
+        return CheckpointError(f"{found}\nNone is a checkpoint of this program. Choose another output_dir; {remedy}")
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -45,3 +213,15 @@ def differences(was: dict, now: dict, prefix: str = "") -> list[str]:
             shown = " then, ".join(map(json.dumps, (old, new))) + " now"
             lines.append(f"{prefix}{key}: {'contents have changed' if DIGEST.fullmatch(str(old)) else shown}")
     return lines
+
+
+def concern(changes: list[str], settings: tuple[str, ...]) -> bool:
+    """Whether one of these lines of `differences` is of one of these settings."""
+    return any(line.startswith(f"settings.{key}: ") for line in changes for key in settings)
+
+
+def describe_inexactness(folder: Path, manifest: dict, changes: list[str]) -> str:
+    """What makes going on from a checkpoint another run than one that never stopped; empty where nothing does."""
+    then, now = manifest.get("versions", {}), versions()
+    changes = changes + [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
+    return "\n  ".join([f"going on from {folder.name} is not exact:", *changes]) if changes else ""

@@ -1,11 +1,10 @@
 """Keys of older programs and of transformers' earlier releases, to what they are called now."""
 
-import os
 from typing import Any
 
 from loguru import logger
 
-from .schema import ArgumentError
+from ..run.errors import ArgumentError
 
 # Keys of older transformers: to their new name, or to None where nothing depends on them any more.
 RENAMED_KEYS = {
@@ -42,32 +41,53 @@ CHECKPOINTING_KEYS = ("activation_checkpointing", "gradient_checkpointing")
 RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch"}
 
 
-def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> dict[str, Any]:
-    """Old keys to their replacements, each logged. A key that says two things is an error."""
+def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Old keys to their replacements, each logged.
+
+    Returns:
+        (settings, environment variables that the keys stand for now).
+
+    Raises:
+        ArgumentError: two keys say one thing.
+    """
     origins: dict[str, str] = {}
-    translated = {}
+    translated: dict[str, Any] = {}
+    environment: dict[str, str] = {}
     for key, value in values.items():
-        if key == "group_by_length" and isinstance(value, bool):
-            target, value = "train_sampling_strategy", "group_by_length" if value else "random"
-        elif key in CHECKPOINTING_KEYS and isinstance(value, bool):  # transformers' setting, under both its names
-            target, value = CHECKPOINTING_KEYS[0], "full" if value else "none"
-        elif key == "hub_token" and isinstance(value, str):
-            target = "HF_TOKEN"  # which no settings are saved or shown with
-        elif key in RENAMED_KEYS and (key not in known or RENAMED_KEYS[key] is None):
-            target = RENAMED_KEYS[key]
-        else:
-            target = key
-        if key == "optim" and isinstance(value, str):
-            value = RENAMED_OPTIMIZERS.get(value, value)
-        if target is None:
+        now = renamed(key, value, known)
+        for name, new in now.items():
+            if name.isupper():
+                logger.info(f"{source}: {key} is now the environment variable {name}, which is set")
+                environment[name] = str(new)
+            elif name in origins:
+                raise ArgumentError(f"{source}: {origins[name]} and {key} are one setting; keep one")
+            else:
+                origins[name], translated[name] = key, new
+        if not now:
             logger.info(f"{source}: {key} has no effect here and is ignored")
-        elif target.isupper():
-            logger.info(f"{source}: {key} is now the environment variable {target}, which is set")
-            os.environ[target] = str(value)
-        elif target in origins:
-            raise ArgumentError(f"{source}: {origins[target]} and {key} are one setting; keep one")
-        else:
-            if target != key:
-                logger.info(f"{source}: {key} is now called {target}")
-            origins[target], translated[target] = key, value
-    return translated
+        elif key not in now and not any(map(str.isupper, now)):
+            logger.info(f"{source}: {key} is now called {' and '.join(now)}")
+    return translated, environment
+
+
+def renamed(key: str, value: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """What a key is now, with values of now. A name in capitals is an environment variable's; none has no effect."""
+    if key == "group_by_length" and isinstance(value, bool):
+        return {"train_sampling_strategy": "group_by_length" if value else "random"}
+    if key in CHECKPOINTING_KEYS and isinstance(value, bool):  # transformers' setting, under both its names
+        return {CHECKPOINTING_KEYS[0]: "full" if value else "none"}
+    if key == "hub_token" and isinstance(value, str):
+        return {"HF_TOKEN": value}  # which no settings are saved or shown with
+    if key == "pack_to":
+        return rows_of_pack_to(value)
+    if key == "optim" and isinstance(value, str):
+        return {key: RENAMED_OPTIMIZERS.get(value, value)}
+    if key in RENAMED_KEYS and (key not in known or RENAMED_KEYS[key] is None):
+        return {RENAMED_KEYS[key]: value} if RENAMED_KEYS[key] else {}
+    return {key: value}
+
+
+def rows_of_pack_to(value: Any) -> dict[str, Any]:
+    """The settings that `pack_to` of earlier versions is: its 0 meant padded batches, any other value a length."""
+    padded = value == 0 and not isinstance(value, bool)
+    return {"packing": not padded, "packing_length": None if padded else value}

@@ -10,9 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..run.errors import ArgumentError
 from .legacy import translate
 from .machine import adapt_to_machine
-from .schema import ArgumentError, QLoRAArguments, check_setting
+from .schema import QLoRAArguments, check_setting
 
 COMMAND_LINE = "command line"
 
@@ -40,8 +41,10 @@ def load_arguments(
     known |= typing.get_type_hints(QLoRAArguments)
     known["resume_from_checkpoint"] = str | bool | None
 
-    overriding = translate(parse_overrides(overrides), known, COMMAND_LINE)
-    values = translate(read_json_object(source) if train_args_file else {}, known, source) | overriding
+    overriding, environment = translate(parse_overrides(overrides), known, COMMAND_LINE)
+    values, of_file = translate(read_json_object(source) if train_args_file else {}, known, source)
+    values |= overriding
+    os.environ |= of_file | environment
     for key, value in values.items():
         check_setting(key, value, known, COMMAND_LINE if key in overriding else source)
 

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-
-class ArgumentError(ValueError):
-    """A fault in the user's settings. Its text names the file, the key, the value and the remedy."""
+from ..run.errors import ArgumentError
 
 
 def setting(default: Any, help: str, check: Callable[[Any], bool] | None = None, expected: str = "") -> Any:
@@ -88,12 +86,22 @@ class QLoRAArguments:
         lambda value: value is None or value > 0,
         "a positive integer",
     )
-    pack_to: int | None = setting(
+    packing: bool = setting(
+        True,
+        "Whole samples lie one after another in rows, none of which sees another. false: batches are padded instead, "
+        "and go through the model's own layers.",
+    )
+    packing_length: int | None = setting(
         None,
-        "Tokens of a packed row: whole samples one after another, none of which sees another. 0: pad batches instead. "
-        "Default: 8192, or less where the card's memory asks for it.",
-        lambda value: value is None or value >= 0,
-        "0 or a positive integer",
+        "Tokens of a packed row. Default: 8192, or less where the card's memory asks for it, and at least "
+        "max_seq_length.",
+        lambda value: value is None or value > 0,
+        "a positive integer",
+    )
+    fused_layers: bool = setting(
+        True,
+        "Packed rows go through fused layers where there are such for the model's family. false: through the model's "
+        "own, which are slower, for comparison.",
     )
     activation_checkpointing: str = setting(
         "auto",
@@ -142,10 +150,12 @@ class QLoRAArguments:
             check, value = item.metadata["check"], getattr(self, item.name)
             if check and not check(value):
                 raise ValueError(f"{item.name} must be {item.metadata['expected']}, got {show(value)}")
-        if self.pack_to and self.pack_to < self.max_seq_length:
+        if self.packing_length and not self.packing:
+            raise ValueError("packing_length is of packed rows, but packing is false; remove one of them")
+        if self.packing_length and self.packing_length < self.max_seq_length:
             raise ValueError(
-                f"pack_to must be 0 or at least max_seq_length={self.max_seq_length}, so that every sample fits a row, "
-                f"got {show(self.pack_to)}"
+                f"packing_length must be at least max_seq_length={self.max_seq_length}, so that every sample fits a "
+                f"row, got {show(self.packing_length)}"
             )
 
 

@@ -87,7 +87,7 @@ def pack(lengths: list[int], limit: int) -> list[list[int]]:
         ValueError: one alone is above the limit.
     """
     if max(lengths) > limit:
-        raise ValueError(f"a sample of {max(lengths)} tokens does not fit rows of {limit}; raise pack_to")
+        raise ValueError(f"a sample of {max(lengths)} tokens does not fit rows of {limit}; raise packing_length")
     fewest = -(-sum(lengths) // limit)
     counts = range(fewest, len(lengths))  # a row for each sample always fits
     count = fewest + bisect_left(counts, True, key=lambda count: spread(lengths, limit, count) is not None)

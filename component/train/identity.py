@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from ..data.reader import find_files
 from ..model import from_pretrained
 from ..run.files import fingerprint
+from ..settings.legacy import rows_of_pack_to
 
 # Settings that no trained number depends on, by name or by the beginning of the name.
 WITHOUT_EFFECT = {
@@ -73,6 +74,14 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
         "format": {"name": data_format, "tokenizer": describe_tokenizer(tokenizer)},
         "base_model": describe_base(args),
     }
+
+
+def renew_identity(identity: dict) -> dict:
+    """An identity that an earlier version wrote, under the names that settings have now."""
+    settings = dict(identity["settings"])
+    if "pack_to" in settings:
+        settings |= rows_of_pack_to(settings.pop("pack_to"))
+    return identity | {"settings": settings}
 
 
 def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -> list | str:

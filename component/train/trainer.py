@@ -21,7 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from ..run.folder import RunFolder, StorageError
+from ..kernel.memory import optimizer_bytes
+from ..run.errors import NumericError, StorageError
+from ..run.folder import RunFolder
 from ..run.log import quiet_transformers
 from ..run.manifest import Damaged, verify
 from ..run.process import Interrupted, SignalWatch, outlive_signals
@@ -35,10 +37,6 @@ from .sampler import LengthGroupedSampler, set_epoch
 SHOWN_ROWS = 20  # of an update that has to be named
 HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "alpha")  # of an optimizer's groups
 OVERFLOWS = 20  # float16 updates in a row that may overflow: its loss scale halves at each
-
-
-class NumericError(ValueError):
-    """A loss, a gradient or a weight is not finite."""
 
 
 class LoRATrainer(Trainer):
@@ -416,7 +414,7 @@ class LoRATrainer(Trainer):
     def checkpoint_size(self) -> int:
         """Bytes of a checkpoint, about: the adapter, and its optimizer's state."""
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        state = 2 if "8bit" in self.args.optim else 0 if "sgd" in self.args.optim else 8
+        state = optimizer_bytes(self.args.optim, on_card=False)
         return sum(weight.numel() * (weight.element_size() + state) for weight in trained)
 
     def check_finite(self) -> None:

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 SHORT = [1, 2, 6, 7, 10, 11, 13, 16, 17, 30, 36]
 VERIFIES_ALL = """if True:
     import json
-    import component.run.folder as folder_room
-    folder_room.verify = lambda folder, deep=True: json.loads((folder / "manifest.json").read_bytes())
+    import component.run.resume as resume
+    resume.verify = lambda folder, deep=True: json.loads((folder / "manifest.json").read_bytes())
     from benchmark import scorecard
     scorecard.main()
 """

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from component.data.conversation import DataError
 from component.data.formats import parse_row
 from component.data.reader import read_rows
+from component.run.errors import DataError
 from script.convert_data_format import convert_files, convert_row
 
 SCRIPT = Path(__file__).parents[2] / "script/convert_data_format.py"

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from component.data.chat_template import render_chat_template
-from component.data.conversation import DataError, choose_learned
+from component.data.conversation import choose_learned
 from component.data.formats import parse_row
+from component.run.errors import DataError
 
 CHATML = """{%- if tools %}<|im_start|>system
 {{ messages[0].content + '\n' if messages[0].role == 'system' else '' }}# Tools

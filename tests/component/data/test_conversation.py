@@ -1,14 +1,7 @@
 import pytest
 
-from component.data.conversation import (
-    Conversation,
-    DataError,
-    Turn,
-    choose_learned,
-    count_rounds,
-    oddities,
-    without_first_rounds,
-)
+from component.data.conversation import Conversation, Turn, choose_learned, count_rounds, oddities, without_first_rounds
+from component.run.errors import DataError
 
 SYSTEM, USER = Turn("system", "s"), Turn("user", "u")
 ANSWER = Turn("assistant", "a", learned=True)

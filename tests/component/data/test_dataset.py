@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from component.data import dataset, store
 from component.data import prepare as preparing
-from component.data.conversation import DataError
 from component.data.dataset import DATA_FORMATS, ChatGLM2SFTDataset, ChatGLM3SFTDataset, SFTDataset, select_dataset
 from component.data.formats import parse_row
 from component.data.load import Mixture, load_datasets
@@ -25,6 +24,7 @@ from component.data.render import Sample, render_chatglm3
 from component.data.rules import DROPPED, DataRules
 from component.data.store import TokenStore
 from component.data.stream import StreamingSFTDataset
+from component.run.errors import DataError
 from component.train.batch import SFTDataCollator
 from tests.conftest import read_jsonl
 

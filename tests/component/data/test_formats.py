@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from component.data.conversation import Conversation, DataError, Turn, choose_learned, oddities
+from component.data.conversation import Conversation, Turn, choose_learned, oddities
 from component.data.formats import (
     ROW_FORMATS,
     detect_format,
@@ -20,6 +20,7 @@ from component.data.formats import (
     read_conversations,
 )
 from component.data.render import chatglm3_messages
+from component.run.errors import DataError
 
 USER = {"role": "user", "content": "u"}
 ANSWER = {"role": "assistant", "content": "a"}

@@ -14,8 +14,8 @@ import pytest
 import zstandard
 
 from component.data import reader
-from component.data.conversation import DataError
 from component.data.reader import find_files, load_json, parse_line, read_rows
+from component.run.errors import DataError
 
 ROOT = Path(__file__).parents[3]
 ROWS = [

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from component.chatglm.prompt import TOOLS_PROMPT
 from component.data.conversation import Conversation, Turn
 from component.data.formats import parse_chatglm3, parse_firefly
-from component.data.messages import TOOLS_PROMPT
-from component.data.render import chatglm3_messages, format_tool_call, render_chatglm2, render_chatglm3, render_firefly
+from component.data.render import call_text, chatglm3_messages, render_chatglm2, render_chatglm3, render_firefly
 from tests.conftest import read_jsonl
 
 
@@ -107,7 +107,7 @@ def test_chatglm2_learns_answers_and_their_ends(tiny_tokenizer):
     ],
 )
 def test_a_call_is_python_keyword_arguments(parameters, call):
-    assert format_tool_call(Turn("tool", name="f", parameters=parameters)) == f"```python\n{call}\n```"
+    assert call_text(Turn("tool", name="f", parameters=parameters)) == f"```python\n{call}\n```"
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import torch
 
 from component.chatglm import ChatGLMConfig
 from component.kernel import memory
-from component.kernel.memory import DoesNotFit, Plan, estimate, fit, fixed_bytes, optimizer_bytes, table
+from component.kernel.memory import Plan, choose_plan, estimate, fixed_bytes, optimizer_bytes, table
 from component.kernel.model import PackedForward
+from component.run.errors import DoesNotFit
 
 from .conftest import make_model
 
@@ -31,16 +32,16 @@ def card(monkeypatch):
 
 def test_auto_takes_the_fastest_that_fits(card):
     forward, _ = card(80)
-    assert fit(forward, None, "auto", 64, 0) == Plan(8192, "none")
+    assert choose_plan(forward, None, "auto", 64, 0) == Plan(8192, "none")
     small = estimate(forward.layers, forward.vocab, 0, Plan(8192, "full"))
     forward, _ = card(small / 2**30 / memory.SPARE * 1.01)
-    assert fit(forward, None, "auto", 64, 0).checkpointing in ("none", "selective", "full")
-    assert fit(forward, 8192, "offload", 64, 0) == Plan(8192, "offload")
+    assert choose_plan(forward, None, "auto", 64, 0).checkpointing in ("none", "selective", "full")
+    assert choose_plan(forward, 8192, "offload", 64, 0) == Plan(8192, "offload")
 
 
 def test_a_plan_that_fails_its_probe_gives_way_to_the_next(card, log):
     forward, probed = card(80, longest=4096)
-    assert fit(forward, None, "auto", 64, 0) == Plan(4096, "none")
+    assert choose_plan(forward, None, "auto", 64, 0) == Plan(4096, "none")
     assert probed == ["none", "none"]
     assert "rows of 8,192 tokens, activation_checkpointing none: out of memory on the longest row" in "".join(log)
 
@@ -57,7 +58,7 @@ def test_ranks_plan_with_the_fullest_card_and_so_try_the_same_plans(card, monkey
     monkeypatch.setattr(memory.dist, "all_reduce", all_reduce)
     tensor = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda value, device: tensor(value))
-    assert fit(forward, None, "auto", 64, 0).checkpointing == "offload"
+    assert choose_plan(forward, None, "auto", 64, 0).checkpointing == "offload"
     assert seen == [80 * 2**30, 1]
     assert probed == ["offload"]
 
@@ -81,19 +82,19 @@ def test_a_probe_keeps_room_for_both_moments_of_an_optimizer_on_the_card(card, m
     forward, _ = card(80)
     asked = []
     monkeypatch.setattr(forward, "probe", lambda tokens, beside: asked.append(beside) or True)
-    fit(forward, None, "auto", 64, 8)
+    choose_plan(forward, None, "auto", 64, 8)
     assert asked == [8 * sum(weight.numel() for weight in forward.model.parameters() if weight.requires_grad)]
 
 
 def test_where_nothing_fits_the_remedies_are_named(card):
     forward, _ = card(80, longest=10)
-    with pytest.raises(DoesNotFit, match=r"needs about .* GiB, of which 80\.0 are free: lower pack_to"):
-        fit(forward, None, "none", 64, 0)
+    with pytest.raises(DoesNotFit, match=r"needs about .* GiB, of which 80\.0 are free: lower packing_length"):
+        choose_plan(forward, None, "none", 64, 0)
 
 
 def test_rows_are_never_shorter_than_a_sample_may_be(card):
     forward, _ = card(80)
-    assert fit(forward, None, "auto", 20_000, 0).tokens == 20_000
+    assert choose_plan(forward, None, "auto", 20_000, 0).tokens == 20_000
 
 
 def test_the_estimates_are_those_that_were_measured():
@@ -106,7 +107,7 @@ def test_the_estimates_are_those_that_were_measured():
         names = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
         config = LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=names)
         forward = PackedForward(get_peft_model(model, config), 1024)
-    fixed = fixed_bytes(forward, optimizer_bytes("paged_adamw_32bit"))
+    fixed = fixed_bytes(forward, optimizer_bytes("paged_adamw_32bit", on_card=True))
     for tokens, kept, gib in (
         (7456, "none", 22.69),
         (7456, "selective", 12.12),
@@ -119,4 +120,6 @@ def test_the_estimates_are_those_that_were_measured():
 
 
 def test_bytes_of_optimizers():
-    assert [optimizer_bytes(name) for name in ("adamw_torch", "adamw_8bit", "paged_adamw_32bit")] == [8, 2, 0]
+    names = ("adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd")
+    assert [optimizer_bytes(name, on_card=True) for name in names] == [8, 2, 0, 0, 0]
+    assert [optimizer_bytes(name, on_card=False) for name in names] == [8, 2, 8, 2, 0]

@@ -12,7 +12,7 @@ import component.kernel
 from component.kernel import attention, plain
 from component.kernel.attention import Bounds, choose_attention
 from component.kernel.layer import CHECKPOINTING
-from component.kernel.memory import fit
+from component.kernel.memory import choose_plan
 from component.kernel.model import PackedForward, choose_ops
 from component.model import find_linear_names
 from component.train.batch import PackingCollator, SFTDataCollator
@@ -213,7 +213,7 @@ def test_a_model_whose_samples_would_see_each_other_is_padded_and_that_is_said(c
     model = AutoModelForCausalLM.from_config(config(vocab_size=97, ffn_dim=96, word_embed_proj_dim=64, **sizes))
     targets = find_linear_names(model)
     forward = PackedForward(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets)), 64)
-    plan = fit(forward, tokens, "auto", 64, 0)
+    plan = choose_plan(forward, tokens, "auto", 64, 0)
     assert bool(plan.tokens) is packs
     assert ("padded batches, which are slower: in rows, this model's samples" in "".join(log)) is not packs
     assert forward.model.training

@@ -6,7 +6,7 @@ import torch
 from component.kernel import attention
 from component.kernel.attention import Bounds
 from component.kernel.layer import CHECKPOINTING
-from component.kernel.memory import fit
+from component.kernel.memory import choose_plan
 from component.kernel.model import PackedForward
 from component.train.batch import PackingCollator
 
@@ -68,7 +68,7 @@ def test_a_plan_is_proven_and_leaves_nothing_behind():
     model = make_model("llama", device=DEVICE, dtype=torch.bfloat16)
     forward = PackedForward(model, 512)
     state = torch.get_rng_state()
-    plan = fit(forward, None, "auto", 512, 0)
+    plan = choose_plan(forward, None, "auto", 512, 0)
     assert (plan.tokens, plan.checkpointing) == (8192, "none")
     assert torch.equal(torch.get_rng_state(), state)
     assert all(weight.grad is None for weight in model.parameters())

@@ -12,7 +12,8 @@ import pytest
 
 from component.run import folder as folder_room
 from component.run import manifest
-from component.run.folder import ASIDE, CheckpointError, RunFolder, StorageError
+from component.run.errors import CheckpointError, StorageError
+from component.run.folder import ASIDE, RunFolder
 from component.run.manifest import MANIFEST, Damaged, verify
 from component.run.resume import FINAL, Start, differences, find_checkpoints
 
@@ -133,7 +134,7 @@ def test_a_run_of_other_settings_is_refused_with_the_difference(make_folder, log
 
 def test_other_versions_are_named_and_no_reason_to_stop(make_folder, log, monkeypatch):
     folder = make_folder(5)
-    monkeypatch.setattr(folder_room, "versions", lambda: dict.fromkeys(manifest.LIBRARIES, "0.1"))
+    monkeypatch.setattr("component.run.resume.versions", lambda: dict.fromkeys(manifest.LIBRARIES, "0.1"))
     assert folder.find_start("auto", despite_changes=False).checkpoint
     assert any("torch 2." in line and "0.1 now" in line for line in log)
 
@@ -338,13 +339,13 @@ def test_another_run_or_a_finished_one_is_moved_aside_on_request(make_folder, tm
 
 
 def test_what_is_kept_of_an_adapter_cannot_become_another(make_folder):
-    folder = make_folder(identity={"settings": {"lora_rank": 4, "pack_to": None}})
+    folder = make_folder(identity={"settings": {"lora_rank": 4, "packing_length": None}})
     folder.plan = {"tokens": 64, "checkpointing": "none"}
     write(folder, "checkpoint-5", 5)
-    wider = RunFolder(folder.path, {"settings": {"lora_rank": 8, "pack_to": None}})
+    wider = RunFolder(folder.path, {"settings": {"lora_rank": 8, "packing_length": None}})
     with pytest.raises(CheckpointError, match="lora_rank: 4 then, 8 now"):
         wider.find_start("auto", despite_changes=True)
-    longer = RunFolder(folder.path, {"settings": {"lora_rank": 4, "pack_to": 128}})
+    longer = RunFolder(folder.path, {"settings": {"lora_rank": 4, "packing_length": 128}})
     assert longer.find_start("auto", despite_changes=True).plan is None
     assert folder.find_start("auto", despite_changes=False).plan == folder.plan
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from component.data.dataset import select_format
+from component.run.errors import ArgumentError
 from component.settings.load import load_arguments, missing_folder
 from component.settings.machine import choose_compute_dtype
-from component.settings.schema import ArgumentError
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "train_args/qlora").glob("*.json"))

@@ -47,7 +47,7 @@ def test_thousands_of_samples_of_which_two_never_fit_one_row_are_packed_at_once(
 
 
 def test_a_sample_above_the_limit_is_named():
-    with pytest.raises(ValueError, match="a sample of 9 tokens does not fit rows of 8; raise pack_to"):
+    with pytest.raises(ValueError, match="a sample of 9 tokens does not fit rows of 8; raise packing_length"):
         pack([9], 8)
 
 

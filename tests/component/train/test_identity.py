@@ -56,7 +56,7 @@ def test_what_decides_no_number_may_change(identify, change):
         {"gradient_accumulation_steps": 2},
         {"num_train_epochs": 5},
         {"max_seq_length": 77},
-        {"pack_to": 2048},
+        {"packing_length": 2048},
         {"lr_scheduler_type": "cosine"},
         {"loss_on": "last"},
         {"max_grad_norm": 0.5},

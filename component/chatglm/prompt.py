@@ -1,0 +1,24 @@
+"""What ChatGLM reads, as text: the one place where it is written, for training, the tokenizer and `chat`."""
+
+import ast
+import json
+from typing import Any
+
+TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
+
+
+def round_prompt(number: int, question: str) -> str:
+    """ChatGLM2's text of one question, up to its answer. Rounds are counted from 1."""
+    return f"[Round {number}]\n\n问：{question}\n\n答："
+
+
+def tools_message(tools: Any, prompt: str = TOOLS_PROMPT) -> str:
+    """ChatGLM3's system message that offers functions; `tools` may be any JSON value."""
+    return f"{prompt}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
+
+
+def tool_call(parameters: dict[str, Any]) -> str:
+    """ChatGLM3's text of a call, whose keywords must be identifiers. The function's name is the message's metadata."""
+    keywords = [ast.keyword(name, ast.Constant(value)) for name, value in parameters.items()]
+    text = ast.unparse(ast.Call(ast.Name("tool_call"), [], keywords))
+    return f"```python\n{text}\n```"
