@@ -82,18 +82,13 @@ def train(cli: argparse.Namespace, watch) -> None:
 def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, watch) -> None:
     """From data to the final adapter, in a folder that this run holds."""
     from loguru import logger
-    from transformers import set_seed
 
     from component.data.dataset import DATA_FORMATS
     from component.data.load import load_datasets
-    from component.kernel.memory import PADDED, choose_plan, optimizer_bytes
-    from component.kernel.model import PackedForward
-    from component.model import attach_lora, load_model
+    from component.kernel.memory import PADDED
     from component.run.ranks import on_rank_zero
-    from component.run.resume import step_of
     from component.train.batch import PackingCollator, SFTDataCollator
     from component.train.loss import TargetLMLoss
-    from component.train.report import parameter_table
     from component.train.trainer import LoRATrainer
 
     # 1. Data
@@ -102,27 +97,13 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     )
 
     # 2. Model
-    logger.info(
-        f"loading {args.model_name_or_path} in 4 bits on {training_args.device}, {args.compute_dtype} arithmetic"
-    )
-    set_seed(training_args.seed)
-    model = attach_lora(load_model(args, training_args), args)
-    logger.info(f"parameters\n{parameter_table(model)}")
+    model = make_model(args, training_args)
 
     # 3. Layout: rows and what layers keep. A run that goes on has the one that it began with.
-    asked = start.plan or {"tokens": args.packing_length, "checkpointing": args.activation_checkpointing}
-    plan = choose_plan(
-        PackedForward(model, args.max_seq_length, fuses=args.packing and args.fused_layers),
-        **asked,
-        longest=args.max_seq_length,
-        optimizer_bytes=optimizer_bytes(training_args.optim, on_card=True),
-        packing=args.packing and asked["tokens"] != PADDED,
-    )
+    plan = lay_out(model, args, training_args, begun_with=start.plan)
     folder.plan = dataclasses.asdict(plan)
-    if plan.tokens == PADDED:
-        collator = SFTDataCollator(tokenizer, args.max_seq_length)
-    else:
-        collator = PackingCollator(plan.tokens)
+    padded = plan.tokens == PADDED
+    collator = SFTDataCollator(tokenizer, args.max_seq_length) if padded else PackingCollator(plan.tokens)
 
     # 4. Training
     trainer = LoRATrainer(
@@ -139,14 +120,56 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     )
     on_rank_zero(lambda: folder.check_room(trainer.checkpoint_size()))
     logger.info(f"continuing from {start.checkpoint}" if start.checkpoint else "training from the base model")
-    begun = step_of(Path(start.checkpoint)) if start.checkpoint else 0
     result = trainer.train(resume_from_checkpoint=start.checkpoint)
 
-    # 5. Results. The final adapter comes last: where it is, the run is done.
+    # 5. Results
+    publish_results(trainer, result, folder, start)
+
+
+def make_model(args, training_args):
+    """The 4-bit base with a new adapter."""
+    from loguru import logger
+    from transformers import set_seed
+
+    from component.model import attach_lora, load_model
+    from component.train.report import parameter_table
+
+    logger.info(
+        f"loading {args.model_name_or_path} in 4 bits on {training_args.device}, {args.compute_dtype} arithmetic"
+    )
+    set_seed(training_args.seed)
+    model = attach_lora(load_model(args, training_args), args)
+    logger.info(f"parameters\n{parameter_table(model)}")
+    return model
+
+
+def lay_out(model, args, training_args, begun_with: dict | None):
+    """The plan that was asked for or is the fastest that fits, proven; the model's forward is set to it."""
+    from component.kernel.memory import PADDED, choose_plan, optimizer_bytes
+    from component.kernel.model import PackedForward
+
+    asked = begun_with or {"tokens": args.packing_length, "checkpointing": args.activation_checkpointing}
+    return choose_plan(
+        PackedForward(model, args.max_seq_length, fuses=args.packing and args.fused_layers),
+        **asked,
+        longest=args.max_seq_length,
+        optimizer_bytes=optimizer_bytes(training_args.optim, on_card=True),
+        packing=args.packing and asked["tokens"] != PADDED,
+    )
+
+
+def publish_results(trainer, result, folder, start) -> None:
+    """Figures, picture, and last the final adapter: where it is, the run is done."""
+    from loguru import logger
+
+    from component.run.ranks import on_rank_zero
+    from component.run.resume import step_of
+
     picture, figures = folder.path / "loss.png", folder.path / "trainer_state.json"
     on_rank_zero(folder.check_lock)
     on_rank_zero(lambda: write_results(trainer.state, figures, picture))
     final = trainer.save_final()
+    begun = step_of(Path(start.checkpoint)) if start.checkpoint else 0
     now = f", {result.global_step - begun} of them now" * bool(begun)
     logger.info(f"done: {result.global_step} steps{now}, in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
     logger.info(f"adapter and tokenizer: {final}")

@@ -507,7 +507,7 @@ def term_in_forward(lab: Lab) -> Iterator[Check]:
 
 STAGES = {
     "load": {"at": "component.model.load_model"},
-    "tokenise": {"at": "component.data.dataset.prepare", "after": True},
+    "tokenise": {"at": "component.data.dataset.fill_store", "after": True},
     "step": {"at": FORWARD[PRODUCT], "nth": 5},
     "eval": {"at": "component.train.trainer.LoRATrainer.evaluate"},
     "save": {"at": "component.train.trainer.LoRATrainer._save_rng_state", "match": "checkpoint-6"},
@@ -681,7 +681,7 @@ def bad_row_and_odd_rows(lab: Lab) -> Iterator[Check]:
 
 def slow_rank_zero(lab: Lab) -> Iterator[Check]:
     seconds, timeout = (90, 30) if lab.share == 1 else (12, 4)
-    fault = {"at": "component.data.dataset.prepare", "rank": 0, "do": "sleep", "seconds": seconds}
+    fault = {"at": "component.data.dataset.fill_store", "rank": 0, "do": "sleep", "seconds": seconds}
     settings = {"ddp_timeout": timeout, "cache_dir": str(lab.folder / "cache")}
     run = lab.start("run", [fault], **settings, **TWO_RANKS).wait(240)
     waited = {"data_seconds": seconds, "timeout_seconds": timeout}

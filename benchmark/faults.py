@@ -96,7 +96,7 @@ def record_updates(trainer: type) -> None:
 
 
 def token_ids(batches: list) -> list[list[int]]:
-    """Of each sample, without padding, whether batches are padded ones or component.train.batch.Samples."""
+    """Of each sample, without padding, whether batches are padded ones or component.train.batch.SampleBatch."""
     ids = []
     for batch in batches:
         if hasattr(batch, "samples"):
@@ -419,7 +419,7 @@ class Lab:
         }
 
     def repeated_and_skipped(self, folder: Path) -> int:
-        """Samples that an epoch had twice or not at all."""
+        """SampleBatch that an epoch had twice or not at all."""
         epochs, rows = self.batches(folder), len((self.root / "train.jsonl").read_text().splitlines())
         steps = sorted(epochs, key=int)
         wrong, size = 0, rows // 4

@@ -182,7 +182,7 @@ def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, packin
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     batches = [batch.samples for batch in trainer.get_train_dataloader()]
-    learned = sum(trainer.count(row) for samples in batches for row in trainer.data_collator.rows(samples))
+    learned = sum(trainer.count_learned(row) for samples in batches for row in trainer.data_collator.lay_out(samples))
     return figures(run, clock, losses, learned, checkpointing in ("full", "offload"))
 
 

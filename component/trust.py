@@ -26,10 +26,10 @@ def check_model(name_or_path: str) -> None:
     """
     if fault := missing_folder(name_or_path):
         raise ArgumentError(fault)
-    if found := find(name_or_path, "adapter_config.json"):
+    if found := find_model_file(name_or_path, "adapter_config.json"):
         raise ArgumentError(f"{found}: this is an adapter, which would load another model; give its base model")
-    if found := find(name_or_path, "config.json"):
-        config = read(found)
+    if found := find_model_file(name_or_path, "config.json"):
+        config = read_model_json(found)
         if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
             raise ArgumentError(
                 f"{found}: model_type {config.get('model_type')!r} is not known to transformers, and auto_map asks for "
@@ -40,8 +40,8 @@ def check_model(name_or_path: str) -> None:
                 raise ArgumentError(f"{found}: {key} is {config[key]!r}, which leads to other files; remove the key")
         if kernel := find_kernel(config):
             raise ArgumentError(f"{found}: {kernel!r} is code from a hub, which is never run; remove the key")
-    if found := find(name_or_path, "model.safetensors.index.json"):
-        files = read(found).get("weight_map")
+    if found := find_model_file(name_or_path, "model.safetensors.index.json"):
+        files = read_model_json(found).get("weight_map")
         for file in files.values() if isinstance(files, dict) else [files]:
             if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
                 raise ArgumentError(f"{found}: weight_map names {file!r}; expected a *.safetensors file of the folder")
@@ -57,7 +57,7 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
-def find(name_or_path: str, file: str) -> Path | None:
+def find_model_file(name_or_path: str, file: str) -> Path | None:
     """A file of a folder or of a hub's repository, None where it has none."""
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -66,7 +66,7 @@ def find(name_or_path: str, file: str) -> Path | None:
     return folder / file if (folder / file).is_file() else None
 
 
-def read(file: Path) -> dict:
+def read_model_json(file: Path) -> dict:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -30,16 +30,16 @@ def main() -> None:
     from component.run.process import run_program
 
     run_program(
-        lambda watch: merge(cli, check(cli)),
+        lambda watch: merge(cli, check_merge(cli)),
         lambda: f"stopped; {cli.output} {'is there' if cli.output.exists() else 'was not made'}",
     )
 
 
-def check(cli: argparse.Namespace) -> str:
+def check_merge(cli: argparse.Namespace) -> str:
     """The base to merge into, after all that can be refused before a weight is read."""
     from component.run.errors import ArgumentError
     from component.run.manifest import MANIFEST, Damaged, verify
-    from component.trust import check_adapter, check_model, find, read
+    from component.trust import check_adapter, check_model, find_model_file, read_model_json
 
     if cli.output.exists() or cli.output.is_symlink():
         raise ArgumentError(f"--output {cli.output}: exists; choose another name, or remove it")
@@ -63,7 +63,7 @@ def check(cli: argparse.Namespace) -> str:
     given = f"--base {base}" if cli.base else f"{cli.adapter / 'adapter_config.json'}: base_model_name_or_path {base}"
     try:
         check_model(base)
-        config = find(base, "config.json")
+        config = find_model_file(base, "config.json")
     except (OSError, ValueError) as error:
         raise ArgumentError(f"{given}: {error}") from error
     if not config:
@@ -71,7 +71,7 @@ def check(cli: argparse.Namespace) -> str:
             f"{given}: no config.json is to be had; give a folder with the model's files, or its hub name where the "
             "hub can be reached"
         )
-    quantised = read(config).get("quantization_config")
+    quantised = read_model_json(config).get("quantization_config")
     if quantised and not (cli.from_4bit and quantised.get("load_in_4bit")):
         raise ArgumentError(
             f"{config}: the base is quantised, and a merge into rounded weights is not the model that full precision "

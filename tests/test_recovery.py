@@ -476,7 +476,9 @@ def test_a_full_disk_at_the_results_ends_with_4_and_a_picture_is_no_reason_to_st
     assert "loss.png could not be drawn" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("writer", ["dataset.prepare", "load.write_atomically"], ids=["prepared data", "rejected rows"])
+@pytest.mark.parametrize(
+    "writer", ["dataset.fill_store", "load.write_atomically"], ids=["prepared data", "rejected rows"]
+)
 def test_a_full_disk_before_the_model_loads_ends_with_4(stopped, monkeypatch, capsys, writer):
     def fail(*args) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

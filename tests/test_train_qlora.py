@@ -143,8 +143,8 @@ def test_ranks_may_have_different_numbers_of_rows(job, tmp_path):
 SLOW_RENDERING = """if True:
     import sys, time
     import component.data.prepare as prepare, train_qlora
-    fit = prepare.RowRenderer.fit
-    prepare.RowRenderer.fit = lambda *args: (time.sleep(1), fit(*args))[1]
+    fit = prepare.RowRenderer.fit_to_length
+    prepare.RowRenderer.fit_to_length = lambda *args: (time.sleep(1), fit(*args))[1]
     train_qlora.main()
 """
 

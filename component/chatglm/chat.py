@@ -115,7 +115,7 @@ class ChatMixin:
         Returns:
             (answer, new history). A ChatGLM3 answer is text, or a dict for a function call.
         """
-        turn = Turn(self, tokenizer, query, history, role)
+        turn = Question(self, tokenizer, query, history, role)
         output = self.generate(**turn.inputs, **generation_settings(turn.stop_ids, **settings))
         return turn.close(output[0, turn.inputs["input_ids"].shape[1] :].tolist())
 
@@ -133,7 +133,7 @@ class ChatMixin:
 
         With `return_past_key_values` the cache comes third; handed to the next call, earlier turns are not read again.
         """
-        turn = Turn(self, tokenizer, query, history, role, past_key_values)
+        turn = Question(self, tokenizer, query, history, role, past_key_values)
         cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
         tokens = TokenQueue()
         arguments = turn.inputs | generation_settings(turn.stop_ids, **settings) | {"past_key_values": cache}
@@ -155,7 +155,7 @@ class ChatMixin:
             worker.join()
 
 
-class Turn:
+class Question:
     """One question on its way through the model: the prompt and the tokens that end the answer."""
 
     def __init__(self, model: ChatMixin, tokenizer, query: str, history: list | None, role: str, cache=None):

@@ -9,7 +9,7 @@ from typing import Any
 from ..run.errors import DataError
 from .conversation import Conversation
 from .messages import chat_messages
-from .render import Sample
+from .render import TokenizedSample
 
 # data_format chat_template: the tokenizer's own template, by the conventions of transformers' apply_chat_template
 
@@ -18,7 +18,7 @@ SHIELD = 0x100000
 MARKER = "\U0010fffe"
 
 
-def render_chat_template(conversation: Conversation, tokenizer) -> Sample:
+def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSample:
     """The text of the tokenizer's chat template; of every learned message what the model writes, and the end token.
 
     A message begins where the generation prompt ends and ends with the control token that stops inference: the last
@@ -71,7 +71,7 @@ def render_chat_template(conversation: Conversation, tokenizer) -> Sample:
             ids, starts, mask = [*ids, tokenizer.eos_token_id], [*starts, len(text)], [*mask, 0]
         first = bisect_left(starts, begin)
         mask[first : ends[-1] + 1] = [1] * (ends[-1] + 1 - first)
-    return Sample(ids, mask)
+    return TokenizedSample(ids, mask)
 
 
 def answer_begin(text: str, body: int, starts: list[int], whole: str, before: list[dict], write: Callable) -> int:

@@ -16,7 +16,7 @@ from ..run.files import default_cache_dir, fingerprint, make_once
 from . import chat_template, conversation, formats, messages, reader, render
 from . import prepare as preparing
 from .chat_template import render_chat_template
-from .prepare import RowRenderer, checked, item, prepare
+from .prepare import RowRenderer, as_item, check_tokenizer, fill_store
 from .reader import find_files
 from .render import render_chatglm2, render_chatglm3, render_firefly
 from .rules import DataRules, judge
@@ -59,13 +59,13 @@ class SFTDataset(Dataset):
     ):
         self.files = find_files(source)
         self.rules = DataRules(max_seq_length, **rules)
-        self.renderer = RowRenderer(self.render, checked(tokenizer, self.render), self.rules)
+        self.renderer = RowRenderer(self.render, check_tokenizer(tokenizer, self.render), self.rules)
         workers = workers or len(os.sched_getaffinity(0))
         try:
             data = fingerprint(self.files)
-            key = fingerprint([data, *map(str, self.files), *identity(self.renderer)])
+            key = fingerprint([data, *map(str, self.files), *cache_key_parts(self.renderer)])
             folder = Path(cache_dir or default_cache_dir()).expanduser() / key
-            make_once(folder, lambda empty: self.prepare(workers, empty, data))
+            make_once(folder, lambda empty: self.fill(workers, empty, data))
             self.store = TokenStore(folder)
         except OSError as error:
             remedy = "the data must be readable, and cache_dir a folder with room in which files can be written"
@@ -73,8 +73,8 @@ class SFTDataset(Dataset):
         if judged:
             judge(self.store.report, self.files, self.rules)
 
-    def prepare(self, workers: int, folder: Path, data: str) -> None:
-        prepare(self.files, self.renderer, workers, folder)
+    def fill(self, workers: int, folder: Path, data: str) -> None:
+        fill_store(self.files, self.renderer, workers, folder)
         if fingerprint(self.files) != data:
             raise DataError(f"{self.files[0]}: the data changed while it was read; start again when it is complete")
 
@@ -88,7 +88,7 @@ class SFTDataset(Dataset):
         number, line = self.store.place(index)
         return f"{self.files[number]}:{line}"
 
-    def find(self, input_ids: list[int]) -> str | None:
+    def find_place(self, input_ids: list[int]) -> str | None:
         """`file:line` of the first sample of these tokens."""
         for index in np.flatnonzero(self.lengths == len(input_ids)).tolist():
             if np.array_equal(self.store[index][0], input_ids):
@@ -100,7 +100,7 @@ class SFTDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         input_ids, target_mask = self.store[index]
-        return item(input_ids.tolist(), target_mask.tolist())
+        return as_item(input_ids.tolist(), target_mask.tolist())
 
 
 class ChatGLM2SFTDataset(SFTDataset):
@@ -129,7 +129,7 @@ DATA_FORMATS: dict[str, type[SFTDataset]] = {
 }
 
 
-def identity(renderer: RowRenderer) -> list[str | Path]:
+def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:
     """All that decides how a row is rendered: the rules that do, the tokenizer as it would be saved, this program and
     the libraries."""
     with tempfile.TemporaryDirectory() as folder:

@@ -83,7 +83,7 @@ def parse_turn(turn: Any, place: str) -> Turn:
     for key in parameters:
         if not key.isidentifier():
             raise DataError(f"{place}.parameters: {key!r} cannot be a keyword argument; rename it")
-    identity = take(turn, "id", str, place) if "id" in turn else ""
+    call_id = take(turn, "id", str, place) if "id" in turn else ""
     return Turn(
         role,
         learned=learned,
@@ -91,7 +91,7 @@ def parse_turn(turn: Any, place: str) -> Turn:
         parameters=parameters,
         observation=turn.get("observation"),
         observed="observation" in turn,
-        id=identity,
+        id=call_id,
         joined=flag(turn, "joined", place, default=False),
     )
 
@@ -152,11 +152,11 @@ def parse_openai(row: dict) -> Conversation:
     return Conversation(tuple(turns), parse_tools(row.get(key), key))
 
 
-def answer_call(turns: list[Turn], pending: dict[int, str], identity: Any, text: str, place: str) -> None:
+def answer_call(turns: list[Turn], pending: dict[int, str], call_id: Any, text: str, place: str) -> None:
     """Give the result to the call of that id, or to the first that waits where the message names none."""
-    waiting = [at for at, known in pending.items() if identity in (None, "") or known == identity]
+    waiting = [at for at, known in pending.items() if call_id in (None, "") or known == call_id]
     if not waiting:
-        named = f" with the id {describe(identity)}" if identity else ""
+        named = f" with the id {describe(call_id)}" if call_id else ""
         raise DataError(f"{place}: answers no call{named} of the message before; give that call, or remove the result")
     del pending[waiting[0]]
     turns[waiting[0]] = replace(turns[waiting[0]], observation=text, observed=True)
@@ -207,8 +207,8 @@ def write_openai(conversation: Conversation, lost: Lost) -> dict:
     messages, tools = chat_messages(conversation)
     lose_empty_answers(conversation, lost)
     for message in messages:
-        identities = [call["id"] for call in message.get("tool_calls", ())]
-        if len(set(identities)) < len(identities):
+        call_ids = [call["id"] for call in message.get("tool_calls", ())]
+        if len(set(call_ids)) < len(call_ids):
             raise DataError("has calls in one message that share an id; give each its own")
         for call in message.get("tool_calls", ()):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)

@@ -40,9 +40,9 @@ class Inspection:
             ("learned", f"{report.learned / max(report.tokens, 1):.1%}"),
             ("mean length", f"{report.tokens / max(report.kept, 1):,.0f}"),
             ("longest", f"{report.longest:,}"),
-            (CUT, f"{report.count(CUT):,}"),
-            (SHORTENED, f"{report.count(SHORTENED):,}"),
-            (DROPPED, f"{report.count(DROPPED):,}"),
+            (CUT, f"{report.count_notes(CUT):,}"),
+            (SHORTENED, f"{report.count_notes(SHORTENED):,}"),
+            (DROPPED, f"{report.count_notes(DROPPED):,}"),
             ("bad rows", f"{report.bad:,}"),
             ("duplicates", f"{len(self.duplicates):,}"),
         ]
@@ -90,7 +90,7 @@ class Inspection:
         """One page that needs nothing else, with the first `limit` samples."""
         edges, counts = self.histogram()
         shown = min(len(self.dataset), limit)
-        rows = self.rows(shown)
+        rows = self.describe_rows(shown)
         used = {token for row in rows for token in row["ids"]}
         data = {
             "title": title,
@@ -122,7 +122,7 @@ class Inspection:
             for row in rejected
         ]
 
-    def rows(self, shown: int) -> list[dict[str, Any]]:
+    def describe_rows(self, shown: int) -> list[dict[str, Any]]:
         """Tokens and turns of the first samples; the turns are read from the files again."""
         wanted: dict[int, dict[int, int]] = defaultdict(dict)  # file number: line: sample
         for index in range(shown):
@@ -133,12 +133,12 @@ class Inspection:
             last = max(lines)
             for line, raw in read_lines(self.dataset.files[number]):
                 if line in lines:
-                    rows[lines[line]] = self.row(lines[line], raw)
+                    rows[lines[line]] = self.describe_row(lines[line], raw)
                 if line >= last:
                     break
         return rows
 
-    def row(self, index: int, raw: bytes) -> dict[str, Any]:
+    def describe_row(self, index: int, raw: bytes) -> dict[str, Any]:
         conversation, odd = self.dataset.renderer.parse(raw)
         note = NOTES[self.dataset.store.notes[index]]
         if note and self.dataset.rules.on_too_long == "truncate_left_turns" and count_rounds(conversation) > 1:

@@ -77,9 +77,9 @@ class Mixture(Subset):
             logger.info(f"{part.files[0]}: {count} of {total} samples by its weight of {weight:g}")
         super().__init__(ConcatDataset(parts), np.concatenate(chosen))
 
-    def find(self, input_ids: list[int]) -> str | None:
+    def find_place(self, input_ids: list[int]) -> str | None:
         """`file:line` of the first sample of these tokens."""
-        return next(filter(None, (part.find(input_ids) for part in self.dataset.datasets)), None)
+        return next(filter(None, (part.find_place(input_ids) for part in self.dataset.datasets)), None)
 
     @property
     def lengths(self) -> np.ndarray:

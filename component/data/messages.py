@@ -40,12 +40,12 @@ def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | 
     def add_results() -> None:
         for call in calls:
             if call.observed:
-                result = {"tool_call_id": identities[id(call)], "name": call.name, "content": as_text(call.observation)}
+                result = {"tool_call_id": call_ids[id(call)], "name": call.name, "content": as_text(call.observation)}
                 messages.append({"role": "tool"} | result)
         calls.clear()
 
     # Nine letters and digits, which every template accepts.
-    identities = {id(turn): turn.id or f"call{i:05}" for i, turn in enumerate(conversation.turns)}
+    call_ids = {id(turn): turn.id or f"call{i:05}" for i, turn in enumerate(conversation.turns)}
     tools = wrap_tools(conversation.tools)
     if tools is None and conversation.tools is not None:
         from ..chatglm.prompt import tools_message  # whose package takes seconds to import, for rows that hardly are
@@ -58,7 +58,7 @@ def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | 
             if not turn.joined:
                 messages.append({"role": "assistant", "content": "", "learned": ()})
             function = {"name": turn.name, "arguments": turn.parameters}
-            call = {"id": identities[id(turn)], "type": "function", "function": function}
+            call = {"id": call_ids[id(turn)], "type": "function", "function": function}
             messages[-1].setdefault("tool_calls", []).append(call)
             messages[-1]["learned"] += (turn.learned,)
             calls.append(turn)

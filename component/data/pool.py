@@ -27,7 +27,7 @@ def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
         return
     shared = first[0]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with ProcessPoolExecutor(workers, get_context("fork"), share, (work, shared)) as pool:
+    with ProcessPoolExecutor(workers, get_context("fork"), begin_worker, (work, shared)) as pool:
         waiting: deque = deque()
         try:
             for _, *rest in itertools.chain([first], tasks):
@@ -44,7 +44,7 @@ def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
             pool.shutdown(cancel_futures=True)
 
 
-def share(work: Callable, shared: object) -> None:
+def begin_worker(work: Callable, shared: object) -> None:
     global work_on_shared
     Thread(target=end_with_parent, daemon=True).start()
     gc.freeze()  # what the fork has from its parent need never be looked through

@@ -18,7 +18,7 @@ from .conversation import Conversation, choose_learned, count_rounds, oddities, 
 from .formats import parse_row
 from .pool import in_order
 from .reader import Unreadable, parse_line, read_lines, rejected_line
-from .render import Sample
+from .render import TokenizedSample
 from .rules import CUT, DROPPED, NOTES, SHORTENED, SHOWN, DataReport, DataRules, judge
 from .store import FILES, PLACE_BITS
 
@@ -47,7 +47,7 @@ class RowRenderer:
             raise DataError(f"{odd[0]}; mend the row, or set strict_roles to false")
         return conversation, odd
 
-    def fit(self, conversation: Conversation) -> tuple[Sample | None, str | None]:
+    def fit_to_length(self, conversation: Conversation) -> tuple[TokenizedSample | None, str | None]:
         """A sample of at most `max_seq_length` tokens, or None; and CUT, SHORTENED or DROPPED."""
         limit, note = self.rules.max_seq_length, None
         sample = self.render(conversation, self.tokenizer)
@@ -58,7 +58,7 @@ class RowRenderer:
                 sample, note = self.render(self.shorten(conversation), self.tokenizer), SHORTENED
             if len(sample.input_ids) > limit:
                 note = CUT
-                sample = Sample(sample.input_ids[:limit], sample.target_mask[:limit])
+                sample = TokenizedSample(sample.input_ids[:limit], sample.target_mask[:limit])
         # Nothing predicts the first token, so learning starts at the second.
         return (sample, note) if any(sample.target_mask[1:]) else (None, DROPPED)
 
@@ -73,7 +73,7 @@ class RowRenderer:
         return without_first_rounds(conversation, gone)
 
 
-def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path) -> None:
+def fill_store(files: list[Path], renderer: RowRenderer, workers: int, folder: Path) -> None:
     """Fill `folder` for a TokenStore.
 
     Raises:
@@ -94,7 +94,7 @@ def prepare(files: list[Path], renderer: RowRenderer, workers: int, folder: Path
                 outputs[name].write(values + report.tokens if name == "ends" else values)
             for number, line, reason, text in outcome.rejected:
                 rejected.write(rejected_line(files[number], line, reason, text))
-            add(report, outcome, files)
+            count_outcome(report, outcome, files)
             if (now := time.monotonic()) > told + 10:
                 told = now
                 logger.info(f"{report.rows:,} rows prepared, {report.rows / (now - started):,.0f} rows/s")
@@ -157,7 +157,7 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
     for number, line, raw in chunk:
         try:
             conversation, unusual = renderer.parse(raw)
-            sample, note = renderer.fit(conversation) if renders else (None, None)
+            sample, note = renderer.fit_to_length(conversation) if renders else (None, None)
         except DataError as error:
             text = "" if isinstance(raw, DataError) else raw.decode(errors="backslashreplace").strip()
             rejected.append((number, line, str(error), text))
@@ -175,7 +175,7 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
     return Outcome(*arrays, np.frombuffer(notes, np.uint8), len(chunk), turns, rejected, fitted, odd)
 
 
-def add(report: DataReport, outcome: Outcome, files: list[Path]) -> None:
+def count_outcome(report: DataReport, outcome: Outcome, files: list[Path]) -> None:
     """Count a chunk's outcome in the report."""
     report.rows += outcome.rows
     report.turns += outcome.turns
@@ -191,11 +191,11 @@ def add(report: DataReport, outcome: Outcome, files: list[Path]) -> None:
             totals.setdefault(what, [0, f"{files[number]}:{line}"])[0] += 1
 
 
-def item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]]:
+def as_item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]]:
     return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "target_mask": target_mask}
 
 
-def checked(tokenizer, render):
+def check_tokenizer(tokenizer, render):
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, so no answer can be taught to end; set one in its folder")
     if render is render_chat_template and not (tokenizer.is_fast and tokenizer.chat_template):

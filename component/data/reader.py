@@ -216,7 +216,7 @@ def load_json(text: str) -> Any:
     """json.loads without its leniency: a key that stands twice, NaN, infinity, half characters and endless nesting are
     DataErrors too."""
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant, parse_float=finite)
         if "\\ud" in text.lower():  # an escaped surrogate, which must be half of a pair
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -244,7 +244,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict:
     return row
 
 
-def refuse(constant: str) -> None:
+def refuse_constant(constant: str) -> None:
     raise DataError(f"{constant} is no JSON number; write null or text")
 
 

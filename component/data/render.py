@@ -12,7 +12,7 @@ from .messages import as_text, question_answer_pairs
 
 
 @dataclass(slots=True)
-class Sample:
+class TokenizedSample:
     """Token ids and their mask, which grow together."""
 
     input_ids: list[int] = field(default_factory=list)
@@ -54,13 +54,13 @@ def call_text(call: Turn) -> str:
     return tool_call(call.parameters)
 
 
-def render_chatglm3(conversation: Conversation, tokenizer) -> Sample:
+def render_chatglm3(conversation: Conversation, tokenizer) -> TokenizedSample:
     """`[gMASK] sop`, the messages, `</s>`.
 
     A learned message teaches its tokens and the token after it, which is how the model learns to stop: with
     `<|user|>`, `<|observation|>` or `</s>`. Its own role token is written by the inference code and not learned.
     """
-    sample = Sample()
+    sample = TokenizedSample()
     sample.add(tokenizer.get_prefix_tokens(), learned=False)
     ends_learned = False
     for message in chatglm3_messages(conversation):
@@ -72,9 +72,9 @@ def render_chatglm3(conversation: Conversation, tokenizer) -> Sample:
     return sample
 
 
-def render_chatglm2(conversation: Conversation, tokenizer) -> Sample:
+def render_chatglm2(conversation: Conversation, tokenizer) -> TokenizedSample:
     """`[gMASK] sop`, then for each round its prompt, the answer and `</s>`; answers and their ends are learned."""
-    sample = Sample()
+    sample = TokenizedSample()
     sample.add(tokenizer.get_prefix_tokens(), learned=False)
     for i, (question, answer) in enumerate(question_answer_pairs(conversation, "chatglm2"), 1):
         prompt = round_prompt(i, question.content)
@@ -84,13 +84,13 @@ def render_chatglm2(conversation: Conversation, tokenizer) -> Sample:
     return sample
 
 
-def render_firefly(conversation: Conversation, tokenizer) -> Sample:
+def render_firefly(conversation: Conversation, tokenizer) -> TokenizedSample:
     """`<s>`, then every utterance followed by `</s>`; answers and their ends are learned.
 
     `<s>` is the tokenizer's BOS, left out where it has none, and `</s>` its EOS. Control tokens written in an utterance
     are text.
     """
-    sample = Sample()
+    sample = TokenizedSample()
     if tokenizer.bos_token_id is not None:
         sample.add([tokenizer.bos_token_id], learned=False)
     for pair in question_answer_pairs(conversation, "firefly"):

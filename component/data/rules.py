@@ -44,7 +44,7 @@ class DataReport:
         more = self.bad - len(self.faults)
         return [*self.faults, *([f"… and {more} more"] if more else [])]
 
-    def count(self, kind: str) -> int:
+    def count_notes(self, kind: str) -> int:
         return self.notes.get(kind, [0])[0]
 
 
@@ -55,15 +55,15 @@ def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
     if report.bad and rules.on_bad_row == "stop":
         head = f"{name}: {report.bad} bad rows of {report.rows}; mend them, or set on_bad_row to skip"
         raise DataError("\n".join([head, *report.fault_lines()]))
-    lost = report.bad + report.count(DROPPED)
+    too_long = report.count_notes(DROPPED)
     if not report.rows:
         raise DataError(f"{name}: nothing to learn: the file has no rows")
     if not report.kept:
         at = f"no learned token survives max_seq_length={rules.max_seq_length}" if report.notes else "every row is bad"
         raise DataError("\n".join([f"{name}: nothing to learn: {at}", *report.fault_lines()]))
-    if lost > rules.max_bad_share * report.rows:
+    if report.bad + too_long > rules.max_bad_share * report.rows:
         raise DataError(
-            f"{name}: {report.bad} rows are bad and {report.count(DROPPED)} too long, of {report.rows}: more than "
+            f"{name}: {report.bad} rows are bad and {too_long} too long, of {report.rows}: more than "
             f"max_bad_share={rules.max_bad_share:g}; mend them, raise max_seq_length={rules.max_seq_length}, or raise "
             "max_bad_share" + "".join(f"\n{fault}" for fault in report.fault_lines())
         )

@@ -18,7 +18,7 @@ FILES = {"input_ids": np.int32, "target_mask": np.uint8, "ends": np.int64, "line
 
 
 class TokenStore:
-    """The samples of a folder that `prepare` filled, memory-mapped. `ends[i]` is where sample i ends."""
+    """The samples of a folder that `fill_store` filled, memory-mapped. `ends[i]` is where sample i ends."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():  # a process on another machine

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..run.errors import DataError
 from .dataset import Source
-from .prepare import RowRenderer, add, checked, chunks, item, read_files, render_chunk
+from .prepare import RowRenderer, as_item, check_tokenizer, chunks, count_outcome, read_files, render_chunk
 from .reader import find_files
 from .rules import DataReport, DataRules, judge, log_report
 
@@ -40,7 +40,7 @@ class StreamingSFTDataset(IterableDataset):
         self.endless = endless
         self.files = [find_files(source) for source in sources]
         self.weights = weights
-        self.renderer = RowRenderer(render, checked(tokenizer, render), rules)
+        self.renderer = RowRenderer(render, check_tokenizer(tokenizer, render), rules)
         self.seed, self.epoch = seed, 0
         self.rank, self.ranks = 0, 1
         for files in self.files:
@@ -50,7 +50,7 @@ class StreamingSFTDataset(IterableDataset):
         rows = read_files(files, self.renderer.rules.on_bad_row == "skip")
         report = DataReport()
         for chunk in chunks(itertools.islice(rows, CHECKED_FIRST)):
-            add(report, render_chunk((self.renderer, chunk, True)), files)
+            count_outcome(report, render_chunk((self.renderer, chunk, True)), files)
         judge(report, files, self.renderer.rules)
         log_report(report, files, self.renderer.rules)
 
@@ -88,7 +88,7 @@ class StreamingSFTDataset(IterableDataset):
         rows = itertools.islice(read_files(files, skips=True), own, None, count)
         for seen, (number, line, raw) in enumerate(rows, 1):
             try:
-                sample, _ = self.renderer.fit(self.renderer.parse(raw)[0])
+                sample, _ = self.renderer.fit_to_length(self.renderer.parse(raw)[0])
             except DataError as error:
                 bad += 1
                 place = f"{files[number]}:{line}"
@@ -99,6 +99,6 @@ class StreamingSFTDataset(IterableDataset):
                 continue
             if sample:
                 found = True
-                yield item(sample.input_ids, sample.target_mask)
+                yield as_item(sample.input_ids, sample.target_mask)
         if self.endless and count > 1 and not found:
             yield from self.samples(files, 1, 0)

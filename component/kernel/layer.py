@@ -14,7 +14,7 @@ NONE, SELECTIVE, FULL, OFFLOAD = "none", "selective", "full", "offload"
 CHECKPOINTING = (NONE, SELECTIVE, FULL, OFFLOAD)
 
 
-class Row(NamedTuple):
+class RowContext(NamedTuple):
     """What all layers are told of a packed row."""
 
     bounds: Bounds
@@ -70,14 +70,14 @@ class Layer:
     def adapters(self) -> list[torch.nn.Parameter]:
         return [weight for projection in self.projections for weight in projection.adapters]
 
-    def forward(self, hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, Activations]:
+    def forward(self, hidden: torch.Tensor, row: RowContext) -> tuple[torch.Tensor, Activations]:
         """(the layer's output (tokens, hidden_size), what a backward needs)."""
         kept = self.up_to_gate(hidden, row)
         out, low = self.down.forward(self.ops.swiglu(kept.gate_up, self.down.room), row.seed)
         kept.low += (low,)
         return out.add_(kept.middle), kept
 
-    def up_to_gate(self, hidden: torch.Tensor, row: Row) -> Activations:
+    def up_to_gate(self, hidden: torch.Tensor, row: RowContext) -> Activations:
         """The layer without its last projection, which is all that a backward needs."""
         ops = self.ops
         normed, _ = ops.rms_norm(hidden, self.norm, self.eps, room=self.qkv.room)
@@ -101,7 +101,7 @@ class Layer:
         return qkv.split((self.heads, self.groups, self.groups), dim=1)
 
     def backward(
-        self, grad: torch.Tensor, kept: Activations, row: Row, needs_input_grad: bool
+        self, grad: torch.Tensor, kept: Activations, row: RowContext, needs_input_grad: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """(gradient of the layer's input, gradients of `adapters`). `kept.gate_up` is overwritten."""
         ops, seed = self.ops, row.seed
@@ -149,7 +149,9 @@ class LayerFunction(torch.autograd.Function):
     """Layer.forward and Layer.backward for autograd: (hidden, layer, row, host, *layer.adapters) to hidden."""
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, layer: Layer, row: Row, host: "HostMemory | None", *adapters: torch.Tensor):
+    def forward(
+        ctx, hidden: torch.Tensor, layer: Layer, row: RowContext, host: "HostMemory | None", *adapters: torch.Tensor
+    ):
         out, kept = layer.forward(hidden, row)
         ctx.layer, ctx.row, ctx.host = layer, row, host
         if layer.checkpointing in (FULL, OFFLOAD):

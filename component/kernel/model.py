@@ -14,7 +14,7 @@ from ..chatglm.modeling_chatglm import rotary_embedding
 from . import plain
 from .attention import FLASH, Bounds, choose_attention
 from .head import HeadLoss
-from .layer import NONE, OFFLOAD, HostMemory, Layer, LayerFunction, Row
+from .layer import NONE, OFFLOAD, HostMemory, Layer, LayerFunction, RowContext
 from .projection import Projection
 
 ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the batch
@@ -118,7 +118,7 @@ class PackedForward:
         hidden = self.model.get_input_embeddings()(input_ids)
         cos, sin = rotary_angles(self.model, position_ids)
         seed = int(torch.randint(1 << 31, ())) if self.model.training else None
-        row = Row(Bounds(ends, longest), cos, sin, seed)
+        row = RowContext(Bounds(ends, longest), cos, sin, seed)
         host = self.host if torch.is_grad_enabled() else None  # an evaluation has no backward to keep anything for
         for layer in self.layers:
             hidden = LayerFunction.apply(hidden, layer, row, host, *layer.adapters)
@@ -143,7 +143,7 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
     config, name = model.config, type(model).__name__
     if name not in FAMILIES:
         raise Unfused(f"{name} is not one of {', '.join(FAMILIES)}")
-    check(config, max_length)
+    check_fusable(config, max_length)
     device, dtype = model.device, model.get_input_embeddings().weight.dtype
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 says none
     attention, ops = choose_attention(device, dtype, head_dim), choose_ops(device)
@@ -181,7 +181,7 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
     return layers
 
 
-def check(config, max_length: int) -> None:
+def check_fusable(config, max_length: int) -> None:
     """Raise Unfused for a setting that the fused layers do not have."""
     if getattr(config, "hidden_act", "silu") != "silu":
         raise Unfused(f"hidden_act is {config.hidden_act}")

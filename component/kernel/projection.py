@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 
-class Path(NamedTuple):
+class LowRankPath(NamedTuple):
     """A layer's low-rank update: `scaling * up(down(dropout(x)))`, added to some columns of the output."""
 
     down: nn.Parameter  # (rank, in_features), float32
@@ -34,7 +34,7 @@ class Projection:
         self.dtype, self.ops, self.number = dtype, ops, number
         self.in_features = self.bases[0].in_features
         self.width = sum(base.out_features for base in self.bases)
-        self.paths: list[Path] = []
+        self.paths: list[LowRankPath] = []
         self.dropout = 0.0
         column = rank = 0
         for layer, base in zip(layers, self.bases, strict=True):
@@ -42,7 +42,7 @@ class Projection:
                 (name,) = layer.active_adapters
                 down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
                 columns, ranks = slice(column, column + base.out_features), slice(rank, rank + len(down))
-                self.paths.append(Path(down, up, layer.scaling[name], columns, ranks))
+                self.paths.append(LowRankPath(down, up, layer.scaling[name], columns, ranks))
                 self.dropout = getattr(layer.lora_dropout[name], "p", 0.0)
                 rank = ranks.stop
             column += base.out_features

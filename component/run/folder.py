@@ -60,7 +60,7 @@ class RunFolder:
             StorageError: it cannot be written to, or no checkpoint in it verifies.
         """
         resume = {None: "auto", "true": True, "false": False}.get(resume, resume)
-        self.take()
+        self.acquire()
         start = self.find_start(resume, overwrite, despite_changes)
         for path in self.path.glob(".tmp-*"):
             published = path.with_name(path.name.removeprefix(".tmp-"))
@@ -82,7 +82,7 @@ class RunFolder:
         self.run_id, self.origin = decision.run_id or self.run_id, decision.origin
         return decision.start
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Make the folder, see that it can be written to, and lock it for the life of this process."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class RunFolder:
         move(self.path, aside)
         self.lock.release(force=True)
         logger.info(f"moved the earlier run to {aside}")
-        self.take()
+        self.acquire()
 
     def set_aside(self, path: Path, reason: str) -> None:
         target = self.path / ASIDE / f"{path.name}.{datetime.now():%Y%m%d-%H%M%S-%f}"

@@ -69,12 +69,12 @@ def read_json_object(source: str) -> dict:
             raise ArgumentError(f"{source}: {', '.join(map(repr, duplicates))} stands there twice; keep one")
         return dict(pairs)
 
-    def refuse(constant: str) -> None:
+    def refuse_constant(constant: str) -> None:
         raise ArgumentError(f"{source}: {constant} is no JSON number")
 
     try:
         text = Path(source).read_text(encoding="utf-8-sig")
-        values = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=refuse)
+        values = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise ArgumentError(f"{source}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -11,8 +11,8 @@ from typing import Any
 from ..run.errors import ArgumentError
 
 
-def setting(default: Any, help: str, check: Callable[[Any], bool] | None = None, expected: str = "") -> Any:
-    return field(default=default, metadata={"help": help, "check": check, "expected": expected})
+def setting(default: Any, help: str, holds: Callable[[Any], bool] | None = None, expected: str = "") -> Any:
+    return field(default=default, metadata={"help": help, "holds": holds, "expected": expected})
 
 
 def one_of(*values: str | None) -> tuple[Callable[[Any], bool], str]:
@@ -147,8 +147,8 @@ class QLoRAArguments:
 
     def __post_init__(self):
         for item in fields(self):
-            check, value = item.metadata["check"], getattr(self, item.name)
-            if check and not check(value):
+            holds, value = item.metadata["holds"], getattr(self, item.name)
+            if holds and not holds(value):
                 raise ValueError(f"{item.name} must be {item.metadata['expected']}, got {show(value)}")
         if self.packing_length and not self.packing:
             raise ValueError("packing_length is of packed rows, but packing is false; remove one of them")

@@ -1,4 +1,4 @@
-"""Samples to a padded batch, or to packed rows."""
+"""SampleBatch to a padded batch, or to packed rows."""
 
 import heapq
 from bisect import bisect_left
@@ -13,7 +13,7 @@ Sample = dict[str, list[int] | np.ndarray]
 
 
 @dataclass
-class Samples:
+class SampleBatch:
     """A batch that no library walks through or moves. Its numbers are arrays, which processes hand on at once."""
 
     samples: list[Sample]
@@ -40,17 +40,17 @@ class SFTDataCollator:
 
 
 class PackingCollator:
-    """Hands a batch's samples on as they are (Samples), since it is all samples of an update that `rows` lays out."""
+    """Hands a batch's samples on as they are (SampleBatch); `lay_out` takes all samples of an update at once."""
 
     KEYS = ("input_ids", "target_mask")
 
     def __init__(self, tokens: int):
         self.tokens = tokens
 
-    def __call__(self, samples: list[Sample]) -> Samples:
-        return Samples([{key: np.asarray(sample[key], np.int32) for key in self.KEYS} for sample in samples])
+    def __call__(self, samples: list[Sample]) -> SampleBatch:
+        return SampleBatch([{key: np.asarray(sample[key], np.int32) for key in self.KEYS} for sample in samples])
 
-    def rows(self, samples: list[Sample]) -> list[dict]:
+    def lay_out(self, samples: list[Sample]) -> list[dict]:
         """Whole samples one after another in as few rows of at most `tokens` as hold them, about equally full.
 
         A row is flat: `input_ids` and `position_ids` (length,), which restart with each sample; `ends` (samples + 1,)
@@ -58,9 +58,9 @@ class PackingCollator:
         token, and `targets` (n,), those tokens. No sample's first token is learned.
         """
         places = pack([len(sample["input_ids"]) for sample in samples], self.tokens)
-        return [self.row([samples[i] for i in row]) for row in places]
+        return [self.lay_out_row([samples[i] for i in row]) for row in places]
 
-    def row(self, samples: list[Sample]) -> dict[str, torch.Tensor | int]:
+    def lay_out_row(self, samples: list[Sample]) -> dict[str, torch.Tensor | int]:
         input_ids, target_mask = (
             torch.from_numpy(np.concatenate([sample[key] for sample in samples]).astype(np.int64)) for key in self.KEYS
         )

@@ -109,10 +109,10 @@ def describe_base(args) -> str:
     folder = Path(args.model_name_or_path)
     if not folder.is_dir():
         return f"{args.model_name_or_path} {config._commit_hash}"
-    return fingerprint([folder / "config.json", *map(sample, sorted(folder.glob("*.safetensors")))])
+    return fingerprint([folder / "config.json", *map(digest_of, sorted(folder.glob("*.safetensors")))])
 
 
-def sample(path: Path) -> str:
+def digest_of(path: Path) -> str:
     """A digest of a file's size, head and evenly spread blocks; of the whole of a small one."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)

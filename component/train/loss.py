@@ -24,6 +24,6 @@ class TargetLMLoss:
         losses = cross_entropy(logits[rows, positions].float(), input_ids[rows, positions + 1], reduction="none")
         return losses.sum(dtype=torch.float64)
 
-    def count(self, target_mask: torch.Tensor) -> torch.Tensor:
+    def count_learned(self, target_mask: torch.Tensor) -> torch.Tensor:
         """Learned tokens of each row, (batch,). The first token has nothing to predict it and is not counted."""
         return target_mask[:, 1:].sum(1)

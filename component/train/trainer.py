@@ -29,7 +29,7 @@ from ..run.manifest import Damaged, verify
 from ..run.process import Interrupted, SignalWatch, outlive_signals
 from ..run.ranks import gather, known_to_all, on_every_rank, on_rank_zero
 from ..run.resume import FINAL, find_checkpoints
-from .batch import Sample, Samples, spread
+from .batch import Sample, SampleBatch, spread
 from .loss import TargetLMLoss
 from .progress import LossWatch, ProgressReport
 from .sampler import LengthGroupedSampler, set_epoch
@@ -100,10 +100,10 @@ class LoRATrainer(Trainer):
             on_every_rank(lambda: batches.extend(islice(epoch_iterator, num_batches)))
         else:
             batches.extend(islice(epoch_iterator, num_batches))
-        if batches and isinstance(batches[0], Samples):
-            samples = self.share([sample for batch in batches for sample in batch.samples])
-            self.update = [Samples(samples)]
-            batches = [[] for _ in batches[1:]] + [self.data_collator.rows(samples)]
+        if batches and isinstance(batches[0], SampleBatch):
+            samples = self.own_samples([sample for batch in batches for sample in batch.samples])
+            self.update = [SampleBatch(samples)]
+            batches = [[] for _ in batches[1:]] + [self.data_collator.lay_out(samples)]
         else:
             self.update = batches
             batches = [[batch] for batch in batches]
@@ -114,7 +114,7 @@ class LoRATrainer(Trainer):
         self.watch.deferred = True
         return batches, num_items
 
-    def share(self, samples: list[Sample]) -> list[Sample]:
+    def own_samples(self, samples: list[Sample]) -> list[Sample]:
         """This rank's part of an update's samples, of all ranks', with about as many tokens as every other's: ranks
         wait for the slowest."""
         if self.args.world_size == 1:
@@ -126,12 +126,12 @@ class LoRATrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[list[dict]], device: torch.device) -> torch.Tensor:
         """Learned tokens of one update, over all its batches and all ranks."""
-        count = sum(self.count(part) for parts in batch_samples for part in parts)
+        count = sum(self.count_learned(part) for parts in batch_samples for part in parts)
         return self.accelerator.reduce(torch.as_tensor(count, device=device), "sum")
 
-    def count(self, part: dict) -> torch.Tensor | int:
+    def count_learned(self, part: dict) -> torch.Tensor | int:
         """Learned tokens of a padded batch or a packed row."""
-        return len(part["targets"]) if "targets" in part else self.loss.count(part["target_mask"]).sum()
+        return len(part["targets"]) if "targets" in part else self.loss.count_learned(part["target_mask"]).sum()
 
     def summed_loss(self, model, part: dict) -> torch.Tensor:
         """Over the learned tokens of a padded batch or a packed row, whose forward computes it (PackedForward)."""
@@ -207,15 +207,15 @@ class LoRATrainer(Trainer):
         names = [place_of(self.train_dataset, sample["input_ids"]) for sample in named[:SHOWN_ROWS]]
         return [*names, f"and {len(named) - SHOWN_ROWS} more"] if len(named) > SHOWN_ROWS else names
 
-    def unbatch(self, batch: Samples | dict[str, torch.Tensor]) -> list[Sample]:
-        if isinstance(batch, Samples):
+    def unbatch(self, batch: SampleBatch | dict[str, torch.Tensor]) -> list[Sample]:
+        if isinstance(batch, SampleBatch):
             return batch.samples
         lengths = batch["attention_mask"].sum(1).tolist()
         return [{key: batch[key][row, :length].tolist() for key in batch} for row, length in enumerate(lengths)]
 
     def loss_of(self, sample: Sample) -> torch.Tensor:
         batch = self.data_collator([sample])
-        part = self.data_collator.rows(batch.samples)[0] if isinstance(batch, Samples) else batch
+        part = self.data_collator.lay_out(batch.samples)[0] if isinstance(batch, SampleBatch) else batch
         return self.summed_loss(self.model, self._prepare_inputs(part))
 
     def floating_point_ops(self, inputs: list[dict]) -> int:
@@ -250,10 +250,14 @@ class LoRATrainer(Trainer):
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
             for batch in islice(chain(batches, repeat(None)), rounds):
-                parts = self.data_collator.rows(batch.samples) if isinstance(batch, Samples) else filter(None, [batch])
+                parts = (
+                    self.data_collator.lay_out(batch.samples)
+                    if isinstance(batch, SampleBatch)
+                    else filter(None, [batch])
+                )
                 for part in map(self._prepare_inputs, parts):
                     totals += torch.stack(
-                        (self.summed_loss(self.model, part), torch.as_tensor(self.count(part)).to(totals))
+                        (self.summed_loss(self.model, part), torch.as_tensor(self.count_learned(part)).to(totals))
                     )
                 self.leave_if_asked()  # the resumed run evaluates (Continuation)
         self.watch.deferred = deferred
@@ -490,7 +494,7 @@ def start_worker(seed_worker: Callable[[int], None] | None, worker: int) -> None
 
 def place_of(dataset, input_ids: list[int] | np.ndarray) -> str:
     """`file:line` of the first sample with these tokens, where the dataset knows it."""
-    place = dataset.find(input_ids) if hasattr(dataset, "find") else None
+    place = dataset.find_place(input_ids) if hasattr(dataset, "find_place") else None
     return place or f"a sample of {len(input_ids)} tokens that begins with {list(map(int, input_ids[:10]))}"
 
 

@@ -111,7 +111,7 @@ def test_turns_that_were_left_out_are_not_shown(tmp_path, tiny_tokenizer):
     rules = {"on_too_long": "truncate_left_turns"}
     for length, shown in ((100, 6), (20, 2), (1000, 18)):
         dataset = ChatGLM3SFTDataset(file, tiny_tokenizer, length, **rules)
-        turns = Inspection(dataset, tiny_tokenizer).rows(1)[0]["turns"]
+        turns = Inspection(dataset, tiny_tokenizer).describe_rows(1)[0]["turns"]
         assert [turn["content"] for turn in turns][-2:] == ["question 8", "answer 8"]
         assert len(turns) == shown
 

@@ -20,7 +20,7 @@ from component.data.dataset import DATA_FORMATS, ChatGLM2SFTDataset, ChatGLM3SFT
 from component.data.formats import parse_row
 from component.data.load import Mixture, load_datasets
 from component.data.prepare import RowRenderer
-from component.data.render import Sample, render_chatglm3
+from component.data.render import TokenizedSample, render_chatglm3
 from component.data.rules import DROPPED, DataRules
 from component.data.store import TokenStore
 from component.data.stream import StreamingSFTDataset
@@ -351,8 +351,8 @@ def test_no_item_is_without_a_learned_token(make):
     for length in range(12, 60, 4):
         dataset = make([*ROWS, long_row(2)], length, on_too_long="truncate_left_turns")
         assert all(any(item["target_mask"][1:]) for item in dataset), length
-    renderer = RowRenderer(lambda conversation, tokenizer: Sample([5, 6], [1, 0]), None, DataRules(10))
-    assert renderer.fit(None) == (None, DROPPED)
+    renderer = RowRenderer(lambda conversation, tokenizer: TokenizedSample([5, 6], [1, 0]), None, DataRules(10))
+    assert renderer.fit_to_length(None) == (None, DROPPED)
 
 
 def test_early_rounds_are_left_out_of_chatglm2_and_counted_anew(tmp_path, tiny_tokenizer):
@@ -461,13 +461,13 @@ def test_a_store_on_another_machine_asks_for_a_shared_folder(tmp_path):
 
 def test_data_that_changes_while_it_is_read_is_not_kept(tmp_path, tiny_tokenizer, monkeypatch):
     file = write(tmp_path / "rows.jsonl", ROWS)
-    original = dataset.prepare
+    original = dataset.fill_store
 
-    def prepare(*args):
+    def fill_store(*args):
         original(*args)
         write(file, ROWS[:1])
 
-    monkeypatch.setattr(dataset, "prepare", prepare)
+    monkeypatch.setattr(dataset, "fill_store", fill_store)
     with pytest.raises(DataError, match=r"rows\.jsonl: the data changed while it was read"):
         ChatGLM3SFTDataset(file, tiny_tokenizer, 100, cache_dir=tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]

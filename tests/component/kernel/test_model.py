@@ -36,7 +36,7 @@ def padded(model, samples):
 
 def packed(model, samples, tokens=64):
     total = 0.0
-    for row in PackingCollator(tokens).rows(samples):
+    for row in PackingCollator(tokens).lay_out(samples):
         loss = model(**row)
         loss.backward()
         total += loss.item()
@@ -84,7 +84,7 @@ def test_inputs_go_to_the_hosts_memory_and_come_back_but_not_in_evaluation():
     forward = PackedForward(model, 64)
     forward.use("offload")
     forward.host = Host()
-    (row,) = PackingCollator(64).rows(samples)
+    (row,) = PackingCollator(64).lay_out(samples)
     with torch.no_grad():
         model(**row)
     assert not forward.host
@@ -134,7 +134,7 @@ def test_dropout_is_peft_s_in_distribution_and_off_in_evaluation():
     assert packed(model, samples)[0] != packed(model, samples)[0]
     model.eval()
     with torch.no_grad():
-        losses = {model(**PackingCollator(64).rows(samples)[0]).item() for _ in range(2)}
+        losses = {model(**PackingCollator(64).lay_out(samples)[0]).item() for _ in range(2)}
     expected = padded(model, samples)[0]
     assert len(losses) == 1
     assert losses.pop() == pytest.approx(expected, rel=1e-5)
@@ -146,7 +146,7 @@ def test_gradients_under_dropout_are_those_of_the_loss():
     PackedForward(model, 64)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     directions = [torch.randn_like(weight) for weight in weights]
-    (row,) = PackingCollator(64).rows(samples)
+    (row,) = PackingCollator(64).lay_out(samples)
 
     def loss_at(step: float) -> torch.Tensor:
         torch.manual_seed(5)

@@ -17,7 +17,7 @@ DEVICE = "cuda"
 
 
 def run(model, samples):
-    (row,) = PackingCollator(512).rows(samples)
+    (row,) = PackingCollator(512).lay_out(samples)
     loss = model(**{key: value.to(DEVICE) if torch.is_tensor(value) else value for key, value in row.items()})
     loss.backward()
     return loss.item(), gradients(model)

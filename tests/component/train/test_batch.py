@@ -15,7 +15,7 @@ def sample(ids: list[int], mask: list[int]) -> dict:
 
 
 def test_a_row_holds_whole_samples_whose_positions_restart():
-    (row,) = PackingCollator(8).rows([sample([5, 6, 7], [0, 0, 1]), sample([8, 9], [1, 1])])
+    (row,) = PackingCollator(8).lay_out([sample([5, 6, 7], [0, 0, 1]), sample([8, 9], [1, 1])])
     assert row["input_ids"].tolist() == [5, 6, 7, 8, 9]
     assert row["position_ids"].tolist() == [0, 1, 2, 0, 1]
     assert row["ends"].tolist() == [0, 3, 5]
@@ -60,7 +60,9 @@ def test_ranks_share_the_samples_of_an_update_by_tokens(monkeypatch):
     parts = [[{"input_ids": [rank] * draw.randint(1, 900)} for _ in range(64)] for rank in range(4)]
     monkeypatch.setattr(trainer, "gather", lambda own: parts)
     shares = [
-        trainer.LoRATrainer.share(SimpleNamespace(args=SimpleNamespace(world_size=4, process_index=rank)), parts[rank])
+        trainer.LoRATrainer.own_samples(
+            SimpleNamespace(args=SimpleNamespace(world_size=4, process_index=rank)), parts[rank]
+        )
         for rank in range(4)
     ]
     assert sorted(map(id, itertools.chain(*shares))) == sorted(map(id, itertools.chain(*parts)))
@@ -68,4 +70,4 @@ def test_ranks_share_the_samples_of_an_update_by_tokens(monkeypatch):
     assert max(before) / min(before) > 1.05
     assert max(after) / min(after) < 1.01
     alone = SimpleNamespace(args=SimpleNamespace(world_size=1, process_index=0))
-    assert trainer.LoRATrainer.share(alone, parts[0]) is parts[0]
+    assert trainer.LoRATrainer.own_samples(alone, parts[0]) is parts[0]

@@ -10,7 +10,7 @@ from component.data.dataset import select_format
 from component.model import load_tokenizer
 from component.run.resume import differences
 from component.settings.load import load_arguments
-from component.train.identity import WHOLE, describe_run, sample
+from component.train.identity import WHOLE, describe_run, digest_of
 from tests.runs import ROWS, write_rows
 
 
@@ -106,8 +106,8 @@ def test_a_change_in_a_large_file_of_weights_is_seen_at_its_head_and_end(tmp_pat
     path = tmp_path / "weights"
     path.touch()
     os.truncate(path, 2 * WHOLE + 1)
-    before = sample(path)
+    before = digest_of(path)
     with open(path, "r+b") as file:
         file.seek(place)
         file.write(b"x")
-    assert sample(path) != before
+    assert digest_of(path) != before

@@ -24,7 +24,7 @@ def test_it_is_torchs_cross_entropy_over_shifted_labels():
     labels = torch.where(mask == 1, ids, -100)[:, 1:].flatten()
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
     loss = TargetLMLoss()
-    mean = loss(logits, ids, mask) / loss.count(mask).sum()
+    mean = loss(logits, ids, mask) / loss.count_learned(mask).sum()
     assert mean.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -38,8 +38,8 @@ def test_the_first_token_is_never_learned():
 def test_four_batches_of_one_have_the_loss_count_and_gradient_of_one_batch_of_four():
     loss = TargetLMLoss()
     logits, ids, mask = batch()
-    assert loss.count(mask).tolist() == mask[:, 1:].sum(1).tolist()
-    total = loss.count(mask).sum()
+    assert loss.count_learned(mask).tolist() == mask[:, 1:].sum(1).tolist()
+    total = loss.count_learned(mask).sum()
     whole = loss(logits, ids, mask) / total
     (gradient,) = torch.autograd.grad(whole, logits)
     parts = sum(loss(logits[i : i + 1], ids[i : i + 1], mask[i : i + 1]) for i in range(4)) / total
