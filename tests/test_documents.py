@@ -1,6 +1,7 @@
 """What the READMEs and docs say can be done."""
 
 import dataclasses
+import importlib
 import re
 import shlex
 import subprocess
@@ -78,6 +79,18 @@ def test_the_configuration_page_names_every_setting_and_its_default():
             assert str(setting.default) in row[1]
     renamed = {old for old, new in RENAMED_KEYS.items() if new and not old.startswith("per_gpu")}
     assert all(f"`{old}`" in page for old in renamed)
+
+
+def test_the_names_that_programs_use_have_one_path_each():
+    page = (ROOT / "docs/architecture.md").read_text()
+    (paragraph,) = [part for part in page.split("\n\n") if part.startswith("Names that programs outside use")]
+    module = ""
+    found = set()
+    for name in re.findall(r"`(\w[\w.]*)`", paragraph):
+        module = name.rpartition(".")[0] or module
+        assert hasattr(importlib.import_module(module), name.rpartition(".")[2]), name
+        found.add(name.rpartition(".")[2])
+    assert found >= {"ChatGLM3SFTDataset", "SFTDataset", "TargetLMLoss", "load_arguments", "TOOLS_PROMPT"}
 
 
 def test_both_readmes_show_the_same_code():

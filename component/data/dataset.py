@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..chatglm import prompt
 from ..run.errors import DataError, unusable
 from ..run.files import default_cache_dir, fingerprint, make_once
-from . import chat_template, conversation, formats, messages, reader, render
+from . import chat_template, conversation, formats, messages, reader, render, rules, tools
 from . import prepare as preparing
 from .chat_template import render_chat_template
 from .prepare import RowRenderer, as_item, check_tokenizer, fill_store
@@ -136,12 +137,13 @@ def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:
         renderer.tokenizer.save_pretrained(folder)
         files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
         saved = [part for path in files for part in (path.name, fingerprint([path]))]
-    rules = {key: value for key, value in asdict(renderer.rules).items() if key not in ("on_bad_row", "max_bad_share")}
-    modules = (conversation, formats, reader, preparing, messages, render, chat_template)
+    settings = asdict(renderer.rules)
+    decisive = {key: value for key, value in settings.items() if key not in ("on_bad_row", "max_bad_share")}
+    modules = (reader, formats, conversation, tools, rules, preparing, messages, render, chat_template, prompt)
     modules = (*modules, inspect.getmodule(type(renderer.tokenizer)))
     program = [fingerprint([Path(module.__file__)]) for module in modules]
     libraries = map(version, ("transformers", "tokenizers", "sentencepiece"))
-    return [renderer.render.__name__, json.dumps(rules), *saved, *program, *libraries]
+    return [renderer.render.__name__, json.dumps(decisive), *saved, *program, *libraries]
 
 
 def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:
