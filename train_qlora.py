@@ -100,7 +100,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     model = make_model(args, training_args)
 
     # 3. Layout: rows and what layers keep. A run that goes on has the one that it began with.
-    plan = lay_out(model, args, training_args, begun_with=start.plan)
+    plan = choose_layout(model, args, training_args, begun_with=start.plan)
     folder.plan = dataclasses.asdict(plan)
     padded = plan.tokens == PADDED
     collator = SFTDataCollator(tokenizer, args.max_seq_length) if padded else PackingCollator(plan.tokens)
@@ -143,7 +143,7 @@ def make_model(args, training_args):
     return model
 
 
-def lay_out(model, args, training_args, begun_with: dict | None):
+def choose_layout(model, args, training_args, begun_with: dict | None):
     """The plan that was asked for or is the fastest that fits, proven; the model's forward is set to it."""
     from component.kernel.memory import PADDED, choose_plan, optimizer_bytes
     from component.kernel.model import PackedForward
@@ -170,7 +170,7 @@ def publish_results(trainer, result, folder, start) -> None:
     on_rank_zero(lambda: write_results(trainer.state, figures, picture))
     final = trainer.save_final()
     begun = step_of(Path(start.checkpoint)) if start.checkpoint else 0
-    now = f", {result.global_step - begun} of them now" * bool(begun)
+    now = f", {result.global_step - begun} of them now" if begun else ""
     logger.info(f"done: {result.global_step} steps{now}, in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
     logger.info(f"adapter and tokenizer: {final}")
     logger.info(f"loss curve: {picture}; its figures: {figures}")
@@ -198,7 +198,9 @@ def write_results(state, figures: Path, picture: Path) -> None:
 def peak_memory() -> str:
     import torch
 
-    return f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" * torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        return ""
+    return f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
 
 
 def show_run(args, training_args, data_format: str, tokenizer) -> None:
@@ -255,7 +257,8 @@ def count_steps(rows: int, training_args) -> int:
 
 def main() -> None:
     cli = parse_command_line()
-    run_program(lambda watch: train(cli, watch), lambda: "stopped before training; the same command starts it")
+    rank = int(os.environ.get("RANK") or 0)
+    run_program(lambda watch: train(cli, watch), lambda: "stopped before training; the same command starts it", rank)
 
 
 if __name__ == "__main__":

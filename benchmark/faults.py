@@ -419,7 +419,7 @@ class Lab:
         }
 
     def repeated_and_skipped(self, folder: Path) -> int:
-        """SampleBatch that an epoch had twice or not at all."""
+        """Samples that an epoch had twice or not at all."""
         epochs, rows = self.batches(folder), len((self.root / "train.jsonl").read_text().splitlines())
         steps = sorted(epochs, key=int)
         wrong, size = 0, rows // 4

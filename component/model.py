@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from . import chatglm  # noqa: F401  registers ChatGLM2/3 with the Auto classes
-from .run.errors import ArgumentError
+from .run.errors import ArgumentError, unusable
 from .settings.schema import QLoRAArguments
 from .trust import check_adapter, check_model
 
@@ -90,10 +90,11 @@ def from_pretrained(auto_class: type, name_or_path: str, **kwargs):
         fault = f"model {name_or_path!r}: {error}"
         if "trust_remote_code" in str(error):
             fault = f"{Path(name_or_path, 'tokenizer_config.json')}: the class that auto_map names is not known"
-        raise ArgumentError(
-            f"{fault}\nGive a folder with the model's files, weights as safetensors, or the hub name of a model that "
+        remedy = (
+            "Give a folder with the model's files, weights as safetensors, or the hub name of a model that "
             "transformers knows; a model's own Python is never run"
-        ) from error
+        )
+        raise unusable(f"{fault}\n{remedy}", error, ArgumentError) from error
 
 
 def find_linear_names(model: PreTrainedModel) -> list[str]:

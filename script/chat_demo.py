@@ -24,7 +24,7 @@ from component.chatglm.prompt import TOOLS_PROMPT
 from component.data.conversation import Conversation
 from component.data.formats import read_conversations
 from component.model import from_pretrained, load_adapter
-from component.run.errors import ArgumentError, DataError
+from component.run.errors import Fault
 from component.trust import check_adapter
 
 
@@ -56,9 +56,9 @@ def main() -> None:
         model = from_pretrained(AutoModelForCausalLM, cli.model).eval()
         before = [ask(model, tokenizer, lesson) for lesson in lessons]
         model = load_adapter(model, cli.adapter).eval()
-    except (ArgumentError, DataError, OSError) as error:
+    except (Fault, OSError) as error:
         logger.error(error)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
     after = [ask(model, tokenizer, lesson) for lesson in lessons]
 
     right = True

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.data.formats import ROW_FORMATS, detect_format
 from component.data.reader import Unreadable, find_files, read_rows, rejected_line
-from component.run.errors import DataError
+from component.run.errors import DataError, Fault
 from component.run.files import replacing
 
 OUTPUTS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -131,9 +131,9 @@ def main() -> None:
         if not cli.output.resolve().name.endswith(OUTPUTS) and (cli.output.is_file() or not cli.output.exists()):
             raise DataError(f"{cli.output}: JSON Lines are written; end the name with {', '.join(OUTPUTS)}")
         summary = convert_files(sources, cli.output, cli.to, cli.source, skip=cli.on_bad_row == "skip")
-    except (DataError, OSError) as error:
+    except (Fault, OSError) as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
     print(f"{cli.output}: {summary.rows} rows", file=sys.stdout if cli.output.is_file() else sys.stderr)
     for what, count in summary.lost.items():
         print(f"not carried over, {count} rows, the first at {summary.first[what]}: {what}", file=sys.stderr)

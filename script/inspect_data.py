@@ -28,16 +28,16 @@ def main() -> None:
     if not cli.train_args_file and not (cli.data and cli.model):
         parser.error("give --train_args_file, or --data and --model")
 
-    from component.run.errors import ArgumentError, DataError
+    from component.run.errors import Fault
     from component.run.log import configure_logging
 
     configure_logging(rank=0)
     sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
     try:
         inspect(cli)
-    except (ArgumentError, DataError, OSError) as error:
+    except (Fault, OSError) as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
 
 
 def inspect(cli: argparse.Namespace) -> None:

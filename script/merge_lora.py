@@ -30,9 +30,22 @@ def main() -> None:
     from component.run.process import run_program
 
     run_program(
-        lambda watch: merge(cli, check_merge(cli)),
+        lambda watch: merge_or_tell(cli),
         lambda: f"stopped; {cli.output} {'is there' if cli.output.exists() else 'was not made'}",
     )
+
+
+def merge_or_tell(cli: argparse.Namespace) -> None:
+    """Merge; what cannot be read or written is a StorageError."""
+    from safetensors import SafetensorError
+
+    from component.run.errors import StorageError
+
+    try:
+        merge(cli, check_merge(cli))
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{cli.output}: could not be written ({error}); nothing was left there") from error
+    print(f"merged model: {cli.output}")
 
 
 def check_merge(cli: argparse.Namespace) -> str:
@@ -83,11 +96,10 @@ def check_merge(cli: argparse.Namespace) -> str:
 def merge(cli: argparse.Namespace, base: str) -> None:
     import torch
     from loguru import logger
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from component.model import four_bit, from_pretrained, load_adapter
-    from component.run.errors import ArgumentError, StorageError
+    from component.run.errors import ArgumentError
     from component.run.files import make_once
 
     def fill(folder: Path) -> None:
@@ -107,11 +119,7 @@ def merge(cli: argparse.Namespace, base: str) -> None:
         model.save_pretrained(folder, max_shard_size=cli.max_shard_size)
         tokenizer.save_pretrained(folder)
 
-    try:
-        make_once(cli.output, fill)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{cli.output}: could not be written ({error}); nothing was left there") from error
-    print(f"merged model: {cli.output}")
+    make_once(cli.output, fill)
 
 
 if __name__ == "__main__":

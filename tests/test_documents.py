@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -76,7 +77,7 @@ def test_the_configuration_page_names_every_setting_and_its_default():
         row = re.search(rf"^\| `{setting.name}` \| (.+?) \|", page, re.MULTILINE)
         assert row, setting.name
         if setting.default not in ("", None, False):
-            assert str(setting.default) in row[1]
+            assert json.dumps(setting.default).strip('"') in row[1]
     renamed = {old for old, new in RENAMED_KEYS.items() if new and not old.startswith("per_gpu")}
     assert all(f"`{old}`" in page for old in renamed)
 

@@ -54,6 +54,7 @@ def test_a_changed_setting_of_a_run_of_an_earlier_version_is_noticed(earlier, mo
     for override, told in (
         ("packing_length=256", "settings.packing_length: 512 then, 256 now"),
         ("pack_to=0", "settings.packing: true then, false now"),
+        ("fused_layers=false", "settings.fused_layers: true then, false now"),
         ("learning_rate=0.02", "settings.learning_rate: 0.01 then, 0.02 now"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -77,9 +78,9 @@ def test_an_adapter_of_an_earlier_version_loads_and_merges(earlier, monkeypatch)
 @pytest.mark.parametrize(
     ("pack_to", "now"),
     [
-        (None, {"packing": True, "packing_length": None}),
-        (0, {"packing": False, "packing_length": None}),
-        (2048, {"packing": True, "packing_length": 2048}),
+        (None, {"packing": True, "packing_length": None, "fused_layers": True}),
+        (0, {"packing": False, "packing_length": None, "fused_layers": False}),
+        (2048, {"packing": True, "packing_length": 2048, "fused_layers": True}),
     ],
 )
 def test_an_earlier_pack_to_is_compared_as_what_it_is_called_now(pack_to, now):

@@ -11,8 +11,6 @@ from .conversation import Conversation
 from .messages import chat_messages
 from .render import TokenizedSample
 
-# data_format chat_template: the tokenizer's own template, by the conventions of transformers' apply_chat_template
-
 # Characters of the last plane, for private use, stand for those of control tokens written in text.
 SHIELD = 0x100000
 MARKER = "\U0010fffe"

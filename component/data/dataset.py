@@ -14,8 +14,6 @@ from torch.utils.data import Dataset
 from ..chatglm import prompt
 from ..run.errors import DataError, unusable
 from ..run.files import default_cache_dir, fingerprint, make_once
-from . import chat_template, conversation, formats, messages, reader, render, rules, tools
-from . import prepare as preparing
 from .chat_template import render_chat_template
 from .prepare import RowRenderer, as_item, check_tokenizer, fill_store
 from .reader import find_files
@@ -24,6 +22,7 @@ from .rules import DataRules, judge
 from .store import TokenStore
 
 Source = str | Path | list[str] | list[Path]
+PROGRAM = [*sorted(Path(__file__).parent.glob("*.py")), Path(prompt.__file__)]  # whatever has a part in rendering
 
 
 class SFTDataset(Dataset):
@@ -43,6 +42,7 @@ class SFTDataset(Dataset):
 
     Raises:
         DataError: bad rows (file, line, field), too many of them, or no row left to learn from.
+        StorageError: the disk is full.
     """
 
     render = staticmethod(render_firefly)
@@ -139,11 +139,9 @@ def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:
         saved = [part for path in files for part in (path.name, fingerprint([path]))]
     settings = asdict(renderer.rules)
     decisive = {key: value for key, value in settings.items() if key not in ("on_bad_row", "max_bad_share")}
-    modules = (reader, formats, conversation, tools, rules, preparing, messages, render, chat_template, prompt)
-    modules = (*modules, inspect.getmodule(type(renderer.tokenizer)))
-    program = [fingerprint([Path(module.__file__)]) for module in modules]
+    program = fingerprint([*PROGRAM, Path(inspect.getfile(type(renderer.tokenizer)))])
     libraries = map(version, ("transformers", "tokenizers", "sentencepiece"))
-    return [renderer.render.__name__, json.dumps(decisive), *saved, *program, *libraries]
+    return [renderer.render.__name__, json.dumps(decisive), *saved, program, *libraries]
 
 
 def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:

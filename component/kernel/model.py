@@ -44,7 +44,7 @@ class PackedForward:
         self.host: HostMemory | None = None
         try:
             if not fuses:
-                raise Unfused("asked for by fused_layers=false or packing=false")
+                raise Unfused("asked for by packing or fused_layers")
             self.layers = find_layers(self.model, max_length)
         except Unfused as reason:
             self.layers = []

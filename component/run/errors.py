@@ -37,6 +37,7 @@ class StorageError(Fault):
     exit_code = 4
 
 
-def unusable(message: str, error: OSError) -> Fault:
-    """The error for data that cannot be read or kept: StorageError where the disk is full, else DataError."""
-    return (StorageError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DataError)(message)
+def unusable(message: str, error: Exception, otherwise: type[Fault] = DataError) -> Fault:
+    """The Fault for what cannot be read or kept: StorageError where the disk is full, else `otherwise`."""
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return (StorageError if is_full else otherwise)(message)

@@ -61,14 +61,14 @@ class RunFolder:
         """
         resume = {None: "auto", "true": True, "false": False}.get(resume, resume)
         self.acquire()
-        start = self.find_start(resume, overwrite, despite_changes)
+        start = self.take_start(resume, overwrite, despite_changes)
         for path in self.path.glob(".tmp-*"):
             published = path.with_name(path.name.removeprefix(".tmp-"))
             if published.name == FINAL or step_of(published) >= 0:
                 remove(path)
         return start
 
-    def find_start(self, resume: str | bool, overwrite: bool = False, despite_changes: bool = False) -> Start:
+    def take_start(self, resume: str | bool, overwrite: bool = False, despite_changes: bool = False) -> Start:
         """Decide where to begin, and only then move what has to be out of the way."""
         decision = Candidates(self.path, self.identity, self.renew).decide(resume, overwrite, despite_changes)
         if decision.information:
@@ -168,8 +168,7 @@ class RunFolder:
             )
 
     def failed(self, name: str, error: Exception) -> StorageError:
-        """After a save that could not be finished: its remains are gone, and the error says what was there to write
-        on."""
+        """Remove what is left of a save that failed, and return the error that says why and what there was room for."""
         folder = self.path / f".tmp-{name}"
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
         shutil.rmtree(folder, ignore_errors=True)

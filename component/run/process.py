@@ -85,7 +85,7 @@ def outlive_signals() -> None:
     die_with_parent()
 
 
-def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], str]) -> None:
+def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], str], rank: int = 0) -> None:
     """Do `work`, and end the process where it did not end well.
 
     The exit code is that of the Fault, told in one line, or 128 + n after signal n. A signal ends it at once, without
@@ -94,12 +94,13 @@ def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], st
     Args:
         work: is given the watch over signals.
         if_stopped: what is told where a signal ended it and `work` did not defer signals to tell of them itself.
+        rank: of this process; of others than 0 little is heard.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         die_with_parent()
     try:
         with SignalWatch() as watch:
-            exit_code = exit_code_of(work, watch)
+            exit_code = exit_code_of(work, watch, rank)
     except (Interrupted, Exception) as error:
         stop = watch.cause(error)
         if not watch.deferred:
@@ -115,11 +116,10 @@ def leave(exit_code: int) -> None:
     os._exit(exit_code)
 
 
-def exit_code_of(work: Callable[[SignalWatch], None], watch: SignalWatch) -> int:
+def exit_code_of(work: Callable[[SignalWatch], None], watch: SignalWatch, rank: int) -> int:
     """0 where `work` is done, else the exit code of the Fault that ended it, which is logged."""
     from .log import configure_logging
 
-    rank = int(os.environ.get("RANK") or 0)
     configure_logging(rank)  # before libraries are imported that have something to say
 
     import torch.distributed as dist

@@ -51,7 +51,7 @@ class Candidates:
     renew: Callable[[dict], dict]
 
     def decide(self, resume: str | bool, overwrite: bool, despite_changes: bool) -> Decision:
-        """Between going on, beginning, and an error; the arguments are those of RunFolder.open, `resume` never None."""
+        """Choose between going on and beginning anew. Arguments and errors are those of RunFolder.open."""
         held = [*find_checkpoints(self.folder), *self.finals()]
         if held and overwrite and (resume is False or (resume == "auto" and self.is_to_be_left(despite_changes))):
             return Decision(Start(), leaves_folder=True)
@@ -77,7 +77,7 @@ class Candidates:
             return True
 
     def decide_among(self, resume: str | bool, despite_changes: bool) -> Decision:
-        """Of a folder that holds a run: from which of its checkpoints this one goes on."""
+        """Choose the checkpoint that this run goes on from, in a folder that holds a run."""
         given = None if resume in ("auto", True) else resume
         folders = [*self.finals(), *reversed(find_checkpoints(self.folder))]
         origin, information = None, ""
@@ -221,7 +221,7 @@ def concern(changes: list[str], settings: tuple[str, ...]) -> bool:
 
 
 def describe_inexactness(folder: Path, manifest: dict, changes: list[str]) -> str:
-    """What makes going on from a checkpoint another run than one that never stopped; empty where nothing does."""
+    """Say what differs from when the checkpoint was written, so that going on is not exact; empty if nothing does."""
     then, now = manifest.get("versions", {}), versions()
     changes = changes + [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
     return "\n  ".join([f"going on from {folder.name} is not exact:", *changes]) if changes else ""

@@ -89,5 +89,5 @@ def renamed(key: str, value: Any, known: dict[str, Any]) -> dict[str, Any]:
 
 def rows_of_pack_to(value: Any) -> dict[str, Any]:
     """The settings that `pack_to` of earlier versions is: its 0 meant padded batches, any other value a length."""
-    padded = value == 0 and not isinstance(value, bool)
+    padded = type(value) is int and value == 0
     return {"packing": not padded, "packing_length": None if padded else value}

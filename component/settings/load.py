@@ -43,6 +43,10 @@ def load_arguments(
 
     overriding, environment = translate(parse_overrides(overrides), known, COMMAND_LINE)
     values, of_file = translate(read_json_object(source) if train_args_file else {}, known, source)
+    if overriding.get("packing") is False:
+        values.pop("packing_length", None)
+    if overriding.get("packing_length"):
+        values.pop("packing", None)
     values |= overriding
     os.environ |= of_file | environment
     for key, value in values.items():

@@ -93,8 +93,8 @@ class QLoRAArguments:
     )
     packing_length: int | None = setting(
         None,
-        "Tokens of a packed row. Default: 8192, or less where the card's memory asks for it, and at least "
-        "max_seq_length.",
+        "Tokens of a packed row. Default: 8192, or less where the card's memory asks for it, 2048 without fused "
+        "layers; at least max_seq_length.",
         lambda value: value is None or value > 0,
         "a positive integer",
     )

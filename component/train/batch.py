@@ -1,4 +1,4 @@
-"""SampleBatch to a padded batch, or to packed rows."""
+"""Samples to a padded batch, or to packed rows."""
 
 import heapq
 from bisect import bisect_left

@@ -58,6 +58,7 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
         training_args: transformers.TrainingArguments.
     """
     settings = training_args.to_dict() | dataclasses.asdict(args)
+    settings["fused_layers"] = args.packing and args.fused_layers  # padded batches know none
     skipped, beginnings = WITHOUT_EFFECT | ELSEWHERE, BEGINNINGS
     if not args.streaming:
         skipped |= {"dataloader_num_workers"}  # a stream's order depends on it
@@ -81,6 +82,7 @@ def renew_identity(identity: dict) -> dict:
     settings = dict(identity["settings"])
     if "pack_to" in settings:
         settings |= rows_of_pack_to(settings.pop("pack_to"))
+        settings["fused_layers"] = settings["packing"]
     return identity | {"settings": settings}
 
 

@@ -293,12 +293,12 @@ class LoRATrainer(Trainer):
         return begun
 
     def scores(self) -> dict[str, float]:
-        """Of the checkpoints that there may be, by evaluations."""
+        """Scores of the evaluated steps, by the name of the checkpoint that the step has if it was saved."""
         key = "eval_" + (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         return {f"checkpoint-{entry['step']}": entry[key] for entry in self.state.log_history if key in entry}
 
     def best_checkpoint(self, written: str = "") -> str | None:
-        """Of those that were saved, or are about to be `written`; a step that was not saved may have been better."""
+        """Path of the saved checkpoint with the best score; the one about to be `written` counts as saved."""
 
         def choose() -> str | None:
             known = {written, *(path.name for path in find_checkpoints(self.folder.path))}
@@ -357,7 +357,7 @@ class LoRATrainer(Trainer):
             self._save_checkpoint(self.model, None)
             step, steps = self.state.global_step, self.state.max_steps
             never = str(self.args.resume_from_checkpoint).lower() == "false"
-            command = "the same command" + " without resume_from_checkpoint=false" * never
+            command = "the same command without resume_from_checkpoint=false" if never else "the same command"
             logger.info(f"stopped at step {step} of {steps}; {command} continues from {self.folder.path}")
             raise Interrupted(self.signal)
 
@@ -372,7 +372,7 @@ class LoRATrainer(Trainer):
         self.fill(name, self.write_checkpoint)
         self.publish(name)
         self.saved_step = step
-        # The one before is what the checkpoint before this one names, which stays.
+        # An older checkpoint, if the run falls back to it, names the best one of its time, which must still be there.
         best = [Path(path) for path in (before, self.state.best_model_checkpoint) if path]
         on_rank_zero(lambda: self.folder.rotate(self.args.save_total_limit, best))
 
@@ -449,7 +449,7 @@ class LoRATrainer(Trainer):
         set_peft_model_state_dict(self.model, weights)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """What they had come to, under the settings of now. These may be other ones by `resume_despite_changes`."""
+        """Load the states of optimizer and scheduler, and give them the settings of now, which may be others."""
         fresh = [dict(group) for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
         if not checkpoint:

@@ -392,7 +392,7 @@ def test_a_changed_file_setting_format_tokenizer_or_library_is_noticed(make, tmp
     folders.add(ChatGLM3SFTDataset(pairs, tiny_tokenizer, 1000, **rules).store.folder)
     monkeypatch.setattr("component.data.dataset.version", lambda name: "0")
     folders.add(make().store.folder)
-    monkeypatch.setattr("component.data.formats.__file__", str(file))
+    monkeypatch.setattr(dataset, "PROGRAM", dataset.PROGRAM[:-1])
     folders.add(make().store.folder)
     assert len(folders) == 11
 

@@ -85,7 +85,7 @@ def test_any_harm_to_any_file_is_seen_and_the_run_falls_back(make_folder, log, n
     harm(folder.path / "checkpoint-10" / name)
     with pytest.raises(Damaged, match=name if harm is not Path.unlink or name != MANIFEST else "no manifest"):
         verify(folder.path / "checkpoint-10")
-    start = folder.find_start("auto", despite_changes=False)
+    start = folder.take_start("auto", despite_changes=False)
     assert start.checkpoint == str(folder.path / "checkpoint-5")
     assert moved(folder) == {"checkpoint-10"}
     assert any("checkpoint-10" in line and "WARNING" in line for line in log)
@@ -104,7 +104,7 @@ def test_where_nothing_verifies_all_stays_as_it_is(make_folder):
     for step in (5, 10):
         halve(folder.path / f"checkpoint-{step}" / "optimizer.pt")
     with pytest.raises(StorageError, match=r"checkpoint-10: optimizer.pt has 145 bytes, not 290[\s\S]*checkpoint-5"):
-        folder.find_start("auto", despite_changes=False)
+        folder.take_start("auto", despite_changes=False)
     assert contents(folder.path) == {"checkpoint-5", "checkpoint-10"}
 
 
@@ -113,12 +113,12 @@ def test_on_request_a_damaged_checkpoint_is_continued_from(make_folder, log):
     given = folder.path / "checkpoint-10"
     (given / "optimizer.pt").unlink()
     with pytest.raises(StorageError, match=r"optimizer.pt is missing"):
-        folder.find_start(str(given), despite_changes=False)
-    assert folder.find_start(str(given), despite_changes=True).checkpoint == str(given)
+        folder.take_start(str(given), despite_changes=False)
+    assert folder.take_start(str(given), despite_changes=True).checkpoint == str(given)
     assert any("is not exact" in line and "optimizer.pt is missing" in line for line in log)
     (given / "adapter_model.safetensors").unlink()
     with pytest.raises(StorageError, match=r"adapter_model.safetensors is missing; nothing can go on"):
-        folder.find_start(str(given), despite_changes=True)
+        folder.take_start(str(given), despite_changes=True)
 
 
 def test_a_run_of_other_settings_is_refused_with_the_difference(make_folder, log):
@@ -126,16 +126,16 @@ def test_a_run_of_other_settings_is_refused_with_the_difference(make_folder, log
     other = RunFolder(make_folder().path, OTHER)
     for resume in ("auto", True, str(other.path / "checkpoint-5")):
         with pytest.raises(CheckpointError, match=r"settings.seed: 1 then, 2 now\n.*resume_despite_changes=true"):
-            other.find_start(resume, despite_changes=False)
+            other.take_start(resume, despite_changes=False)
     assert contents(other.path) == {"checkpoint-5"}
-    assert other.find_start("auto", despite_changes=True).checkpoint == str(other.path / "checkpoint-5")
+    assert other.take_start("auto", despite_changes=True).checkpoint == str(other.path / "checkpoint-5")
     assert any("not exact" in line and "settings.seed" in line for line in log)
 
 
 def test_other_versions_are_named_and_no_reason_to_stop(make_folder, log, monkeypatch):
     folder = make_folder(5)
     monkeypatch.setattr("component.run.resume.versions", lambda: dict.fromkeys(manifest.LIBRARIES, "0.1"))
-    assert folder.find_start("auto", despite_changes=False).checkpoint
+    assert folder.take_start("auto", despite_changes=False).checkpoint
     assert any("torch 2." in line and "0.1 now" in line for line in log)
 
 
@@ -150,18 +150,18 @@ def test_a_folder_of_something_else_is_refused_and_not_touched(tmp_path):
 
 def test_a_finished_run_is_done_and_of_other_settings_refused(make_folder):
     write(make_folder(5), FINAL)
-    assert make_folder().find_start("auto", despite_changes=False).is_done
+    assert make_folder().take_start("auto", despite_changes=False).is_done
     other = RunFolder(make_folder().path, OTHER)
     with pytest.raises(CheckpointError, match=r"final is of a run that is not this one"):
-        other.find_start("auto", despite_changes=False)
-    assert other.find_start("auto", despite_changes=True).checkpoint == str(other.path / "checkpoint-5")
+        other.take_start("auto", despite_changes=False)
+    assert other.take_start("auto", despite_changes=True).checkpoint == str(other.path / "checkpoint-5")
     assert moved(other) == {FINAL}
 
 
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_moves_the_later_aside(make_folder):
     folder = make_folder(5, 10, 15)
     write(folder, FINAL)
-    assert folder.find_start(str(folder.path / "checkpoint-5"), despite_changes=False).checkpoint
+    assert folder.take_start(str(folder.path / "checkpoint-5"), despite_changes=False).checkpoint
     assert moved(folder) == {"checkpoint-10", "checkpoint-15", FINAL}
 
 
@@ -170,7 +170,7 @@ def test_checkpoints_of_other_folders_are_not_opened(make_folder, tmp_path):
     (tmp_path / "checkpoint-7").mkdir()
     for path in (tmp_path / "checkpoint-7", folder.path / ".." / "checkpoint-7", folder.path / FINAL):
         with pytest.raises(CheckpointError, match="is not a checkpoint of output_dir"):
-            folder.find_start(str(path), despite_changes=True)
+            folder.take_start(str(path), despite_changes=True)
 
 
 def test_what_a_killed_save_left_is_cleared_and_links_are_not_followed(make_folder, tmp_path):
@@ -204,7 +204,7 @@ def test_what_others_left_is_not_cleared_and_nothing_is_where_a_folder_is_refuse
 def test_a_copy_under_another_name_is_no_checkpoint(make_folder, name, how):
     folder = make_folder(3, 6)
     how(folder.path / "checkpoint-6", folder.path / name)
-    assert folder.find_start("auto", despite_changes=False).checkpoint == str(folder.path / "checkpoint-6")
+    assert folder.take_start("auto", despite_changes=False).checkpoint == str(folder.path / "checkpoint-6")
     assert moved(folder) == {name}
 
 
@@ -221,24 +221,24 @@ def test_a_run_whose_lock_is_taken_away_writes_no_more(make_folder, replaced):
 
 def test_a_given_checkpoint_is_gone_on_from_once_and_the_same_command_continues(make_folder):
     folder = make_folder(5, 10)
-    assert folder.find_start("checkpoint-5", despite_changes=False).checkpoint == str(folder.path / "checkpoint-5")
+    assert folder.take_start("checkpoint-5", despite_changes=False).checkpoint == str(folder.path / "checkpoint-5")
     assert moved(folder) == {"checkpoint-10"}
     write(folder, "checkpoint-15", 15)
     again = RunFolder(folder.path, IDENTITY)
-    start = again.find_start(str(folder.path / "checkpoint-5"), despite_changes=False)
+    start = again.take_start(str(folder.path / "checkpoint-5"), despite_changes=False)
     assert start.checkpoint == str(folder.path / "checkpoint-15")
     shutil.rmtree(folder.path / "checkpoint-5")
     write(again, "checkpoint-20", 20)
     write(again, FINAL)
-    assert RunFolder(folder.path, IDENTITY).find_start("checkpoint-5", despite_changes=False).is_done
-    other = RunFolder(folder.path, OTHER).find_start("checkpoint-15", despite_changes=True)
+    assert RunFolder(folder.path, IDENTITY).take_start("checkpoint-5", despite_changes=False).is_done
+    other = RunFolder(folder.path, OTHER).take_start("checkpoint-15", despite_changes=True)
     assert other.checkpoint == str(folder.path / "checkpoint-15")
 
 
 def test_rotation_follows_a_run_that_goes_on_as_another(make_folder):
     make_folder(5, 10)
     other = RunFolder(make_folder().path, OTHER)
-    other.find_start("auto", despite_changes=True)
+    other.take_start("auto", despite_changes=True)
     write(other, "checkpoint-15", 15)
     other.rotate(2)
     assert contents(other.path) == {"checkpoint-10", "checkpoint-15"}
@@ -281,7 +281,7 @@ def test_rotation_touches_nothing_of_others_and_counts_nothing_broken(make_folde
 def test_a_partial_checkpoint_is_neither_kept_as_a_good_one_nor_deleted(make_folder):
     folder = make_folder(10)
     (folder.path / "checkpoint-20").mkdir()
-    assert folder.find_start("auto", despite_changes=False).checkpoint == str(folder.path / "checkpoint-10")
+    assert folder.take_start("auto", despite_changes=False).checkpoint == str(folder.path / "checkpoint-10")
     write(folder, "checkpoint-15", 15)
     folder.rotate(2)
     assert contents(folder.path) == {"checkpoint-10", "checkpoint-15", ASIDE}
@@ -344,16 +344,16 @@ def test_what_is_kept_of_an_adapter_cannot_become_another(make_folder):
     write(folder, "checkpoint-5", 5)
     wider = RunFolder(folder.path, {"settings": {"lora_rank": 8, "packing_length": None}})
     with pytest.raises(CheckpointError, match="lora_rank: 4 then, 8 now"):
-        wider.find_start("auto", despite_changes=True)
+        wider.take_start("auto", despite_changes=True)
     longer = RunFolder(folder.path, {"settings": {"lora_rank": 4, "packing_length": 128}})
-    assert longer.find_start("auto", despite_changes=True).plan is None
-    assert folder.find_start("auto", despite_changes=False).plan == folder.plan
+    assert longer.take_start("auto", despite_changes=True).plan is None
+    assert folder.take_start("auto", despite_changes=False).plan == folder.plan
 
 
 def test_a_final_that_leads_nowhere_is_set_aside(make_folder, tmp_path):
     folder = make_folder(5)
     (folder.path / FINAL).symlink_to(tmp_path / "nowhere")
-    assert folder.find_start("auto", despite_changes=False).checkpoint == str(folder.path / "checkpoint-5")
+    assert folder.take_start("auto", despite_changes=False).checkpoint == str(folder.path / "checkpoint-5")
     assert moved(folder) == {FINAL}
 
 

@@ -286,3 +286,29 @@ def test_a_token_in_the_file_goes_to_the_environment_and_into_no_settings(load, 
     assert "canary" not in "".join(log)
     with pytest.raises(ArgumentError, match=r"hub_token must be text or null, got list$"):
         load(hub_token=["canary"])
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "expected"),
+    [
+        ({}, [], (True, None, True)),
+        ({"pack_to": 0}, [], (False, None, True)),
+        ({"pack_to": 4096}, [], (True, 4096, True)),
+        ({"pack_to": 4096}, ["pack_to=0"], (False, None, True)),
+        ({"pack_to": 0}, ["packing_length=4096"], (True, 4096, True)),
+        ({"packing_length": 4096}, ["packing=false"], (False, None, True)),
+        ({"packing_length": 4096}, ["fused_layers=false"], (True, 4096, False)),
+        ({"packing_length": 4096, "packing": False}, [], "packing_length is of packed rows, but packing is false"),
+        ({"packing": False, "pack_to": 4096}, [], "packing and pack_to are one setting"),
+        ({"packing_length": 512}, [], "packing_length must be at least max_seq_length=1024"),
+        ({"packing_length": 0}, [], "packing_length must be a positive integer, got 0"),
+        ({"pack_to": 0.0}, [], "packing_length must be an integer or null, got 0.0"),
+    ],
+)
+def test_rows_are_laid_out_as_file_and_overrides_say_also_under_the_older_name(load, file, overrides, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ArgumentError, match=expected):
+            load(*overrides, **file)
+    else:
+        args, _ = load(*overrides, **file)
+        assert (args.packing, args.packing_length, args.fused_layers) == expected
