@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from . import chatglm  # noqa: F401  registers ChatGLM2/3 with the Auto classes
+from .chatglm.versions import warn_if_untested
 from .run.errors import ArgumentError, unusable
 from .settings.schema import QLoRAArguments
 from .trust import check_adapter, check_model
@@ -81,6 +82,7 @@ def from_pretrained(auto_class: type, name_or_path: str, **kwargs):
     Raises:
         ArgumentError: no such model, or one that needs more than that.
     """
+    warn_if_untested()
     try:
         check_model(name_or_path)
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, use_safetensors=True, **kwargs)

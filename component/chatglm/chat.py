@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from .prompt import round_prompt
+from .versions import CACHE
 
 
 def parse_tool_call(code: str) -> dict | None:
@@ -136,7 +137,7 @@ class ChatMixin:
         turn = Question(self, tokenizer, query, history, role, past_key_values)
         cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
         tokens = TokenQueue()
-        arguments = turn.inputs | generation_settings(turn.stop_ids, **settings) | {"past_key_values": cache}
+        arguments = turn.inputs | generation_settings(turn.stop_ids, **settings) | {CACHE: cache}
         worker = Thread(target=tokens.run, args=(self.generate,), kwargs=arguments, daemon=True)
         worker.start()
         rest = (cache,) if return_past_key_values else ()

@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedConfig
 
+from .versions import CACHE
+
 
 class ChatGLMConfig(PreTrainedConfig):
     """Shape of a ChatGLM2/3 decoder, with ChatGLM3-6B's values as defaults.
@@ -17,7 +19,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "vocab_size": "padded_vocab_size",
         "intermediate_size": "ffn_hidden_size",

@@ -20,6 +20,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
+from .versions import CACHE, check_generation
+
+KEYWORDS = {  # of forward, beside its own parameters
+    *("output_attentions", "output_hidden_states", "return_dict"),  # transformers' decorators
+    *("num_items_in_batch", "shift_labels"),  # its loss
+    *("is_causal", "cache_position", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"),  # generate and attention functions
+    *("max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k"),
+    *("cache", "read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),  # generate_batch
+}
 
 
 class RMSNorm(nn.Module):
@@ -93,11 +102,11 @@ class SelfAttention(nn.Module):
             parts = mixed.unflatten(-1, (self.num_heads, 3 * self.head_dim)).chunk(3, dim=-1)
         return [part.transpose(1, 2) for part in parts]
 
-    def forward(self, hidden_states, attention_mask, rotary, past_key_values: Cache | None = None, **kwargs):
+    def forward(self, hidden_states, attention_mask, rotary, **kwargs):
         query, key, value = self.split_heads(self.query_key_value(hidden_states))
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := kwargs.pop(CACHE, None)) is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -162,7 +171,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -201,24 +210,29 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (batch, length, hidden_size) after the final norm, from ids (batch, length) or embeddings."""
+        """Hidden states (batch, length, hidden_size) after the final norm, from ids (batch, length) or embeddings.
+
+        Raises:
+            TypeError: for a keyword that is not known, which might be one on which the result depends.
+        """
+        cache = past_key_values
+        if CACHE == "cache" or isinstance(
+            kwargs.get("cache"), Cache
+        ):  # a paged one was the attention function's until 5.23
+            cache = kwargs.pop("cache", past_key_values)
+        if unknown := kwargs.keys() - KEYWORDS:
+            raise TypeError(f"ChatGLM's forward() got an unexpected keyword argument {min(unknown)!r}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embedding.word_embeddings(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         rotary = rotary_embedding(self.config, position_ids, inputs_embeds.dtype)
 
         hidden_states = nn.functional.dropout(inputs_embeds, self.config.hidden_dropout, self.training)
@@ -228,12 +242,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 attention_mask=causal_mask,
                 rotary=rotary,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
         if self.config.post_layer_norm:
             hidden_states = self.encoder.final_layernorm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(hidden_states, cache)
 
 
 class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
@@ -249,6 +263,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     def set_output_embeddings(self, value: nn.Linear):
         self.transformer.output_layer = value
+
+    def generate(self, *args, **kwargs):
+        """GenerationMixin's, after `check_generation`."""
+        check_generation(ChatGLMForConditionalGeneration)
+        return super().generate(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -286,7 +305,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
