@@ -2,7 +2,9 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-gpu scorecard check clean-demo
+TESTED := $(shell sed -n 's/^TESTED = //p' component/chatglm/versions.py | tr -d '(",)')
+
+.PHONY: demo test test-slow test-gpu test-versions scorecard check clean-demo
 
 # The whole way on a CPU: environment, tiny model, training by the real command, chat with the result.
 demo: $(VENV)/ready clean-demo
@@ -24,6 +26,11 @@ test-slow: $(VENV)/ready
 test-gpu: $(VENV)/ready
 	$(RUN) -m pytest -m gpu
 
+# The tests on each version of transformers that component/chatglm/versions.py names.
+test-versions: $(TESTED:%=$(VENV)-%/ready)
+	set -e; for version in $(TESTED); do \
+		echo "transformers $$version"; $(VENV)-$$version/bin/python -m pytest -n 2 --dist worksteal; done
+
 # Every fault of docs/reliability.md, whose tables it writes anew; root and strace let it try more.
 scorecard: $(VENV)/ready
 	$(RUN) benchmark/scorecard.py --seeds 3 --stock --json output/scorecard.json --output docs/reliability.md
@@ -35,6 +42,13 @@ check: $(VENV)/ready
 
 clean-demo:
 	rm -rf models/chatglm3-tiny output/chatglm3-tiny
+
+# An environment that has a transformers of its own, and what that asks for; all else it takes from $(VENV).
+$(VENV)-%/ready: $(VENV)/ready
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(VENV)-$*/lib/python3*/site-packages)/all_else.pth
+	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check transformers==$*
+	touch $@
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

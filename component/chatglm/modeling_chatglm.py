@@ -216,9 +216,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             TypeError: for a keyword that is not known, which might be one on which the result depends.
         """
         cache = past_key_values
-        if CACHE == "cache" or isinstance(
-            kwargs.get("cache"), Cache
-        ):  # a paged one was the attention function's until 5.23
+        if CACHE == "cache" or isinstance(kwargs.get("cache"), Cache):  # until 5.23, a paged one is for the attention
             cache = kwargs.pop("cache", past_key_values)
         if unknown := kwargs.keys() - KEYWORDS:
             raise TypeError(f"ChatGLM's forward() got an unexpected keyword argument {min(unknown)!r}")

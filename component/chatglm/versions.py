@@ -10,9 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..run.errors import ArgumentError
 
-TESTED = ("5.17.0", "5.23.0", "5.24.0")  # `make test-versions` reads this line
+# The line is read by `make test-versions` too.
+TESTED = ("5.17.0", "5.23.0", "5.24.0")
 
-# What transformers calls the keys and values of earlier tokens, as an argument and in outputs: until 5.23, from 5.24.
+# What transformers calls the keys and values of earlier tokens, as an argument and in outputs: until 5.23, and since.
 CACHE = next(name for name in ("past_key_values", "cache") if name in BaseModelOutputWithPast.__dataclass_fields__)
 
 SHAPE = {"padded_vocab_size": 16, "hidden_size": 8, "ffn_hidden_size": 8, "num_layers": 1, "num_attention_heads": 2}
