@@ -49,7 +49,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     # torch and transformers take seconds to import, which --help need not wait for.
     from loguru import logger
 
-    from component.data.dataset import select_format
+    from component.data.dataset import check_choice, select_format
     from component.model import load_tokenizer
     from component.run.folder import RunFolder
     from component.run.ranks import on_rank_zero
@@ -62,6 +62,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     if not os.path.isdir(args.model_name_or_path):
         logger.info(f"no folder {args.model_name_or_path} in {os.getcwd()}: asking the hub for it")
     tokenizer = load_tokenizer(args)
+    on_rank_zero(lambda: check_choice(args, data_format, tokenizer))
     if cli.dry_run:
         show_run(args, training_args, data_format, tokenizer)
         return

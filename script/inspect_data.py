@@ -43,7 +43,7 @@ def main() -> None:
 def inspect(cli: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from component.data.dataset import DATA_FORMATS, select_format
+    from component.data.dataset import DATA_FORMATS, check_choice, select_format
     from component.data.inspection import Inspection
     from component.data.load import rules_of
     from component.model import load_tokenizer
@@ -59,6 +59,7 @@ def inspect(cli: argparse.Namespace) -> None:
     args, _ = load_arguments(cli.train_args_file, [*overrides, *cli.overrides])
     data_format, _ = select_format(args.model_name_or_path, args.data_format)
     tokenizer = load_tokenizer(args)
+    check_choice(args, data_format, tokenizer)
     source = list(args.train_file) if isinstance(args.train_file, dict) else args.train_file
     rules = asdict(rules_of(args)) | {"on_bad_row": "skip", "max_bad_share": 1.0}
     workers = args.preprocessing_workers

@@ -286,6 +286,7 @@ def test_the_dry_run_counts_the_steps_that_the_trainer_makes(job, capsys, settin
         ({"train_file": {}}, "train_file must be given"),
         ({"train_file": "*.parquet"}, "train_file: no file '*.parquet'"),
         ({"resume_from_checkpoint": True}, "holds no checkpoint"),
+        ({"data_format": "chat_template"}, "data_format chat_template needs a fast tokenizer with a chat template"),
         ({"target_modules": ["q_proj"]}, "no linear layer is called 'q_proj'; there are dense, dense_4h_to_h"),
     ],
 )
@@ -373,7 +374,7 @@ def test_any_other_model_trains_in_fireflys_format(job, tmp_path, capsys):
 
     rows = [{"conversation": [{"human": "hi", "assistant": "hello"}]}] * 4
     output = job(rows=rows, model_name_or_path=str(folder))
-    assert "data format firefly: model_name_or_path contains neither" in capsys.readouterr().err
+    assert "data format firefly: the name 'tiny-llama' contains neither" in capsys.readouterr().err
     assert {"q_proj", "down_proj"} <= {name.split(".lora_")[0].rpartition(".")[2] for name in adapter(output / "final")}
     job("dry", rows=rows, model_name_or_path=str(folder), dry_run=True)
     assert "<s>hi</s>⟦hello</s>⟧" in capsys.readouterr().out

@@ -4,11 +4,14 @@ import inspect
 import json
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from loguru import logger
 from torch.utils.data import Dataset
 
 from ..chatglm import prompt
@@ -23,6 +26,7 @@ from .store import TokenStore
 
 Source = str | Path | list[str] | list[Path]
 PROGRAM = [*sorted(Path(__file__).parent.glob("*.py")), Path(prompt.__file__)]  # whatever has a part in rendering
+FIRST_ROWS = 20  # of a file, which tell what kind its rows are
 
 
 class SFTDataset(Dataset):
@@ -147,27 +151,89 @@ def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:
 def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:
     """Which of DATA_FORMATS to train with, and why.
 
-    `data_format` decides if given; else `chatglm2` or `chatglm3` in the name (any case; the last one in a path), else
-    Firefly's.
+    `data_format` decides if given; else `chatglm2` or `chatglm3` in the last part of the name (any case), else
+    Firefly's. The folders above it say nothing: `chatglm3_project/Qwen2.5-7B` is no ChatGLM.
 
     Raises:
-        DataError: an unknown `data_format`, or a folder whose config.json is ChatGLM's under a name that is not.
+        DataError: an unknown `data_format`, or a folder whose config.json says something else than its name.
     """
     if data_format is not None:
         if data_format not in DATA_FORMATS:
             raise DataError(f"data_format is {data_format!r}; expected one of {', '.join(DATA_FORMATS)}")
         return data_format, "data_format says so"
-    name = model_name_or_path.lower()
-    found = max(("chatglm2", "chatglm3"), key=name.rfind)
-    if found in name:
-        return found, f"model_name_or_path contains {found!r}"
+    last = last_part(model_name_or_path)
+    found = max(("chatglm2", "chatglm3"), key=last.lower().rfind)
+    named = found in last.lower()
     config = Path(model_name_or_path, "config.json")
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "chatglm":
+    model_type = read_model_type(config)
+    if model_type and named != (model_type == "chatglm"):
+        name = f"contains {found!r}" if named else "contains neither 'chatglm2' nor 'chatglm3'"
+        choice = "firefly or chat_template" if named else "chatglm2 or chatglm3"
+        glm4 = "" if named else " (for GLM-4 take its transformers checkpoint, glm-4-9b-chat-hf)"
         raise DataError(
-            f"{config} is a ChatGLM's, but {model_name_or_path!r} contains neither 'chatglm2' nor 'chatglm3': set "
-            "data_format to chatglm2 or chatglm3 (for GLM-4 take its transformers checkpoint, glm-4-9b-chat-hf)"
+            f"{config}: model_type is {model_type!r}, but the folder's name {last!r} {name}: rename the folder, or set "
+            f"data_format to {choice}{glm4}"
         )
-    return "firefly", "model_name_or_path contains neither 'chatglm2' nor 'chatglm3'"
+    if named:
+        return found, f"model_name_or_path contains {found!r}"
+    return "firefly", f"the name {last!r} contains neither 'chatglm2' nor 'chatglm3'"
+
+
+def last_part(model_name_or_path: str) -> str:
+    """What a model is called: the last part of its path or hub name, in the hub's cache that of the repository."""
+    parts = Path(os.path.abspath(model_name_or_path)).parts
+    if len(parts) > 2 and parts[-2] == "snapshots":  # …/models--THUDM--chatglm3-6b/snapshots/<commit>
+        return parts[-3].rpartition("--")[2]
+    return parts[-1]
+
+
+def read_model_type(config: Path) -> str | None:
+    """A config.json's model_type; None where it cannot be had, which loading the model says better."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
+
+
+def check_choice(args, data_format: str, tokenizer) -> None:
+    """See that a model with a chat template of its own is not trained in Firefly's format unasked.
+
+    Rows of Firefly's own mean its format, with a warning; any others may mean either.
+
+    Args:
+        args: QLoRAArguments.
+
+    Raises:
+        DataError: `data_format` must be named.
+    """
+    if args.data_format or data_format != "firefly" or not tokenizer.chat_template:
+        return
+    model = args.model_name_or_path
+    source = list(args.train_file) if isinstance(args.train_file, dict) else args.train_file
+    kinds = {file: kind for file in find_files(source) if (kind := kind_of_rows(file))}
+    other = next((file for file, kind in kinds.items() if kind != "firefly"), None)
+    if other:
+        raise DataError(
+            f"{model} has a chat template of its own, and {other} holds rows of the kind {kinds[other]!r}, which can "
+            "be trained in two ways; choose one:\n"
+            "  data_format=chat_template  as the model's template writes them: for a model that can chat already\n"
+            "  data_format=firefly        <s>question</s>answer</s>, as Firefly does: for a base model\n"
+            'Add one of them to the command, or "data_format" to the file of settings'
+        )
+    logger.warning(
+        f"{model} has a chat template of its own, and Firefly's rows are trained as <s>question</s>answer</s>, which a "
+        "model that can chat already does not know; data_format=chat_template trains them by its template "
+        "(data_format=firefly: as now, without this warning)"
+    )
+
+
+def kind_of_rows(file: Path) -> str | None:
+    """Which of ROW_FORMATS a file's first readable row is in; None where its beginning has none."""
+    for _, row in islice(reader.read_rows(file), FIRST_ROWS):
+        with suppress(DataError):
+            if not isinstance(row, DataError):
+                return formats.detect_format(row)
+    return None
 
 
 def select_dataset(model_name_or_path: str, data_format: str | None = None) -> type[SFTDataset]:

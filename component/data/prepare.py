@@ -18,7 +18,7 @@ from .conversation import Conversation, choose_learned, count_rounds, oddities, 
 from .formats import parse_row
 from .pool import in_order
 from .reader import Unreadable, parse_line, read_lines, rejected_line
-from .render import TokenizedSample
+from .render import TokenizedSample, render_chatglm2, render_chatglm3
 from .rules import CUT, DROPPED, NOTES, SHORTENED, SHOWN, DataReport, DataRules, judge
 from .store import FILES, PLACE_BITS
 
@@ -200,4 +200,9 @@ def check_tokenizer(tokenizer, render):
         raise DataError("the tokenizer has no EOS token, so no answer can be taught to end; set one in its folder")
     if render is render_chat_template and not (tokenizer.is_fast and tokenizer.chat_template):
         raise DataError("data_format chat_template needs a fast tokenizer with a chat template; choose another format")
+    if render in (render_chatglm2, render_chatglm3) and not hasattr(tokenizer, "build_single_message"):
+        name = render.__name__.removeprefix("render_")
+        raise DataError(
+            f"data_format {name} needs ChatGLM's tokenizer, and the model has another; choose another format"
+        )
     return tokenizer

@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader
 
 from component.data import dataset, store
 from component.data import prepare as preparing
-from component.data.dataset import DATA_FORMATS, ChatGLM2SFTDataset, ChatGLM3SFTDataset, SFTDataset, select_dataset
+from component.data.dataset import (
+    DATA_FORMATS,
+    ChatGLM2SFTDataset,
+    ChatGLM3SFTDataset,
+    SFTDataset,
+    check_choice,
+    select_dataset,
+    select_format,
+)
 from component.data.formats import parse_row
 from component.data.load import Mixture, load_datasets
 from component.data.prepare import RowRenderer
@@ -639,3 +647,92 @@ def test_a_batch_is_padded_on_the_right_and_cut(tiny_tokenizer):
     assert batch["target_mask"].tolist() == [[0, 1, 1], [0, 0, 0]]
     assert SFTDataCollator(tiny_tokenizer, 2)(samples)["input_ids"].tolist() == [[5, 6], [8, 0]]
     assert samples[1]["input_ids"] == [8]
+
+
+def write_config(folder: Path, model_type: str) -> str:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("folder", "model_type", "expected"),
+    [
+        ("chatglm3_project/Qwen2.5-7B", "qwen2", "firefly"),
+        ("llama/ChatGLM3-6b/", "chatglm", "chatglm3"),
+        ("chatglm3/chatglm2-6b", "chatglm", "chatglm2"),
+        ("chatglm2-to-chatglm3", "chatglm", "chatglm3"),
+        ("models--THUDM--chatglm3-6b/snapshots/0123abcd", "chatglm", "chatglm3"),
+    ],
+)
+def test_the_last_part_of_a_models_path_picks_the_format(tmp_path, folder, model_type, expected):
+    assert select_format(write_config(tmp_path / folder, model_type))[0] == expected
+
+
+def test_a_model_started_from_its_own_folder_is_known_by_that_folders_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_config(tmp_path / "chatglm3-6b", "chatglm"))
+    assert select_format(".")[0] == "chatglm3"
+
+
+@pytest.mark.parametrize(
+    ("folder", "model_type", "remedy"),
+    [
+        ("my-chatglm3-like-qwen", "qwen2", "contains 'chatglm3': rename the folder, or set data_format to firefly or"),
+        (
+            "chatglm3/merged",
+            "chatglm",
+            "contains neither 'chatglm2' nor 'chatglm3': rename the folder, or set",
+        ),
+    ],
+)
+def test_a_folder_whose_name_and_config_disagree_is_refused_with_both(tmp_path, folder, model_type, remedy):
+    name = write_config(tmp_path / folder, model_type)
+    with pytest.raises(DataError) as refused:
+        select_format(name)
+    assert f"{name}/config.json: model_type is {model_type!r}, but the folder's name" in str(refused.value)
+    assert remedy in str(refused.value)
+    assert select_format(name, "firefly") == ("firefly", "data_format says so")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": ["chatglm"]}', "\x00"])
+def test_a_config_that_says_nothing_leaves_the_choice_to_the_name(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    assert select_format(str(tmp_path))[0] == "firefly"
+
+
+OPENAI = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+FIREFLY = {"conversation": [{"human": "a", "assistant": "b"}]}
+
+
+def choose(train_file, tokenizer, data_format: str | None = None, name: str = "firefly") -> None:
+    args = SimpleNamespace(model_name_or_path="qwen-instruct", train_file=train_file, data_format=data_format)
+    check_choice(args, name, tokenizer)
+
+
+def test_rows_of_another_kind_on_a_model_with_a_template_need_a_named_format(tmp_path, log):
+    templated, plain = SimpleNamespace(chat_template="{{ messages }}"), SimpleNamespace(chat_template=None)
+    firefly, openai = write(tmp_path / "f.jsonl", [FIREFLY] * 2), write(tmp_path / "o.jsonl", ["{", OPENAI])
+    for source in (str(openai), [str(firefly), str(openai)], {str(firefly): 1, str(openai): 1}, str(tmp_path)):
+        with pytest.raises(DataError) as refused:
+            choose(source, templated)
+        assert f"{openai} holds rows of the kind 'openai'" in str(refused.value)
+        assert "\n  data_format=chat_template " in str(refused.value)
+        assert "\n  data_format=firefly " in str(refused.value)
+    choose(str(openai), templated, data_format="firefly")
+    choose(str(openai), templated, name="chatglm3")
+    choose(str(openai), plain)
+    assert log == []
+
+
+def test_fireflys_rows_on_a_model_with_a_template_are_trained_with_a_warning(tmp_path, log):
+    choose(str(write(tmp_path / "f.jsonl", [FIREFLY])), SimpleNamespace(chat_template="{{ messages }}"))
+    (line,) = log
+    assert "WARNING" in line
+    assert "data_format=chat_template trains them by its template" in line
+
+
+def test_chatglms_formats_on_another_tokenizer_are_refused(tmp_path):
+    tokenizer = SimpleNamespace(eos_token_id=1)
+    for dataset_class, name in ((ChatGLM2SFTDataset, "chatglm2"), (ChatGLM3SFTDataset, "chatglm3")):
+        with pytest.raises(DataError, match=f"data_format {name} needs ChatGLM's tokenizer"):
+            dataset_class(write(tmp_path / "f.jsonl", [FIREFLY]), tokenizer, 64)
