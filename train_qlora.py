@@ -7,7 +7,6 @@ torchrun --nproc_per_node=N train_qlora.py --train_args_file FILE
 import argparse
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 
@@ -55,6 +54,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     from component.run.ranks import on_rank_zero
     from component.run.resume import FINAL
     from component.train.identity import describe_run, renew_identity
+    from component.train.report import describe_update
 
     args, training_args = load_arguments(cli.train_args_file, cli.overrides)
     data_format, reason = select_format(args.model_name_or_path, args.data_format)
@@ -90,12 +90,15 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     from component.run.ranks import on_rank_zero
     from component.train.batch import PackingCollator, SFTDataCollator
     from component.train.loss import TargetLMLoss
+    from component.train.report import describe_schedule
     from component.train.trainer import LoRATrainer
 
     # 1. Data
     train_dataset, eval_dataset = on_rank_zero(
         lambda: load_datasets(args, DATA_FORMATS[data_format], tokenizer, training_args.seed, output_dir=folder.path)
     )
+    rows = None if args.streaming else len(train_dataset)
+    logger.info(on_rank_zero(lambda: describe_schedule(rows, training_args)))
 
     # 2. Model
     model = make_model(args, training_args)
@@ -205,14 +208,14 @@ def peak_memory() -> str:
 
 
 def show_run(args, training_args, data_format: str, tokenizer) -> None:
-    """What a dry run prints: settings, a sample, memory by estimate, steps."""
+    """Print what a real run would do: settings, a sample, memory by estimate, and the length in words."""
     from component.data.dataset import DATA_FORMATS
     from component.data.load import load_datasets
     from component.kernel.memory import optimizer_bytes, table
     from component.kernel.model import PackedForward
     from component.model import sketch_model
     from component.run.ranks import on_rank_zero
-    from component.train.report import render_sample
+    from component.train.report import count_steps, describe_schedule, describe_update, explain_memory, render_sample
 
     train_dataset, _ = on_rank_zero(
         lambda: load_datasets(args, DATA_FORMATS[data_format], tokenizer, training_args.seed, output_dir=None)
@@ -225,35 +228,25 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
     if forward.layers:
         tokens = args.packing_length or max(8192, args.max_seq_length)
         print(table(forward, tokens, optimizer_bytes(training_args.optim, on_card=True)))
-    steps = training_args.max_steps if args.streaming else count_steps(len(train_dataset), training_args)
-    print(f"{describe_update(training_args)}\n{steps} steps. No weights were loaded.")
+        print(f"{explain_memory(args.activation_checkpointing)}\n")
+    rows = None if args.streaming else len(train_dataset)
+    print(f"{describe_update(training_args)}\n{describe_schedule(rows, training_args)}")
+    print(f"{count_steps(rows, training_args)} steps. No weights were loaded.")
 
 
 def show_settings(args, training_args) -> None:
-    defaults = type(training_args)(output_dir="", use_cpu=training_args.use_cpu).to_dict()
-    changed = {key: value for key, value in training_args.to_dict().items() if value != defaults.get(key)}
-    for key, value in sorted((dataclasses.asdict(args) | changed).items()):
-        print(f"{key:<32}{value}")
+    """Print the settings that are not what they would be if nothing but the required ones were given."""
+    required = {"model_name_or_path": args.model_name_or_path, "train_file": args.train_file}
+    required |= {"output_dir": training_args.output_dir}
+    plain = values_of(*load_arguments(None, [f"{key}={json.dumps(value)}" for key, value in required.items()]))
+    given = {key: value for key, value in values_of(args, training_args).items() if value != plain[key]}
+    print("Settings; all others are as docs/configuration.md says:")
+    for key, value in (required | dict(sorted(given.items()))).items():
+        print(f"  {key:<30}{json.dumps(value, ensure_ascii=False, default=str)}")
 
 
-def describe_update(training_args) -> str:
-    ranks, batch = training_args.world_size, training_args.per_device_train_batch_size
-    batches = training_args.gradient_accumulation_steps
-    return (
-        f"an update is {ranks * batch * batches} samples: {ranks} process{'es' * (ranks > 1)} x {batch} x {batches} "
-        "(per_device_train_batch_size x gradient_accumulation_steps)"
-    )
-
-
-def count_steps(rows: int, training_args) -> int:
-    """Updates of the whole run, as the Trainer counts them."""
-    batches = math.ceil(rows / (training_args.train_batch_size * training_args.world_size))
-    if training_args.dataloader_drop_last:
-        batches = rows // training_args.train_batch_size // training_args.world_size
-    updates = max(math.ceil(batches / training_args.gradient_accumulation_steps), 1)
-    return (
-        training_args.max_steps if training_args.max_steps > 0 else math.ceil(training_args.num_train_epochs * updates)
-    )
+def values_of(args, training_args) -> dict:
+    return training_args.to_dict() | dataclasses.asdict(args)
 
 
 def main() -> None:

@@ -244,8 +244,15 @@ def test_a_dry_run_shows_the_sample_and_the_steps_and_loads_no_weights(job, chec
     shown = capsys.readouterr().out
     assert "[gMASK]sop<|user|> \n Say 1<|assistant|>⟦ \n word </s>⟧" in shown
     update = "an update is 4 samples: 1 process x 4 x 1 (per_device_train_batch_size x gradient_accumulation_steps)"
-    assert f"{update}\n6 steps. No weights were loaded." in shown
+    length = "2 epochs of 12 samples: 6 updates; the learning rate begins at 0.01 without a warm-up and falls in a"
+    assert f"{update}\n{length} straight line to 0 (linear)\n6 steps. No weights were loaded." in shown
     assert "GPU memory by estimate, in GiB, with rows of 8,192 tokens: none " in shown
+    assert "value of activation_checkpointing, the fastest first; auto takes the first that fits" in shown
+    settings = re.search(r"Settings; .*:\n((?:  .*\n)+)", shown)[1].splitlines()
+    given = ["model_name_or_path", "train_file", "output_dir"]
+    given += ["disable_tqdm", "learning_rate", "logging_steps", "lora_dropout", "lora_rank", "num_train_epochs"]
+    given += ["per_device_train_batch_size", "save_strategy"]
+    assert [line.split()[0] for line in settings] == given, "those that were given, and no others"
     assert re.search(r"lora_rank +4", shown)
     assert not folder.exists()
 
@@ -286,6 +293,10 @@ def test_the_dry_run_counts_the_steps_that_the_trainer_makes(job, capsys, settin
         ({"train_file": {}}, "train_file must be given"),
         ({"train_file": "*.parquet"}, "train_file: no file '*.parquet'"),
         ({"resume_from_checkpoint": True}, "holds no checkpoint"),
+        (
+            {"rows": ROWS[:3], "dataloader_drop_last": True},
+            "dataloader_drop_last leaves no batch: there are 3 samples, and a batch is 4; lower per_device",
+        ),
         ({"data_format": "chat_template"}, "data_format chat_template needs a fast tokenizer with a chat template"),
         ({"target_modules": ["q_proj"]}, "no linear layer is called 'q_proj'; there are dense, dense_4h_to_h"),
     ],

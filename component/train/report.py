@@ -8,9 +8,86 @@ from pathlib import Path
 
 from torch import nn
 
+from ..run.errors import ArgumentError
 from ..run.files import write_atomically
 
 LEARNED, PLAIN = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+
+
+SCHEDULES = {  # lr_scheduler_type: what the learning rate does after its warm-up
+    "linear": "falls in a straight line to 0",
+    "cosine": "falls along a cosine to 0",
+    "cosine_with_restarts": "falls along a cosine to 0 and starts again, as lr_scheduler_kwargs say",
+    "polynomial": "falls along a polynomial",
+    "constant": "stays",
+    "constant_with_warmup": "stays",
+    "inverse_sqrt": "falls with the square root of the updates",
+    "reduce_lr_on_plateau": "falls where evaluations get no better",
+    "cosine_with_min_lr": "falls along a cosine to the least that lr_scheduler_kwargs say",
+    "cosine_warmup_with_min_lr": "falls along a cosine to the least that lr_scheduler_kwargs say",
+    "warmup_stable_decay": "stays, and falls at the end",
+    "greedy": "follows the loss",
+}
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+
+
+def describe_update(training_args) -> str:
+    """The samples of an update, in words."""
+    ranks, batch = training_args.world_size, training_args.per_device_train_batch_size
+    batches = training_args.gradient_accumulation_steps
+    return (
+        f"an update is {ranks * batch * batches} samples: {ranks} process{'es' * (ranks > 1)} x {batch} x {batches} "
+        "(per_device_train_batch_size x gradient_accumulation_steps)"
+    )
+
+
+def describe_schedule(rows: int | None, training_args) -> str:
+    """How long a run over so many samples (None: a stream) is, and its learning rate, in words."""
+    steps, schedule = count_steps(rows, training_args), training_args.lr_scheduler_type.value
+    if rows is None:
+        length = f"{steps:,} updates (max_steps) from a stream"
+    elif training_args.max_steps > 0:
+        epochs = steps / count_updates(rows, training_args)
+        length = f"{steps:,} updates (max_steps), {epochs:.3g} epochs of {rows:,} samples"
+    else:
+        length = f"{training_args.num_train_epochs:g} epochs of {rows:,} samples: {steps:,} updates"
+    warmup = 0 if schedule in WITHOUT_WARMUP else min(training_args.get_warmup_steps(steps), steps)
+    rise = (
+        f"rises to {training_args.learning_rate:g} over {warmup:,} updates of warm-up, then"
+        if warmup
+        else (f"begins at {training_args.learning_rate:g} without a warm-up and")
+    )
+    return f"{length}; the learning rate {rise} {SCHEDULES[schedule]} ({schedule})"
+
+
+def count_steps(rows: int | None, training_args) -> int:
+    """Updates of the whole run, as the Trainer counts them. Raises ArgumentError where no batch can be made."""
+    updates = rows and count_updates(rows, training_args)
+    if training_args.max_steps > 0:
+        return training_args.max_steps
+    return math.ceil(training_args.num_train_epochs * updates)
+
+
+def count_updates(rows: int, training_args) -> int:
+    """Updates of an epoch."""
+    batch = training_args.train_batch_size * training_args.world_size
+    batches = rows // batch if training_args.dataloader_drop_last else math.ceil(rows / batch)
+    if not batches:
+        raise ArgumentError(
+            f"dataloader_drop_last leaves no batch: there are {rows} samples, and a batch is {batch}; lower "
+            "per_device_train_batch_size, or set dataloader_drop_last=false"
+        )
+    return max(math.ceil(batches / training_args.gradient_accumulation_steps), 1)
+
+
+def explain_memory(checkpointing: str) -> str:
+    """What the estimates of kernel.memory.table are of, for a run with this activation_checkpointing."""
+    choice = (
+        "auto takes the first that fits the card's free memory"
+        if checkpointing == "auto"
+        else (f"this run's is {checkpointing}")
+    )
+    return f"(one estimate for each value of activation_checkpointing, the fastest first; {choice})"
 
 
 def parameter_table(model: nn.Module) -> str:

@@ -2,11 +2,13 @@ import pytest
 import torch
 from loguru import logger
 from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from component.data.formats import parse_chatglm3
 from component.data.render import render_chatglm3
 from component.run.log import configure_logging, redact
-from component.train.report import parameter_table, plot_loss, render_sample
+from component.train.report import SCHEDULES, describe_schedule, parameter_table, plot_loss, render_sample
 
 
 def test_parameters_are_counted_by_dtype_and_trainability():
@@ -72,3 +74,34 @@ def test_a_logged_traceback_shows_no_values(capsys):
     assert "failed" in shown
     assert "password[:0]" in shown
     assert "hush-hush" not in shown.replace('password = "hush-hush"', "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "told"),
+    [
+        (
+            {"num_train_epochs": 1.5, "warmup_steps": 0.1, "lr_scheduler_type": "cosine"},
+            1000,
+            "1.5 epochs of 1,000 samples: 188 updates; the learning rate rises to 5e-05 over 19 updates of warm-up, "
+            "then falls along a cosine to 0 (cosine)",
+        ),
+        (
+            {"max_steps": 4, "warmup_steps": 10, "lr_scheduler_type": "constant"},
+            16,
+            "4 updates (max_steps), 2 epochs of 16 samples; the learning rate begins at 5e-05 without a warm-up and "
+            "stays (constant)",
+        ),
+        (
+            {"max_steps": 4, "warmup_steps": 10, "lr_scheduler_type": "constant_with_warmup", "learning_rate": 1},
+            None,
+            "4 updates (max_steps) from a stream; the learning rate rises to 1 over 4 updates of warm-up, then stays "
+            "(constant_with_warmup)",
+        ),
+    ],
+)
+def test_length_and_learning_rate_are_told_in_words(settings, rows, told):
+    assert describe_schedule(rows, TrainingArguments("x", use_cpu=True, **settings)) == told
+
+
+def test_every_schedule_has_words():
+    assert {schedule.value for schedule in SchedulerType} == SCHEDULES.keys()
