@@ -52,10 +52,10 @@ def test_a_run_that_an_earlier_version_began_ends_as_it_would_have_there(earlier
 
 def test_a_changed_setting_of_a_run_of_an_earlier_version_is_noticed(earlier, monkeypatch, capsys):
     for override, told in (
-        ("packing_length=256", "settings.packing_length: 512 then, 256 now"),
-        ("pack_to=0", "settings.packing: true then, false now"),
-        ("fused_layers=false", "settings.fused_layers: true then, false now"),
-        ("learning_rate=0.02", "settings.learning_rate: 0.01 then, 0.02 now"),
+        ("packing_length=256", "packing_length: 512 then, 256 now"),
+        ("pack_to=0", "packing: true then, false now"),
+        ("fused_layers=false", "fused_layers: true then, false now"),
+        ("learning_rate=0.02", "learning_rate: 0.01 then, 0.02 now"),
     ):
         with pytest.raises(SystemExit) as stop:
             train(monkeypatch, override)

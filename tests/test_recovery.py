@@ -326,10 +326,10 @@ def test_a_resumed_run_that_draws_other_data_differs(job, stopped):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 1}, "settings.seed: 42 then, 1 now"),
-        ({"learning_rate": 1e-3}, "settings.learning_rate: 0.01 then, 0.001 now"),
-        ({"rows": ROWS[:-1]}, "data: "),
-        ({"data_format": "firefly"}, "format.name: "),
+        ({"seed": 1}, "seed: 42 then, 1 now"),
+        ({"learning_rate": 1e-3}, "learning_rate: 0.01 then, 0.001 now"),
+        ({"rows": ROWS[:-1]}, "train_file: contents have changed"),
+        ({"data_format": "firefly"}, "data_format: "),
     ],
     ids=["seed", "learning rate", "data", "format"],
 )
@@ -349,7 +349,7 @@ def test_another_base_model_is_another_run(job, stopped, checkpoint, capsys, tmp
     next(iter(weights.values()))[0] += 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     assert stopped(**SETTINGS, model_name_or_path=str(other)) == 2
-    assert "base_model: " in capsys.readouterr().err
+    assert "model_name_or_path, weights or config.json: contents have changed" in capsys.readouterr().err
 
 
 def test_the_same_command_does_nothing_when_the_run_is_done(job, capsys, monkeypatch):

@@ -351,7 +351,7 @@ def test_an_earlier_run_is_refused_and_on_request_moved_aside(job, capsys):
     assert "holds a run already (final)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         job(learning_rate=1e-3)
-    assert "settings.learning_rate: 0.01 then, 0.001 now" in capsys.readouterr().err
+    assert "learning_rate: 0.01 then, 0.001 now" in capsys.readouterr().err
     job(overwrite_output_dir=True, learning_rate=1e-3)
     (aside,) = folder.parent.glob("run.2*")
     kept = adapter(aside / "final")
@@ -362,7 +362,7 @@ def test_a_run_that_is_done_trains_longer_by_the_schedule_of_its_new_length(job,
     settings = {"lr_scheduler_type": "linear", "save_strategy": "steps", "learning_rate": 0.8}
     job(**settings, max_steps=4)
     folder = job(**settings, max_steps=8, resume_despite_changes=True)
-    assert "settings.max_steps: 4 then, 8 now" in capsys.readouterr().err
+    assert "max_steps: 4 then, 8 now" in capsys.readouterr().err
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
     assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.4, 0.3, 0.2, 0.1])

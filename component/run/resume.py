@@ -13,7 +13,6 @@ FINAL = "final"
 UNCHANGEABLE = ("lora_rank", "target_modules", "optim", "lr_scheduler_type")  # they shape what a checkpoint holds
 # With another of these, rows are laid out anew.
 LAYOUT = ("packing", "packing_length", "fused_layers", "max_seq_length", "activation_checkpointing")
-DIGEST = re.compile("[0-9a-f]{32}")
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")  # to continue at all
 
 
@@ -167,13 +166,16 @@ class Candidates:
         return checkpoint
 
     def describe_changes(self, folder: Path, changes: list[str]) -> str:
-        remedy = "\nSet these as they were, choose another output_dir, or begin anew with overwrite_output_dir=true"
-        if find_checkpoints(self.folder):
-            remedy += (
-                "; resume_despite_changes=true goes on all the same, which another lora_rank, target_modules, optim or "
-                "lr_scheduler_type cannot"
-            )
-        return "\n  ".join([f"{folder} is of a run that is not this one:", *changes]) + remedy
+        ways = [
+            "to continue that run: set these as they were",
+            "to keep that run and begin another: choose another output_dir",
+            "to begin anew here: overwrite_output_dir=true, which moves that run aside",
+        ]
+        if find_checkpoints(self.folder) and not concern(changes, UNCHANGEABLE):
+            ways.append("to continue that run as it is set now: resume_despite_changes=true")
+        elif find_checkpoints(self.folder):
+            ways.append(f"(no run can be continued with another {', '.join(UNCHANGEABLE[:-1])} or {UNCHANGEABLE[-1]})")
+        return "\n  ".join([f"{folder} is of another run; what differs:", *changes, *ways])
 
     def nothing_verifies(self, broken: dict[Path, str]) -> Fault:
         if not broken:
@@ -201,23 +203,38 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
+KNOWN_AS = {  # part of an identity: what its user calls it
+    "base_model": "model_name_or_path, weights or config.json",
+    "data": "train_file",
+    "format.name": "data_format",
+    "format.tokenizer": "model_name_or_path, tokenizer",
+    "world_size": "number of processes",
+}
+
+
 def differences(was: dict, now: dict, prefix: str = "") -> list[str]:
-    """A line for each key that both nested objects of JSON values have, with other values. A key that one version of a
-    library knows and another does not is no difference."""
+    """A line for each key that both nested objects of JSON values have, with other values, by the name of the setting.
+    A key that one version of a library knows and another does not is no difference."""
     lines = []
     for key in sorted(was.keys() & now.keys()):
-        old, new = was[key], now[key]
+        old, new, path = was[key], now[key], f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict) and not prefix:
-            lines += differences(old, new, f"{prefix}{key}.")
+            lines += differences(old, new, f"{key}.")
         elif old != new:
             shown = " then, ".join(map(json.dumps, (old, new))) + " now"
-            lines.append(f"{prefix}{key}: {'contents have changed' if DIGEST.fullmatch(str(old)) else shown}")
+            name = KNOWN_AS.get(path, path.removeprefix("settings."))
+            lines.append(f"{name}: {'contents have changed' if is_digest(old) else shown}")
     return lines
+
+
+def is_digest(value) -> bool:
+    """Whether it stands for contents, which nobody can compare by looking at it."""
+    return bool(re.search(r"\b[0-9a-f]{32}\b", json.dumps(value)))
 
 
 def concern(changes: list[str], settings: tuple[str, ...]) -> bool:
     """Whether one of these lines of `differences` is of one of these settings."""
-    return any(line.startswith(f"settings.{key}: ") for line in changes for key in settings)
+    return any(line.startswith(f"{key}: ") for line in changes for key in settings)
 
 
 def describe_inexactness(folder: Path, manifest: dict, changes: list[str]) -> str:

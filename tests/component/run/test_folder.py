@@ -125,11 +125,11 @@ def test_a_run_of_other_settings_is_refused_with_the_difference(make_folder, log
     make_folder(5)
     other = RunFolder(make_folder().path, OTHER)
     for resume in ("auto", True, str(other.path / "checkpoint-5")):
-        with pytest.raises(CheckpointError, match=r"settings.seed: 1 then, 2 now\n.*resume_despite_changes=true"):
+        with pytest.raises(CheckpointError, match=r"  seed: 1 then, 2 now\n[\s\S]*: resume_despite_changes=true"):
             other.take_start(resume, despite_changes=False)
     assert contents(other.path) == {"checkpoint-5"}
     assert other.take_start("auto", despite_changes=True).checkpoint == str(other.path / "checkpoint-5")
-    assert any("not exact" in line and "settings.seed" in line for line in log)
+    assert any("not exact" in line and "  seed: 1 then" in line for line in log)
 
 
 def test_other_versions_are_named_and_no_reason_to_stop(make_folder, log, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_finished_run_is_done_and_of_other_settings_refused(make_folder):
     write(make_folder(5), FINAL)
     assert make_folder().take_start("auto", despite_changes=False).is_done
     other = RunFolder(make_folder().path, OTHER)
-    with pytest.raises(CheckpointError, match=r"final is of a run that is not this one"):
+    with pytest.raises(CheckpointError, match=r"final is of another run; what differs:"):
         other.take_start("auto", despite_changes=False)
     assert other.take_start("auto", despite_changes=True).checkpoint == str(other.path / "checkpoint-5")
     assert moved(other) == {FINAL}
@@ -192,7 +192,7 @@ def test_what_others_left_is_not_cleared_and_nothing_is_where_a_folder_is_refuse
     for name in (".tmp-thesis", ".tmp-checkpoint-x", ".tmp-checkpoint-10", ".tmp-final"):
         (folder.path / name).mkdir()
     before = contents(folder.path)
-    with pytest.raises(CheckpointError, match=r"settings\.seed"):
+    with pytest.raises(CheckpointError, match=r"  seed: 1 then"):
         make_folder(identity=OTHER)
     assert contents(folder.path) == before
     make_folder()
@@ -343,8 +343,9 @@ def test_what_is_kept_of_an_adapter_cannot_become_another(make_folder):
     folder.plan = {"tokens": 64, "checkpointing": "none"}
     write(folder, "checkpoint-5", 5)
     wider = RunFolder(folder.path, {"settings": {"lora_rank": 8, "packing_length": None}})
-    with pytest.raises(CheckpointError, match="lora_rank: 4 then, 8 now"):
+    with pytest.raises(CheckpointError, match="lora_rank: 4 then, 8 now") as refused:
         wider.take_start("auto", despite_changes=True)
+    assert "resume_despite_changes" not in str(refused.value), "no way on that would be refused too"
     longer = RunFolder(folder.path, {"settings": {"lora_rank": 4, "packing_length": 128}})
     assert longer.take_start("auto", despite_changes=True).plan is None
     assert folder.take_start("auto", despite_changes=False).plan == folder.plan
@@ -405,8 +406,10 @@ def test_what_is_sealed_may_be_read_by_whom_the_umask_lets(make_folder):
 
 
 def test_differences_are_lines_a_person_can_act_on():
-    was = {"a": {"b": 1, "c": None, "k": {"x": 1}}, "d": [1], "data": "0" * 32}
-    now = {"a": {"b": 2, "c": None, "k": {"x": 1, "y": 2}, "z": 0}, "d": [1], "e": "x", "data": "1" * 32}
-    lines = ["a.b: 1 then, 2 now", 'a.k: {"x": 1} then, {"x": 1, "y": 2} now', "data: contents have changed"]
+    was = {"settings": {"b": 1, "c": None, "k": {"x": 1}}, "d": [1], "data": [["0" * 32, 0.5]], "base_model": "0" * 32}
+    now = {"settings": {"b": 2, "c": None, "k": {"x": 1, "y": 2}, "z": 0}, "d": [1], "e": "x"}
+    now |= {"data": [["1" * 32, 0.5]], "base_model": "1" * 32}
+    lines = ["model_name_or_path, weights or config.json: contents have changed", "train_file: contents have changed"]
+    lines += ["b: 1 then, 2 now", 'k: {"x": 1} then, {"x": 1, "y": 2} now']
     assert differences(was, now) == lines, "a setting of one alone is of another version"
     assert differences(was, json.loads(json.dumps(was))) == []
