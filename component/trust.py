@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from .run.errors import ArgumentError
+from .run.hub import require_hub_or_cache
 from .settings.load import missing_folder, read_json_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -26,6 +27,8 @@ def check_model(name_or_path: str) -> None:
     """
     if fault := missing_folder(name_or_path):
         raise ArgumentError(fault)
+    if not Path(name_or_path).is_dir():
+        require_hub_or_cache(name_or_path)
     if found := find_model_file(name_or_path, "adapter_config.json"):
         raise ArgumentError(f"{found}: this is an adapter, which would load another model; give its base model")
     if found := find_model_file(name_or_path, "config.json"):

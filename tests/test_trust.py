@@ -180,6 +180,7 @@ def test_a_hubs_model_is_checked_as_a_folder_is(model_folder, canary, monkeypatc
     model = model_folder()
     found = lambda name, file, **_: str(model / file) if name == "someone/model" and (model / file).exists() else None  # noqa: E731
     monkeypatch.setattr("component.trust.cached_file", found)
+    monkeypatch.setattr("component.trust.require_hub_or_cache", lambda name: None)
     check_model("someone/model")
     edit(model / "config.json", model_type="evil", auto_map=REMOTE)
     with pytest.raises(ArgumentError, match="model_type 'evil' is not known"):

@@ -145,7 +145,7 @@ def missing_folder(name: str) -> str | None:
     The hub, which is asked for what is no folder, would be tried for minutes where there is no network.
     """
     parent, last = os.path.split(name.rstrip("/"))
-    means_folder = name.startswith((".", "/", "~")) or "/" in parent
+    means_folder = name.startswith((".", "/", "~", "models/")) or "/" in parent
     if os.path.isdir(name) or not (means_folder or (parent and os.path.isdir(parent))):
         return None
     fault = f"no folder {name}" if os.path.isabs(name) else f"no folder {name} in {os.getcwd()}"

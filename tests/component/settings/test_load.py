@@ -135,23 +135,27 @@ def test_a_folder_of_models_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     for name in ("chatglm3-tiny", "b", "a"):
         (tmp_path / "models" / name).mkdir(parents=True)
     (tmp_path / "models/weights.safetensors").touch()
-    there, hub = "(in models: a, b, chatglm3-tiny)", "; if you mean the hub's, start from a folder without 'models'"
+    (tmp_path / "THUDM/chatglm2-6b").mkdir(parents=True)
+    there, hub = "(in models: a, b, chatglm3-tiny)", "; if you mean the hub's, start from a folder without 'THUDM'"
     for name, fault in {
-        "models/chatglm3-tyni": f" in {tmp_path}; did you mean models/chatglm3-tiny? {there}{hub}",
-        "models/chatglm3-tyni/": f" in {tmp_path}; did you mean models/chatglm3-tiny? {there}{hub}",
-        "models/weights.safetensors": f" in {tmp_path} {there}{hub}",
+        "models/chatglm3-tyni": f" in {tmp_path}; did you mean models/chatglm3-tiny? {there}",
+        "models/chatglm3-tyni/": f" in {tmp_path}; did you mean models/chatglm3-tiny? {there}",
+        "models/weights.safetensors": f" in {tmp_path} {there}",
         f"{tmp_path}/models/qwen": f" (in {tmp_path}/models: a, b, chatglm3-tiny)",
         "./models/aa": f" in {tmp_path}; did you mean ./models/a? (in ./models: a, b, chatglm3-tiny)",
+        "THUDM/chatglm3-6b": f" in {tmp_path}; did you mean THUDM/chatglm2-6b? (in THUDM: chatglm2-6b){hub}",
         "modles/some/thing": f" in {tmp_path}",
         "/nowhere/a": "",
         "~/models/a": f" in {tmp_path}; write the home folder out",
     }.items():
         assert missing_folder(name) == f"no folder {name}{fault}"
-    for name in ("models/a", str(tmp_path), ".", "THUDM/chatglm3-6b", "modles/a", "gpt2"):
+    for name in ("models/a", str(tmp_path), ".", "Qwen/Qwen3-8B", "modles/a", "gpt2"):
         assert missing_folder(name) is None
     for i in range(20):
         (tmp_path / "models" / f"m{i:02}").mkdir()
     assert "chatglm3-tiny, m00, m01, m02, m03, m04, m05, m06 …)" in missing_folder("models/x")
+    monkeypatch.chdir("/")
+    assert missing_folder("models/chatglm3-tiny").startswith("no folder models/chatglm3-tiny in /"), "from anywhere"
 
 
 def test_an_adapter_is_no_base_model(load, tmp_path):
