@@ -28,16 +28,10 @@ def main() -> None:
     if not cli.train_args_file and not (cli.data and cli.model):
         parser.error("give --train_args_file, or --data and --model")
 
-    from component.run.errors import Fault
-    from component.run.log import configure_logging
+    from component.run.process import run_program
 
-    configure_logging(rank=0)
     sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
-    try:
-        inspect(cli)
-    except (Fault, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+    run_program(lambda watch: inspect(cli), lambda: "stopped")
 
 
 def inspect(cli: argparse.Namespace) -> None:
@@ -47,7 +41,7 @@ def inspect(cli: argparse.Namespace) -> None:
     from component.data.inspection import Inspection
     from component.data.load import rules_of
     from component.model import load_tokenizer
-    from component.run.errors import DataError
+    from component.run.errors import DataError, unusable
     from component.run.files import write_atomically
     from component.settings.load import load_arguments
 
@@ -74,7 +68,10 @@ def inspect(cli: argparse.Namespace) -> None:
         print(f"{title} for {args.model_name_or_path}, data format {data_format}\n\n{inspection.table()}")
     if cli.html:
         page = inspection.html(title, args.model_name_or_path, data_format, cli.rows)
-        write_atomically(cli.html, page.encode(errors="backslashreplace"))
+        try:
+            write_atomically(cli.html, page.encode(errors="backslashreplace"))
+        except OSError as error:
+            raise unusable(f"--html {cli.html}: could not be written ({error}); choose another name", error) from None
         print(f"page: {cli.html}")
 
 

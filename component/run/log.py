@@ -12,6 +12,12 @@ from loguru import logger
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+# What libraries tell their own developers, or of what is as it should be here: logger, and how the line begins.
+CHATTER = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "transformers.integrations.bitsandbytes": "The modules are dequantized in",
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+}
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD)S?$")
 SECRET_TEXT = re.compile(r"(?<=://)[^/\s'\"]+@|\bhf_\w{20,}")
 
@@ -58,9 +64,14 @@ def configure_logging(rank: int) -> None:
         logging.getLogger(name).handlers = [logging.lastResort]  # theirs hold the error stream of their import
     transformers_logging.set_verbosity(logging.WARNING if rank == 0 else logging.ERROR)
     transformers_logging.disable_progress_bar()
-    # Not for the user: a hint at a package of kernels from a hub, and how peft reads a renamed property.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in CHATTER:
+        logging.getLogger(name).addFilter(is_for_users)
+    # How peft reads a renamed property.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+
+def is_for_users(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(CHATTER[record.name])
 
 
 @contextmanager

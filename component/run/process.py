@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -88,8 +89,9 @@ def outlive_signals() -> None:
 def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], str], rank: int = 0) -> None:
     """Do `work`, and end the process where it did not end well.
 
-    The exit code is that of the Fault, told in one line, or 128 + n after signal n. A signal ends it at once, without
-    waiting for other ranks, which may still be at work.
+    The exit code is that of the Fault, told in one line, or 128 + n after signal n, which is SIGPIPE where nobody reads
+    the output any more. A signal ends it at once, without waiting for other ranks, which may still be at work. Any
+    other error ends in its traceback, with a line that says where to report it.
 
     Args:
         work: is given the watch over signals.
@@ -102,6 +104,9 @@ def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], st
         with SignalWatch() as watch:
             exit_code = exit_code_of(work, watch, rank)
     except (Interrupted, Exception) as error:
+        if isinstance(error, BrokenPipeError) and output_is_unread():
+            leave(128 + signal.SIGPIPE)
+        sys.excepthook = tell_of_bug
         stop = watch.cause(error)
         if not watch.deferred:
             with suppress(OSError):
@@ -110,6 +115,22 @@ def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], st
         leave(stop.exit_code)
     if exit_code:
         sys.exit(exit_code)
+
+
+def output_is_unread() -> bool:
+    """Whether standard output is a pipe whose reader has gone, such as `head`."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def tell_of_bug(kind: type[BaseException], error: BaseException, trace) -> None:
+    """Show an error that is no Fault, and that it is ours."""
+    sys.__excepthook__(kind, error, trace)
+    with suppress(OSError):
+        sys.stderr.write(
+            "This is a mistake of Luciole and not yours: open an issue with the lines above and the command\n"
+        )
 
 
 def leave(exit_code: int) -> None:
@@ -130,6 +151,7 @@ def exit_code_of(work: Callable[[SignalWatch], None], watch: SignalWatch, rank: 
     exit_code = 0
     try:
         work(watch)
+        sys.stdout.flush()
     except Fault as error:
         exit_code = error.exit_code
         logger.error(error)

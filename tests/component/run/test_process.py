@@ -1,5 +1,6 @@
 """Signals, sent to processes of their own."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -110,3 +111,36 @@ def state(process: Path) -> str:
         return (process / "stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return "X"
+
+
+def run(program: str, **settings) -> subprocess.CompletedProcess:
+    head = "from component.run.process import *\nfrom component.run.errors import *\n"
+    return subprocess.run(
+        [sys.executable, "-c", head + program], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60, **settings
+    )
+
+
+def test_an_error_that_is_ours_ends_in_its_traceback_and_where_to_report_it():
+    done = run("def work(watch): {}['rows']\nrun_program(work, lambda: 'stopped')")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "Traceback (most recent call last):"
+    assert done.stderr.splitlines()[-2:] == [
+        "KeyError: 'rows'",
+        "This is a mistake of Luciole and not yours: open an issue with the lines above and the command",
+    ]
+
+
+def test_a_fault_of_the_users_is_no_mistake_of_ours():
+    done = run("def work(watch): raise StorageError('the disk is full')\nrun_program(work, lambda: 'stopped')")
+    assert done.returncode == 4
+    assert done.stderr.endswith("the disk is full\n")
+    assert "mistake" not in done.stderr + done.stderr
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in the middle"])
+def test_output_that_nobody_reads_any_more_ends_like_any_programs(lines):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(f"run_program(lambda watch: [print('line') for _ in range({lines})], lambda: 'stopped')", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -7,7 +7,7 @@ from transformers.trainer_utils import SchedulerType
 
 from component.data.formats import parse_chatglm3
 from component.data.render import render_chatglm3
-from component.run.log import configure_logging, redact
+from component.run.log import CHATTER, configure_logging, redact
 from component.train.report import SCHEDULES, describe_schedule, parameter_table, plot_loss, render_sample
 
 
@@ -105,3 +105,15 @@ def test_length_and_learning_rate_are_told_in_words(settings, rows, told):
 
 def test_every_schedule_has_words():
     assert {schedule.value for schedule in SchedulerType} == SCHEDULES.keys()
+
+
+def test_what_libraries_tell_their_developers_is_silent_and_nothing_else_is(monkeypatch):
+    import logging
+
+    configure_logging(rank=0)
+    for name, beginning in CHATTER.items():
+        said, speaker = [], logging.getLogger(name)
+        monkeypatch.setattr(speaker, "callHandlers", lambda record, said=said: said.append(record.getMessage()))
+        speaker.warning(f"{beginning} %s", "…")
+        speaker.warning("a warning of %s", name)
+        assert said == [f"a warning of {name}"]
