@@ -18,8 +18,9 @@ from ..chatglm import prompt
 from ..run.errors import DataError, unusable
 from ..run.files import default_cache_dir, fingerprint, make_once
 from .chat_template import render_chat_template
+from .formats import detect_format
 from .prepare import RowRenderer, as_item, check_tokenizer, fill_store
-from .reader import find_files
+from .reader import find_files, read_rows
 from .render import render_chatglm2, render_chatglm3, render_firefly
 from .rules import DataRules, judge
 from .store import TokenStore
@@ -229,10 +230,10 @@ def check_choice(args, data_format: str, tokenizer) -> None:
 
 def kind_of_rows(file: Path) -> str | None:
     """Which of ROW_FORMATS a file's first readable row is in; None where its beginning has none."""
-    for _, row in islice(reader.read_rows(file), FIRST_ROWS):
+    for _, row in islice(read_rows(file), FIRST_ROWS):
         with suppress(DataError):
             if not isinstance(row, DataError):
-                return formats.detect_format(row)
+                return detect_format(row)
     return None
 
 
