@@ -1,5 +1,6 @@
 """The tokenizer, the 4-bit base model and its LoRA adapter."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from loguru import logger
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,11 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from . import chatglm  # noqa: F401  registers ChatGLM2/3 with the Auto classes
 from .chatglm.versions import warn_if_untested
 from .run.errors import ArgumentError, unusable
 from .settings.schema import QLoRAArguments
-from .trust import check_adapter, check_model
+from .trust import check_adapter, check_model, check_weights, find_weights, read_adapter_shapes
 
 
 def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
@@ -77,15 +77,19 @@ def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def from_pretrained(auto_class: type, name_or_path: str, **kwargs):
-    """`auto_class.from_pretrained`, after `check_model`, from safetensors, without Python of the model's own.
+    """`auto_class.from_pretrained`, after `check_model`, without Python of the model's own, from the very weights that
+    were checked: safetensors, or torch's archives by torch.load(weights_only=True, mmap=True).
 
     Raises:
         ArgumentError: no such model, or one that needs more than that.
     """
     warn_if_untested()
+    # Else transformers may take what a robot made of a hub's weights.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
         check_model(name_or_path)
-        return auto_class.from_pretrained(name_or_path, trust_remote_code=False, use_safetensors=True, **kwargs)
+        pickled = auto_class is AutoModelForCausalLM and check_weights(find_weights(name_or_path))
+        return auto_class.from_pretrained(name_or_path, trust_remote_code=False, use_safetensors=not pickled, **kwargs)
     except ArgumentError:
         raise
     except (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, SafetensorError) as error:
@@ -93,7 +97,7 @@ def from_pretrained(auto_class: type, name_or_path: str, **kwargs):
         if "trust_remote_code" in str(error):
             fault = f"{Path(name_or_path, 'tokenizer_config.json')}: the class that auto_map names is not known"
         remedy = (
-            "Give a folder with the model's files, weights as safetensors, or the hub name of a model that "
+            "Give a folder with all of the model's files, or the hub name of a model that "
             "transformers knows; a model's own Python is never run"
         )
         raise unusable(f"{fault}\n{remedy}", error, ArgumentError) from error
@@ -136,13 +140,12 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         ArgumentError: no adapter that `check_adapter` lets pass, or one of another model.
     """
     check_adapter(Path(folder))
-    with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
-        saved = set(file.keys())
+    _, saved = read_adapter_shapes(Path(folder))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError) as error:
         raise ArgumentError(f"{folder}: not an adapter of {model.name_or_path!r} ({error}); give its base") from error
-    if strays := saved ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
+    if strays := saved.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
         raise ArgumentError(f"{folder}: {min(strays)} has no place in {model.name_or_path!r}; give the adapter's base")
     head = model.get_output_embeddings()
     if model.config.tie_word_embeddings and isinstance(head, BaseTunerLayer):

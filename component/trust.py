@@ -10,20 +10,25 @@ from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
+from . import chatglm  # noqa: F401  registers ChatGLM2/3, which are then known to CONFIG_MAPPING
+from .pickles import open_pickle
 from .run.errors import ArgumentError
 from .run.hub import require_hub_or_cache
 from .settings.load import missing_folder, read_json_object
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = "convert it to safetensors as docs/security.md shows, on a machine that holds nothing else"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their shards, by an index; the first that are there are used
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+UNOPENED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")  # kinds of weights, of which WEIGHTS alone are opened
+POINTER = b"version https://git-lfs.github.com"  # how a file begins that git has in place of a large one
+FULL = "take the full checkpoint, which is quantised to 4 bits while it loads"
 
 
 def check_model(name_or_path: str) -> None:
-    """Refuse a base model, a folder or a hub name, whose files ask for more than to be read.
+    """Refuse a base model, a folder or a hub name, whose files ask for more than to be read, or are not all there.
 
     Raises:
-        ArgumentError: it is an absent folder or an adapter, needs Python of its own, names weights that are no
-            safetensors, or has none but pickled ones.
+        ArgumentError: it is an absent folder or an adapter, needs Python of its own, is quantised other than by
+            bitsandbytes, is not wholly downloaded, or has weights that are neither safetensors nor plain tensors.
     """
     if fault := missing_folder(name_or_path):
         raise ArgumentError(fault)
@@ -32,31 +37,100 @@ def check_model(name_or_path: str) -> None:
     if found := find_model_file(name_or_path, "adapter_config.json"):
         raise ArgumentError(f"{found}: this is an adapter, which would load another model; give its base model")
     if found := find_model_file(name_or_path, "config.json"):
-        config = read_model_json(found)
-        if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
-            raise ArgumentError(
-                f"{found}: model_type {config.get('model_type')!r} is not known to transformers, and auto_map asks for "
-                f"{config['auto_map']!r}; a model's own Python is never run: take a checkpoint for transformers' class"
-            )
-        for key in ("transformers_weights", "configuration_files"):
-            if config.get(key):
-                raise ArgumentError(f"{found}: {key} is {config[key]!r}, which leads to other files; remove the key")
-        if kernel := find_kernel(config):
-            raise ArgumentError(f"{found}: {kernel!r} is code from a hub, which is never run; remove the key")
-    if found := find_model_file(name_or_path, "model.safetensors.index.json"):
-        files = read_model_json(found).get("weight_map")
-        for file in files.values() if isinstance(files, dict) else [files]:
-            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-                raise ArgumentError(f"{found}: weight_map names {file!r}; expected a *.safetensors file of the folder")
-    refuse_pickles(Path(name_or_path))
+        check_config(found)
+    if Path(name_or_path).is_dir():  # a hub's weights are fetched, and checked, when they are to be loaded
+        weights = find_weights(name_or_path)
+        refuse_pointers(Path(name_or_path), weights)
+        check_weights(weights)
+        if not weights:
+            refuse_unopened(Path(name_or_path))
 
 
-def refuse_pickles(folder: Path) -> None:
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
-    if pickles and not any(folder.glob("*.safetensors")):
+def check_config(file: Path) -> None:
+    config = read_model_json(file)
+    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise ArgumentError(
-            f"{folder}: its weights are a pickle ({pickles[0]}), which can run any program and is never opened; "
-            f"take a *.safetensors, or {CONVERT}"
+            f"{file}: model_type {config.get('model_type')!r} is not known to transformers, and auto_map asks for "
+            f"{config['auto_map']!r}; a model's own Python is never run: take a checkpoint for transformers' class"
+        )
+    tokenizer = file.with_name("tokenizer_config.json")
+    if tokenizer.is_file() and read_model_json(tokenizer).get("tokenizer_class") == "ChatGLM4Tokenizer":
+        raise ArgumentError(
+            f"{tokenizer}: this is GLM-4 as it needs Python of its own, which is never run; take its checkpoint for "
+            "transformers' class, such as zai-org/glm-4-9b-chat-hf"
+        )
+    for key in ("transformers_weights", "configuration_files"):
+        if config.get(key):
+            raise ArgumentError(f"{file}: {key} is {config[key]!r}, which leads to other files; remove the key")
+    if kernel := find_kernel(config):
+        raise ArgumentError(f"{file}: {kernel!r} is code from a hub, which is never run; remove the key")
+    quantised = config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if method not in (None, "bitsandbytes"):
+        raise ArgumentError(f"{file}: the base is quantised ({method}), which is not trained or merged here; {FULL}")
+
+
+def find_weights(name_or_path: str) -> list[Path]:
+    """The files that a model's weights are loaded from, of a hub's name after fetching them; none where none is there.
+
+    Raises:
+        ArgumentError: some of them are missing, or an index names what is no file of weights beside it.
+    """
+    for whole in WEIGHTS:
+        index = find_model_file(name_or_path, f"{whole}.index.json")
+        shards = read_index(index, Path(whole).suffix) if index else []
+        if file := find_model_file(name_or_path, whole):
+            return [file]
+        found = {shard: find_model_file(name_or_path, shard) for shard in shards}
+        missing = [shard for shard, file in found.items() if not file]
+        if missing and len(missing) < len(shards):
+            raise ArgumentError(
+                f"{index}: {missing[0]} is not there, {len(missing)} of {len(shards)} files are missing; the download "
+                "is not complete: start it again"
+            )
+        if shards and not missing:
+            return list(found.values())
+    return []
+
+
+def read_index(index: Path, suffix: str) -> list[str]:
+    """The files that an index names, each a plain name that ends with `suffix`."""
+    files = read_model_json(index).get("weight_map")
+    files = list(files.values()) if isinstance(files, dict) else [files]
+    for file in files:
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+" + re.escape(suffix), file):
+            raise ArgumentError(f"{index}: weight_map names {file!r}; expected a *{suffix} file of the folder")
+    return sorted(set(files))
+
+
+def check_weights(files: list[Path]) -> bool:
+    """Whether weights are torch's archives, each of which has then been found to hold plain tensors alone."""
+    pickles = [file for file in files if file.suffix == ".bin"]
+    for file in pickles:
+        open_pickle(file)
+    return bool(pickles)
+
+
+def refuse_pointers(folder: Path, weights: list[Path]) -> None:
+    others = [path for path in folder.iterdir() if path.is_file() and path.suffix not in (".safetensors", *UNOPENED)]
+    for file in (*weights, *sorted(others)):
+        with open(file, "rb") as head:
+            if head.read(len(POINTER)) == POINTER:
+                raise ArgumentError(
+                    f"{file}: git left a pointer in the file's place; run `git lfs pull` in {folder}, or download the "
+                    "model anew"
+                )
+
+
+def refuse_unopened(folder: Path) -> None:
+    """For a folder whose weights are not to be found: say which of other kinds lie there."""
+    unopened = sorted(path.name for path in folder.glob("*") if path.suffix in UNOPENED)
+    if unopened and unopened[0].endswith(".gguf"):
+        raise ArgumentError(f"{folder}: its weights are {unopened[0]}, made for llama.cpp; {FULL}")
+    if unopened and not any(folder.glob("*.safetensors")):
+        raise ArgumentError(
+            f"{folder}: its weights are a pickle ({unopened[0]}), which can run any program and is never opened; take "
+            "a *.safetensors, or convert it as docs/security.md shows, on a machine that holds nothing else"
         )
 
 
@@ -119,9 +193,9 @@ def check_adapter(folder: Path) -> dict:
     """The adapter's settings, after they and the shapes of its tensors were checked; no tensor is read.
 
     Raises:
-        ArgumentError: no LoRA adapter for a causal language model in safetensors, or one that asks for more.
+        ArgumentError: no LoRA adapter for a causal language model, or one that asks for more than its tensors.
     """
-    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    file = folder / "adapter_config.json"
     if not file.is_file():
         raise ArgumentError(f"{folder}: no adapter_config.json there; give an adapter's folder, such as output/x/final")
     config = read_json_object(str(file))
@@ -135,17 +209,23 @@ def check_adapter(folder: Path) -> dict:
         holds, expected = ADAPTER_KEYS.get(key, (lambda _: True, ""))
         if not holds(value):
             raise ArgumentError(f"{file}: {key} is {value!r}; expected {expected}")
-    if not weights.is_file():
-        refuse_pickles(folder)
-        raise ArgumentError(f"{weights}: no such file; the adapter's weights must be there as safetensors")
+    weights, shapes = read_adapter_shapes(folder)
+    for name, shape in shapes.items():
+        if ".lora_" not in name or ("magnitude" not in name and config["r"] not in shape):
+            raise ArgumentError(f"{weights}: {name} of shape {shape} is no part of a LoRA of rank {config['r']}")
+    return config
+
+
+def read_adapter_shapes(folder: Path) -> tuple[Path, dict[str, list[int]]]:
+    """The file that an adapter's weights are loaded from, and the shapes of its tensors by name; no tensor is read."""
+    weights = next((folder / name for name in ADAPTER if (folder / name).is_file()), None)
+    if not weights:
+        raise ArgumentError(f"{folder}: no {' or '.join(ADAPTER)} there; the adapter's weights must be")
+    refuse_pointers(folder, [weights])
+    if weights.suffix == ".bin":
+        return weights, {name: list(tensor.shape) for name, tensor in open_pickle(weights).items()}
     try:
         with safe_open(weights, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no dict
-                shape = tensors.get_slice(name).get_shape()
-                if ".lora_" not in name or ("magnitude" not in name and config["r"] not in shape):
-                    raise ArgumentError(
-                        f"{weights}: {name} of shape {shape} is no part of a LoRA of rank {config['r']}"
-                    )
+            return weights, {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ArgumentError(f"{weights}: no safetensors file ({error}); fetch or train it again") from None
-    return config

@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {  # room: the rooms that it imports
-    "train": {"data", "kernel", "model", "run", "settings"},
+    "train": {"data", "kernel", "model", "run", "settings", "trust"},
     "kernel": {"chatglm", "run"},
     "data": {"chatglm", "run"},
-    "model": {"chatglm", "run", "settings", "trust"},
-    "trust": {"run", "settings"},
+    "model": {"run", "settings", "trust"},
+    "trust": {"chatglm", "pickles", "run", "settings"},
+    "pickles": {"run"},
     "settings": {"run"},
     "chatglm": {"run"},
     "run": set(),

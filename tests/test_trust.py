@@ -51,6 +51,22 @@ def plant_python(folder: Path, canary: Path) -> None:
         (folder / f"{name}.py").write_text(source)
 
 
+def shard(model: Path, canary: Path) -> None:
+    """Lay weights as ChatGLM2-6B has them, in .bin shards alone, the second of which is hostile."""
+    weights = load_file(model / "model.safetensors")
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    torch.save(weights, model / names[0])
+    torch.save(weights | {"x": Bomb(canary)}, model / names[1])
+    edit(model / "pytorch_model.bin.index.json", weight_map=dict(zip("ab", names, strict=True)))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (model / name).unlink()
+
+
+def plant_alone(model: Path, canary: Path, **options) -> None:
+    torch.save({"x": Bomb(canary)}, model / "pytorch_model.bin", **options)
+    (model / "model.safetensors").unlink()
+
+
 def edit(file: Path, **changes) -> None:
     values = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(values | changes))
@@ -92,7 +108,37 @@ def settings(tmp_path):
 
 REMOTE = {"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
 HOSTILE_MODELS = {
-    "pickled weights alone": (lambda model: (model / "model.safetensors").unlink(), "its weights are a pickle"),
+    "a bare pickle for weights": (
+        lambda model: (model / "model.safetensors").unlink(),
+        "pytorch_model.bin: no whole zip archive",
+    ),
+    "pickles of other names": (
+        lambda model: [(model / name).unlink() for name in ("model.safetensors", "pytorch_model.bin")],
+        "its weights are a pickle (adapter_model.bin)",
+    ),
+    "an archive that runs something": (
+        lambda model: plant_alone(model, model.parent / "canary"),
+        "pytorch_model.bin: it asks for __builtin__.getattr",
+    ),
+    "an archive in a later protocol": (
+        lambda model: plant_alone(model, model.parent / "canary", pickle_protocol=4),
+        "pytorch_model.bin: it asks for pathlib.Path.touch",
+    ),
+    "an archive of the old format": (
+        lambda model: plant_alone(model, model.parent / "canary", _use_new_zipfile_serialization=False),
+        "pytorch_model.bin: no whole zip archive",
+    ),
+    "a shard that runs something": (
+        lambda model: shard(model, model.parent / "canary"),
+        "pytorch_model-00002-of-00002.bin: it asks for __builtin__.getattr",
+    ),
+    "an index of .bin that leads outside": (
+        lambda model: (
+            edit(model / "pytorch_model.bin.index.json", weight_map={"x": "../x.bin"})
+            or (model / "model.safetensors").unlink()
+        ),
+        "weight_map names '../x.bin'",
+    ),
     "python for the model": (
         lambda model: edit(model / "config.json", model_type="evil", auto_map=REMOTE, trust_remote_code=True),
         "config.json: model_type 'evil' is not known to transformers",
@@ -285,24 +331,30 @@ def test_the_base_that_an_adapter_names_is_a_folder_here_or_is_not_taken(
     assert (tmp_path / "merged/model.safetensors").exists()
 
 
-def test_an_adapter_of_pickles_or_of_no_tensors_is_refused(model_folder, adapter_folder, tmp_path, canary, capsys):
+def test_an_adapter_of_anything_but_tensors_is_refused(model_folder, adapter_folder, tmp_path, canary, capsys):
     model = model_folder()
     adapter = adapter_folder(model)
-    weights = adapter / "adapter_model.safetensors"
+    weights, archive = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
     tensors = load_file(weights)
     faults = {
-        "(adapter_model.bin), which can run any program": weights.unlink,
+        "adapter_model.bin: no whole zip archive": weights.unlink,
+        "adapter_model.bin: it asks for __builtin__.getattr": lambda: torch.save(Bomb(canary), archive),
+        "embedding.weight of shape [4, 4]": lambda: torch.save({"embedding.weight": torch.ones(4, 4)}, archive),
         "no safetensors file": lambda: weights.write_bytes(b"\xff" * 100),
         "embedding.weight of shape": lambda: save_file({"embedding.weight": torch.ones(4, 4)}, weights),
-        "the adapter's weights must be there": lambda: [file.unlink() for file in adapter.glob("adapter_model.*")],
+        "adapter_model.bin there; the": lambda: [file.unlink() for file in adapter.glob("adapter_model.*")],
     }
-    plant_pickle(adapter / "adapter_model.bin", canary)
+    plant_pickle(archive, canary)
     for message, spoil in faults.items():
         spoil()
         for program, options in {chat_demo: ("--model", model), merge_lora: ("--output", tmp_path / "merged")}.items():
             assert message in refusal(capsys, program, "--adapter", adapter, *options)
-    save_file(tensors, weights)
-    call(merge_lora, "--adapter", adapter, "--output", tmp_path / "merged")
+    for name, save in (("by_safetensors", lambda: save_file(tensors, weights)), ("by_bin", weights.unlink)):
+        torch.save(tensors, archive)
+        save()
+        call(merge_lora, "--adapter", adapter, "--output", tmp_path / name)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("by_safetensors", "by_bin"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 ESCAPES = (
@@ -424,6 +476,67 @@ def test_no_secret_reaches_the_terminal_or_a_file(model_folder, settings, tmp_pa
     if code == 1:
         assert "failed with <WANDB_API_KEY> of <HF_TOKEN> at http://<credentials>@127.0.0.1:9/" in done.stderr
         assert done.stderr.count("with <WANDB_API_KEY>") == 4
+
+
+def split(model: Path) -> dict[str, torch.Tensor]:
+    """Lay weights as ChatGLM2-6B has them, in two .bin shards alone."""
+    weights = load_file(model / "model.safetensors")
+    names = [f"pytorch_model-0000{i + 1}-of-00002.bin" for i in (0, 1)]
+    index = {name: names[i % 2] for i, name in enumerate(weights)}
+    for shard in names:
+        torch.save({name: weights[name] for name in weights if index[name] == shard}, model / shard)
+    edit(model / "pytorch_model.bin.index.json", metadata={}, weight_map=index)
+    (model / "model.safetensors").unlink()
+    return weights
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[tuple[str, dict]]:
+    """Names and options of all files that torch.load is given, by us, transformers or peft."""
+    calls, load = [], torch.load
+
+    def record(file, *args, **options):
+        calls.append((Path(file).name, options))
+        return load(file, *args, **options)
+
+    monkeypatch.setattr(torch, "load", record)
+    return calls
+
+
+def test_bin_weights_are_opened_by_the_restricted_unpickler_alone(model_folder, settings, tmp_path, canary, opened):
+    """Shards of .bin train and merge to the bytes that their safetensors give, and nothing else is unpickled."""
+    model = model_folder()
+    plant_pickle(model / "training_args.bin", canary)
+    options = settings(model)
+    for name in ("safetensors", "bin"):
+        if name == "bin":
+            assert not opened
+            split(model)
+        call(train_qlora, *options, f"output_dir={tmp_path / name}")
+        call(merge_lora, "--adapter", tmp_path / name / "final", "--output", tmp_path / f"merged_{name}")
+    for file in ("{}/final/adapter_model.safetensors", "merged_{}/model.safetensors"):
+        one, other = (load_file(tmp_path / file.format(name)) for name in ("safetensors", "bin"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {name for name, _ in opened} == {f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)}
+    assert all((given.get("weights_only"), given.get("mmap")) == (True, True) for _, given in opened)
+
+
+def test_a_bin_that_changes_makes_another_run(model_folder):
+    from component.settings.schema import QLoRAArguments
+    from component.train.identity import describe_base
+
+    model = model_folder()
+    weights = split(model)
+    args = QLoRAArguments(model_name_or_path=str(model), train_file="x")
+    before = describe_base(args)
+    shard = model / "pytorch_model-00002-of-00002.bin"
+    torch.save({name: weight + 1 for name, weight in torch.load(shard).items()}, shard)
+    assert describe_base(args) != before
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with_safetensors = describe_base(args)
+    shard.unlink()
+    assert describe_base(args) == with_safetensors  # what is not loaded does not count
 
 
 def test_weights_that_are_pickled_are_converted_as_the_docs_say(model_folder, tmp_path):

@@ -11,6 +11,7 @@ from ..data.reader import find_files
 from ..model import from_pretrained
 from ..run.files import fingerprint
 from ..settings.legacy import rows_of_pack_to
+from ..trust import find_weights
 
 # Settings that no trained number depends on, by name or by the beginning of the name.
 WITHOUT_EFFECT = {
@@ -111,7 +112,8 @@ def describe_base(args) -> str:
     folder = Path(args.model_name_or_path)
     if not folder.is_dir():
         return f"{args.model_name_or_path} {config._commit_hash}"
-    return fingerprint([folder / "config.json", *map(digest_of, sorted(folder.glob("*.safetensors")))])
+    weights = {*folder.glob("*.safetensors"), *find_weights(args.model_name_or_path)}  # torch's, where those are used
+    return fingerprint([folder / "config.json", *map(digest_of, sorted(weights))])
 
 
 def digest_of(path: Path) -> str:
