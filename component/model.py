@@ -27,13 +27,15 @@ from .trust import check_adapter, check_model, check_weights, find_weights, read
 
 
 def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer; where it names no padding token, EOS pads (padding is never learned or attended).
+    """The model's own tokenizer; where it names no padding token, or one that the embedding has no row for, EOS pads
+    (padding is never learned or attended). `embedding_rows` says how many rows there are.
 
     Raises:
         ArgumentError: no such model, or one that needs Python of its own.
     """
     tokenizer = from_pretrained(AutoTokenizer, args.model_name_or_path)
-    if tokenizer.pad_token_id is None:
+    tokenizer.embedding_rows = from_pretrained(AutoConfig, args.model_name_or_path).get_text_config().vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.embedding_rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -62,9 +64,14 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
 
 def sketch_model(args: QLoRAArguments) -> PeftModel:
     """The model with its adapter on the meta device: every shape, no weights. In half precision, as on a card."""
-    config = from_pretrained(AutoConfig, args.model_name_or_path)
+    return attach_lora(sketch_base(args.model_name_or_path, torch.bfloat16), args)
+
+
+def sketch_base(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A base model on the meta device."""
+    config = from_pretrained(AutoConfig, name_or_path)
     with torch.device("meta"):
-        return attach_lora(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), args)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -93,17 +93,37 @@ def check_merge(cli: argparse.Namespace) -> str:
     return base
 
 
+def check_room(output: Path, size: int) -> None:
+    """Raise StorageError unless a folder of so many bytes can be made."""
+    import os
+    import shutil
+
+    from component.run.errors import StorageError
+    from component.run.folder import show_size
+
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise StorageError(f"--output {output}: nothing can be written in {above}; choose another folder")
+    if (free := shutil.disk_usage(above).free) < size:
+        raise StorageError(
+            f"--output {output}: the merged weights need {show_size(size)}, and {show_size(free)} are free in {above}; "
+            "make room, or choose another folder"
+        )
+
+
 def merge(cli: argparse.Namespace, base: str) -> None:
     import torch
     from loguru import logger
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from component.model import four_bit, from_pretrained, load_adapter
+    from component.model import four_bit, from_pretrained, load_adapter, sketch_base
     from component.run.errors import ArgumentError
     from component.run.files import make_once
 
+    dtype = getattr(torch, cli.dtype)
+    check_room(cli.output, sketch_base(base, dtype).num_parameters() * dtype.itemsize)
+
     def fill(folder: Path) -> None:
-        dtype = getattr(torch, cli.dtype)
         logger.info(f"loading {base} in {cli.dtype}{', by way of 4 bits' * cli.from_4bit}")
         tokenizer = from_pretrained(AutoTokenizer, base)
         quantization = {"quantization_config": four_bit(dtype)} if cli.from_4bit else {}

@@ -136,8 +136,8 @@ DATA_FORMATS: dict[str, type[SFTDataset]] = {
 
 
 def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:
-    """All that decides how a row is rendered: the rules that do, the tokenizer as it would be saved, this program and
-    the libraries."""
+    """All that decides how a row is rendered: the rules that do, the embedding's rows, the tokenizer as it would be
+    saved, this program and the libraries."""
     with tempfile.TemporaryDirectory() as folder:
         renderer.tokenizer.save_pretrained(folder)
         files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
@@ -146,7 +146,7 @@ def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:
     decisive = {key: value for key, value in settings.items() if key not in ("on_bad_row", "max_bad_share")}
     program = fingerprint([*PROGRAM, Path(inspect.getfile(type(renderer.tokenizer)))])
     libraries = map(version, ("transformers", "tokenizers", "sentencepiece"))
-    return [renderer.render.__name__, json.dumps(decisive), *saved, program, *libraries]
+    return [renderer.render.__name__, json.dumps(decisive), str(renderer.rows), *saved, program, *libraries]
 
 
 def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Files of rows to token ids, once: read, checked and rendered by several processes."""
 
 import json
+import math
 import time
 from array import array
 from bisect import bisect_left
@@ -36,6 +37,7 @@ class RowRenderer:
 
     def __init__(self, render: Callable, tokenizer, rules: DataRules):
         self.render, self.tokenizer, self.rules = render, tokenizer, rules
+        self.rows = getattr(tokenizer, "embedding_rows", math.inf)  # of the model whose tokenizer it is
 
     def parse(self, raw: bytes | DataError) -> tuple[Conversation, list[str]]:
         """The conversation, and what is unusual in it. Raises DataError, without a place, for a bad row."""
@@ -59,6 +61,12 @@ class RowRenderer:
             if len(sample.input_ids) > limit:
                 note = CUT
                 sample = TokenizedSample(sample.input_ids[:limit], sample.target_mask[:limit])
+        if (largest := max(sample.input_ids, default=0)) >= self.rows:
+            raise DataError(
+                f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}: the tokenizer has ids "
+                f"up to {max(largest, len(self.tokenizer) - 1)}, the embedding has rows up to {self.rows - 1}; resize "
+                "the embedding and save the model, or write the row without this token"
+            )
         # Nothing predicts the first token, so learning starts at the second.
         return (sample, note) if any(sample.target_mask[1:]) else (None, DROPPED)
 

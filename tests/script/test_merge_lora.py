@@ -290,3 +290,20 @@ def test_a_full_disk_is_said_with_exit_code_4(chatglm_merge, capsys, monkeypatch
     assert stop.value.code == 4
     assert "No space left on device" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_merge_looks_at_its_output_before_it_loads(chatglm_merge, tmp_path, capsys, monkeypatch):
+    options, _, _ = chatglm_merge
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    free = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    for folder, message in (
+        (tmp_path / "file/merged", f"nothing can be written in {tmp_path}/file"),
+        (tmp_path / "new/merged", "the merged weights need 0."),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            merge(*options[:2], "--output", folder, "--dtype", "float32")
+        assert stop.value.code == 4
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+        monkeypatch.setattr("shutil.disk_usage", lambda _: free)
