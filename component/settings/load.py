@@ -4,6 +4,7 @@ import difflib
 import glob
 import importlib.util
 import json
+import math
 import os
 import typing
 from dataclasses import fields
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..run.errors import ArgumentError
-from .legacy import translate
+from .fields import NARROWED
+from .legacy import hint_of, translate
 from .machine import adapt_to_machine
-from .schema import QLoRAArguments, check_setting
+from .optimization import check_optimization
+from .schema import QLoRAArguments, check_setting, is_a
 
 COMMAND_LINE = "command line"
 
@@ -35,13 +38,8 @@ def load_arguments(
     """
     from transformers import TrainingArguments
 
-    source = str(train_args_file or COMMAND_LINE)
-    hints = typing.get_type_hints(TrainingArguments)
-    known = {item.name: hints[item.name] for item in fields(TrainingArguments) if item.init}
-    known |= typing.get_type_hints(QLoRAArguments)
-    known["resume_from_checkpoint"] = str | bool | None
-
-    overriding, environment = translate(parse_overrides(overrides), known, COMMAND_LINE)
+    source, known = str(train_args_file or COMMAND_LINE), known_settings()
+    overriding, environment = translate(parse_overrides(overrides, known), known, COMMAND_LINE)
     values, of_file = translate(read_json_object(source) if train_args_file else {}, known, source)
     if overriding.get("packing") is False:
         values.pop("packing_length", None)
@@ -56,49 +54,91 @@ def load_arguments(
     try:
         args = QLoRAArguments(**own)
         check_paths(args, values)
-        values = adapt_to_machine(args, values)
-        training_args = TrainingArguments(**values)
+        training_args = TrainingArguments(**adapt_to_machine(args, values))
+        check_optimization(training_args, values)
     except (ValueError, ImportError) as error:
         raise ArgumentError(f"{source}: {error}") from error
     training_args._n_gpu = min(training_args.n_gpu, 1)  # one process, one GPU; more of them through torchrun
     return args, training_args
 
 
+def known_settings() -> dict[str, Any]:
+    """The type of every setting by its name; of those with a list of choices, a Literal."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {item.name: hints[item.name] for item in fields(TrainingArguments) if item.init}
+    for item in fields(TrainingArguments):
+        if choices := item.metadata.get("choices"):
+            known[item.name] = typing.Literal[(*choices, *[None] * (item.default is None))]
+    own = typing.get_type_hints(QLoRAArguments)
+    return known | NARROWED | own | {"resume_from_checkpoint": str | bool | None}
+
+
 def read_json_object(source: str) -> dict:
-    """A file's one JSON object. Raises ArgumentError for anything else, a key that stands twice, NaN and Infinity."""
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-        keys = [key for key, _ in pairs]
-        if duplicates := {key for key in keys if keys.count(key) > 1}:
-            raise ArgumentError(f"{source}: {', '.join(map(repr, duplicates))} stands there twice; keep one")
-        return dict(pairs)
-
-    def refuse_constant(constant: str) -> None:
-        raise ArgumentError(f"{source}: {constant} is no JSON number")
-
+    """A file's one JSON object. Raises ArgumentError for anything else, and for what `load_json` refuses."""
     try:
-        text = Path(source).read_text(encoding="utf-8-sig")
-        values = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=refuse_constant)
+        values = load_json(Path(source).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ArgumentError(f"{source}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"{source}: cannot be read ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"{source}: {error}") from None
     if not isinstance(values, dict):
         raise ArgumentError(f"{source}: must hold one JSON object, got {type(values).__name__}")
     return values
 
 
-def parse_overrides(overrides: typing.Sequence[str]) -> dict[str, Any]:
+def load_json(text: str) -> Any:
+    """JSON to a value. Raises ValueError for a key that stands twice, and for numbers that are not finite."""
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+        keys = [key for key, _ in pairs]
+        if duplicates := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"{', '.join(map(repr, duplicates))} stands there twice; keep one")
+        return dict(pairs)
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number} is no JSON number, or too large a one")
+        return value
+
+    return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=finite, parse_float=finite)
+
+
+def parse_overrides(overrides: typing.Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
+    """`key=value` each to a value of the key's type, as strictly as in a file."""
     values = {}
     for override in overrides:
-        key, equals, text = override.partition("=")
+        written, equals, text = override.partition("=")
+        key = written.lstrip("-")
         if not equals:
             raise ArgumentError(f"{override!r}: an override is key=value")
+        if key in values:
+            raise ArgumentError(f"{COMMAND_LINE}: {key!r} stands there twice; keep one")
         try:
-            values[key.lstrip("-")] = json.loads(text)
-        except json.JSONDecodeError:
-            values[key.lstrip("-")] = text
+            values[key] = parse_value(text, hint_of(key, known))
+        except ValueError as error:
+            raise ArgumentError(f"{COMMAND_LINE}: {key}: {error}") from None
     return values
+
+
+def parse_value(text: str, hint: Any) -> Any:
+    """JSON where its value fits the type, else plain text where that does, such as `2024` for a folder's name.
+
+    Raises:
+        ValueError: neither fits, and the JSON is one that no file may hold.
+    """
+    try:
+        value = load_json(text)
+    except json.JSONDecodeError:
+        return text
+    except ValueError:
+        if is_a(text, hint):
+            return text
+        raise
+    return text if not is_a(value, hint) and is_a(text, hint) else value
 
 
 def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
@@ -121,9 +161,9 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
                 raise ValueError(f"{key}: {path} lies in output_dir, which overwrite_output_dir may move away")
     if args.streaming and values.get("max_steps", -1) <= 0:
         raise ValueError("streaming: the number of rows is not known beforehand; give max_steps")
-    for name in as_list(values.get("report_to")):
-        if name not in ("none", "all") and importlib.util.find_spec(name) is None:
-            raise ValueError(f"report_to: {name} is not installed; install it, or set report_to to 'none'")
+    if args.streaming and values.get("train_sampling_strategy", "random") != "random":
+        raise ValueError("train_sampling_strategy is of rows that are known beforehand, but streaming is true")
+    check_trackers(as_list(values.get("report_to")))
     model = args.model_name_or_path
     if fault := missing_folder(model):
         raise ValueError(f"model_name_or_path: {fault}")
@@ -134,9 +174,24 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
         )
     if values.get("load_best_model_at_end") and args.eval_file is None:
         raise ValueError("load_best_model_at_end needs eval_file, to tell which model is the best")
-    evaluates = values.get("eval_strategy", "no") != "no" or values.get("do_eval")
+    if values.get("save_strategy") == "best" and args.eval_file is None:
+        raise ValueError("save_strategy 'best' needs eval_file, to tell which model is the best")
+    evaluates = values.get("eval_strategy", "no") != "no" or values.get("do_eval") or values.get("eval_on_start")
     if evaluates and args.eval_file is None:
         raise ValueError("eval_strategy asks for evaluation; give eval_file, or set eval_strategy to 'no'")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise ValueError for a name of `report_to` that is no tracker of transformers, or one that is not installed."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in set(names) - {"none", "all"}:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to: no tracker is called {name!r}; there are {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to: {name} is not installed; install it, or set report_to to 'none'")
 
 
 def missing_folder(name: str) -> str | None:

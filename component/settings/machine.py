@@ -4,16 +4,10 @@ from typing import Any
 
 from loguru import logger
 
+from .fields import FIXED
 from .schema import QLoRAArguments
 
-# What the dataset, the loss and the trainer rely on.
-FIXED = {
-    "remove_unused_columns": False,
-    "label_names": ["target_mask"],
-    "label_smoothing_factor": 0.0,
-    "dataloader_persistent_workers": False,  # they would go through other random numbers than those of a resumed run
-    "logging_nan_inf_filter": False,  # it hides what stops a run here
-}
+NEEDS_CUDA = ("paged", "bnb", "8bit", "lion", "ademamix")  # parts of the names of optimizers
 
 
 def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, Any]:
@@ -35,16 +29,21 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
         if values.get(key, value) != value:
             logger.warning(f"{key}={values[key]} is not possible here; it is {value}")
     adapted.setdefault("optim", "paged_adamw_32bit")
-    if not has_cuda and any(part in adapted["optim"] for part in ("paged", "bnb", "8bit")):
+    if not has_cuda and any(part in adapted["optim"] for part in NEEDS_CUDA):
         if "optim" in values:
             logger.warning(f"optim={values['optim']} needs CUDA; using adamw_torch")
-        adapted["optim"] = "adamw_torch"
+        adapted |= {"optim": "adamw_torch", "optim_args": None}
+    if not has_cuda and values.get("tf32"):
+        logger.warning("tf32 needs CUDA; computing in float32")
+        adapted["tf32"] = None
     if values.get("save_total_limit") == 1:
         logger.info("save_total_limit: 1 is raised to 2, since a run keeps a whole checkpoint while it writes another")
         adapted["save_total_limit"] = 2
     if args.eval_file is not None:
         adapted |= choose_evaluation(values)
     adapted.setdefault("report_to", "none")
+    if values.get("save_strategy") == "best":
+        adapted.setdefault("metric_for_best_model", "loss")
     adapted.setdefault("ddp_find_unused_parameters", False)
     return adapted
 

@@ -159,48 +159,38 @@ class QLoRAArguments:
             )
 
 
+POSITIVE = (is_positive, "above 0")
+NOT_NEGATIVE = (is_not_negative, "at least 0")
+DECAY = (lambda value: 0 <= value < 1), "at least 0 and below 1"
+SEED = (lambda value: 0 <= value < 2**32), "from 0 to 4294967295"
+
 # Bounds that TrainingArguments itself does not check.
-POSITIVE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "logging_steps",
-    "save_steps",
-    "eval_steps",
-)
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed")
-
-
-# They would replace parts that are ours, know nothing of packed rows, or leave what cannot be continued exactly.
-UNSUPPORTED = (
-    "fsdp",
-    "parallelism_config",
-    "use_liger_kernel",
-    "accelerator_config",
-    "auto_find_batch_size",
-    "neftune_noise_alpha",
-    "enable_jit_checkpoint",
-    "save_only_model",
-    "push_to_hub",
-)
+BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs"), POSITIVE),
+    **dict.fromkeys(("gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps"), POSITIVE),
+    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb"), POSITIVE),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), NOT_NEGATIVE),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
+    **dict.fromkeys(("seed", "data_seed"), SEED),
+}
 
 
 def check_setting(key: str, value: Any, known: dict[str, Any], source: str) -> None:
     if key not in known:
-        raise ArgumentError(f"{source}: unknown key {key!r}{suggest(key, known)}")
+        raise ArgumentError(f"{source}: unknown key {key!r}{suggest(key, value, known)}")
     if not is_a(value, known[key]):
         shown = type(value).__name__ if key.endswith("_token") else show(value)
         raise ArgumentError(f"{source}: {key} must be {name_type(known[key])}, got {shown}")
-    for keys, holds, bound in ((POSITIVE, is_positive, "above 0"), (NOT_NEGATIVE, is_not_negative, "at least 0")):
-        if key in keys and value is not None and not holds(value):
-            raise ArgumentError(f"{source}: {key} must be {bound}, got {show(value)}")
-    if key in UNSUPPORTED and value:
-        raise ArgumentError(f"{source}: {key} is not supported; remove it")
+    holds, bound = BOUNDS.get(key, (None, ""))
+    if holds and value is not None and not holds(value):
+        raise ArgumentError(f"{source}: {key} must be {bound}, got {show(value)}")
 
 
 def is_a(value: Any, hint: Any) -> bool:
     """Whether a JSON value fits a type hint. An int fits float; true is no number; enums take their text."""
+    if hint is Any:
+        return True
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         parts = typing.get_args(hint)
@@ -214,7 +204,7 @@ def is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(is_a(item, typing.get_args(hint)[0]) for item in value)
     if origin is dict:
         inner = typing.get_args(hint)[1]
-        return isinstance(value, dict) and (inner is Any or all(is_a(item, inner) for item in value.values()))
+        return isinstance(value, dict) and all(is_a(item, inner) for item in value.values())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -228,6 +218,9 @@ def name_type(hint: Any) -> str:
     names |= {list: "a list", dict: "an object"}
     if enums := [part for part in parts if is_enum(part)]:
         return "one of " + ", ".join(member.value for member in enums[0])
+    literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+    if choices := [choice for part in literals for choice in typing.get_args(part) if choice]:
+        return "one of " + ", ".join(choices)
     inner = {(str,): " of text", (str, float): " of numbers"}
     kinds = [(typing.get_origin(part) or part, typing.get_args(part)) for part in parts]
     return " or ".join(dict.fromkeys(names.get(kind, "text") + inner.get(held, "") for kind, held in kinds))
@@ -237,8 +230,10 @@ def is_enum(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, enum.Enum)
 
 
-def suggest(key: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
+def suggest(key: str, value: Any, known: dict[str, Any]) -> str:
+    """The key that is meant: close in spelling, and one that the value fits."""
+    fitting = [name for name, hint in known.items() if is_a(value, hint)]
+    close = difflib.get_close_matches(key, fitting, n=1, cutoff=0.75)
     return f"; did you mean {close[0]!r}?" if close else "; see docs/configuration.md for the keys"
 
 

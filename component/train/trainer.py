@@ -225,7 +225,8 @@ class LoRATrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(self.train_dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(self.train_dataset.lengths, batch, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(self.train_dataset.lengths, batch, seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not math.isfinite(logs.get("grad_norm", 0)):  # of an update that was left out

@@ -90,10 +90,22 @@ def test_every_shipped_file_parses_and_routes(file, monkeypatch):
         ({"load_best_model_at_end": True}, "needs eval_file, to tell which model is the best"),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "needs eval_file, to tell which model"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio and warmup_steps are one setting; keep one"),
-        ({"fsdp": "full_shard"}, "fsdp is not supported"),
+        ({"torch_compile": True}, "torch_compile is not supported: the fused layers"),
+        ({"log_level": "loud"}, "log_level must be one of debug, info,"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "must be one of random, sequential, group_by_length, got"),
+        ({"metric_for_best_model": "accuracy"}, "metric_for_best_model must be one of loss, eval_loss, got 'accuracy'"),
+        ({"dataloader_multiprocessing_context": "thread"}, "must be one of fork, spawn, forkserver, got 'thread'"),
+        ({"adam_beta1": 1.5}, "adam_beta1 must be at least 0 and below 1, got 1.5 (float)"),
+        ({"seed": 2**40}, "seed must be from 0 to 4294967295"),
+        ({"report_to": "json"}, "report_to: no tracker is called 'json'; there are azure_ml,"),
+        ({"save_strategy": "best"}, "save_strategy 'best' needs eval_file"),
+        ({"eval_on_start": True}, "give eval_file, or set eval_strategy to 'no'"),
+        ({"streaming": True, "max_steps": 5, "group_by_length": True}, "train_sampling_strategy is of rows that are"),
         ({"text": '{"seed": 1,\n "seed": 2}'}, "'seed' stands there twice; keep one"),
         ({"text": '{"seed": 1,\n "seed" 2}'}, "args.json:2:9: not JSON"),
         ({"text": '{"learning_rate": NaN}'}, "NaN is no JSON number"),
+        ({"text": '{"learning_rate": 1e999}'}, "1e999 is no JSON number, or too large a one"),
+        ({"text": '{"train_file": {"a": 1, "a": 2}}'}, "'a' stands there twice; keep one"),
         ({"text": "[]"}, "must hold one JSON object"),
     ],
 )
@@ -195,7 +207,7 @@ def test_old_keys_are_translated(load, tmp_path, monkeypatch, log):
     assert args.overwrite_output_dir
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "somewhere"
     assert any("evaluation_strategy is now called eval_strategy" in line for line in log)
-    assert any("deepspeed has no effect here and is ignored" in line for line in log)
+    assert any("deepspeed has no effect here and is ignored: every process holds" in line for line in log)
 
 
 def test_overrides_win_over_the_file_also_under_an_old_name(load):

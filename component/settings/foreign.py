@@ -1,0 +1,191 @@
+"""Keys of Firefly, LLaMA-Factory, ms-swift, axolotl and TRL, to what they are here. Standard library only."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+EVERY_LINEAR = (["all"], ["all-linear"], ["all_linear"])
+
+# Keys that mean the same, values included.
+RENAMED = {
+    "model": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "cutoff_len": "max_seq_length",
+    "max_length": "max_seq_length",
+    "sequence_len": "max_seq_length",
+    "sample_packing": "packing",
+    "neat_packing": "packing",
+    "dataset_streaming": "streaming",
+    "tokenize_num_workers": "preprocessing_workers",
+    "preprocessing_num_workers": "preprocessing_workers",
+    "dataset_num_proc": "preprocessing_workers",
+    "dataset_processes": "preprocessing_workers",
+    "lora_r": "lora_rank",
+    "lora_dropout_p": "lora_dropout",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "hf_hub_token": "HF_TOKEN",
+}
+
+
+def to_data_format(template: str) -> dict[str, Any]:
+    """The data format that stands for another program's template: ChatGLM's own, else the tokenizer's chat template."""
+    ours = {"chatglm2": "chatglm2", "chatglm3": "chatglm3", "default": "firefly"}
+    return {"data_format": ours.get(template.lower(), "chat_template")}
+
+
+def to_target_modules(names: str | list[str]) -> dict[str, Any]:
+    """Names of layers, written with commas or as a list; any program's word for all is null."""
+    split = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    return {"target_modules": None if split in EVERY_LINEAR else split}
+
+
+def to_compute_dtype(dtype: str) -> dict[str, Any]:
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    dtype = dtype.removeprefix("torch.")
+    return {"compute_dtype": short.get(dtype, dtype)}
+
+
+def to_too_long(strategy: str) -> dict[str, Any]:
+    ours = {"delete": "drop", "right": "truncate", "truncation": "truncate"}
+    return {"on_too_long": ours.get(strategy, strategy)}
+
+
+def when(**settings: Any) -> Callable[[bool], dict[str, Any]]:
+    """A switch that, where it is on, is these settings, and else has no effect."""
+    return lambda on: settings if on else {}
+
+
+# Keys whose values are written differently: their type, and the function to what they are here.
+CONVERTED: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
+    "template_name": (str, to_data_format),
+    "template": (str, to_data_format),
+    "lora_target": (str | list, to_target_modules),
+    "lora_target_modules": (str | list, to_target_modules),
+    "target_modules": (Literal["all", "all-linear", "all_linear"] | list, to_target_modules),
+    "lora_target_linear": (bool, when(target_modules=None)),
+    "torch_dtype": (str, to_compute_dtype),
+    "dtype": (str, to_compute_dtype),
+    "bnb_4bit_compute_dtype": (str, to_compute_dtype),
+    "truncation_strategy": (str, to_too_long),
+    "excess_length_strategy": (str, to_too_long),
+    "mask_history": (bool, when(loss_on="last")),
+    "shuffle_dataset": (bool, lambda on: {} if on else {"train_sampling_strategy": "sequential"}),
+    "dataset_shuffle": (bool, lambda on: {} if on else {"train_sampling_strategy": "sequential"}),
+    "disable_shuffling": (bool, when(train_sampling_strategy="sequential")),
+    "disable_gradient_checkpointing": (bool, when(activation_checkpointing="none")),
+    "activation_offloading": (bool, when(activation_checkpointing="offload")),
+    "eval_file": (str, lambda path: {"eval_file": path or None}),
+    "bf16": (str, lambda text: {} if text == "auto" else {"bf16": text}),
+    "fp16": (str, lambda text: {} if text == "auto" else {"fp16": text}),
+}
+
+FOUR_BITS = "the base is always in 4 bits, NF4 with double quantisation"
+ADAPTER = "a LoRA adapter beside the 4-bit base is what is trained"
+TASK = "supervised fine-tuning on conversations is what is done"
+LEARNED = "the answers and calls alone are learned; see loss_on"
+PLAIN_LORA = "the adapter is plain LoRA, scaled by lora_alpha / lora_rank"
+
+# Keys that may say what is always so, by these values, and why another is refused.
+ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "train_mode": (("qlora",), ADAPTER),
+    "adapter": (("qlora",), ADAPTER),
+    "finetuning_type": (("lora", "qlora"), ADAPTER),
+    "train_type": (("lora", "qlora"), ADAPTER),
+    "tuner_type": (("lora", "qlora"), ADAPTER),
+    "sft_type": (("lora", "qlora"), ADAPTER),
+    "peft_type": (("lora", "LORA", "qlora"), ADAPTER),
+    "use_peft": ((True,), ADAPTER),
+    "use_lora": ((True,), ADAPTER),
+    "tuner_backend": (("peft",), ADAPTER),
+    "load_in_4bit": ((True,), FOUR_BITS),
+    "load_in_8bit": ((False,), FOUR_BITS),
+    "quantization": ((4, "4", "4bit", "bnb", "nf4", "int4", True), FOUR_BITS),
+    "quantization_bit": ((4,), FOUR_BITS),
+    "quant_bits": ((4,), FOUR_BITS),
+    "quantization_method": (("bnb", "bitsandbytes"), FOUR_BITS),
+    "quant_method": (("bnb", "bitsandbytes"), FOUR_BITS),
+    "quantization_type": (("nf4",), FOUR_BITS),
+    "bnb_4bit_quant_type": (("nf4",), FOUR_BITS),
+    "double_quantization": ((True,), FOUR_BITS),
+    "bnb_4bit_use_double_quant": ((True,), FOUR_BITS),
+    "use_bnb_nested_quant": ((True,), FOUR_BITS),
+    "task_type": (("", "sft", "causal_lm", "CAUSAL_LM"), TASK),
+    "lora_task_type": (("CAUSAL_LM",), TASK),
+    "stage": (("sft",), TASK),
+    "train_on_prompt": ((False,), LEARNED),
+    "train_on_inputs": ((False,), LEARNED),
+    "completion_only_loss": ((True,), LEARNED),
+    "assistant_only_loss": ((True,), LEARNED),
+    "loss_scale": (("default",), LEARNED),
+    "loss_type": (("nll",), "the loss is the mean negative log-likelihood of the learned tokens"),
+    "lora_bias": (("none",), PLAIN_LORA),
+    "lora_dtype": (("float32",), "the adapter's weights are always float32"),
+    "lora_fan_in_fan_out": ((False,), PLAIN_LORA),
+    "init_weights": ((True, "true"), PLAIN_LORA),
+}
+
+DATA = "give the data's files in train_file, and those to evaluate on in eval_file"
+SPLIT = "give the rows to evaluate on as a file of their own in eval_file"
+TURN = "write it as a system turn of the rows (docs/data_format.md)"
+TOKENS = "the tokenizer's own tokens are used; change its folder's tokenizer_config.json"
+EXTENDED = "only linear layers are adapted, by target_modules; vocabulary and embedding stay as they are"
+TRACKED = "give run_name, and the rest by the tracker's environment variables, such as WANDB_PROJECT"
+SHARES = "give eval_steps or save_steps below 1, a share of all steps"
+STOPS = "a run goes to its end; load_best_model_at_end makes final/ the best that was saved"
+PREFERENCE = f"{TASK}, not preference learning"
+
+# Keys of what is not here under any name, and what to do instead. They may stand there with a value that asks nothing.
+ELSEWHERE = {
+    **dict.fromkeys(("dataset", "datasets", "dataset_name", "dataset_dir", "dataset_config", "data_path"), DATA),
+    **dict.fromkeys(("dataset_train_split", "dataset_text_field", "media_dir", "pretraining_dataset"), DATA),
+    **dict.fromkeys(("eval_dataset", "val_dataset", "test_datasets", "dataset_test_split"), DATA),
+    **dict.fromkeys(("val_size", "val_set_size", "split_dataset_ratio"), SPLIT),
+    **dict.fromkeys(("max_samples", "max_train_samples"), "write the rows that are wanted to a file of their own"),
+    **dict.fromkeys(("mix_strategy", "interleave_probs"), "give train_file as an object of files to their weights"),
+    **dict.fromkeys(("system", "default_system"), TURN),
+    **dict.fromkeys(("chat_template", "chat_template_path", "chat_template_jinja"), "set data_format to chat_template"),
+    **dict.fromkeys(("eos_token", "pad_token", "special_tokens", "new_special_tokens", "tokens"), TOKENS),
+    **dict.fromkeys(("resize_vocab", "additional_target", "lora_modules_to_save", "modules_to_save"), EXTENDED),
+    **dict.fromkeys(("use_rslora", "use_dora", "peft_use_rslora", "peft_use_dora", "pissa_init"), PLAIN_LORA),
+    **dict.fromkeys(("loraplus_lr_ratio", "lorap_lr_ratio", "use_badam", "use_galore", "use_apollo"), PLAIN_LORA),
+    **dict.fromkeys(("relora_steps", "loftq_config", "lora_weight_init", "rope_scaling", "rope_theta"), PLAIN_LORA),
+    **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_tracking_uri"), TRACKED),
+    **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), SHARES),
+    **dict.fromkeys(("early_stopping_steps", "early_stopping_patience"), STOPS),
+    **dict.fromkeys(("pref_beta", "beta", "ref_model", "reward_model", "rl", "rlhf_type"), PREFERENCE),
+    **dict.fromkeys(
+        ("adapter_name_or_path", "lora_model_dir", "adapters"),
+        "start the same command again to continue a run (resume_from_checkpoint); merge an adapter of another run into "
+        "its base first (script/merge_lora.py)",
+    ),
+    "model_revision": "download that revision, and give its folder as model_name_or_path",
+    "tool_format": "data_format decides how tools are written",
+    "train_from_scratch": ADAPTER,
+    "freeze_trainable_layers": ADAPTER,
+}
+
+ATTENTION = "the fastest attention that there is, is used"
+CACHED = "rendered data is kept in cache_dir, and made anew when anything that decides it has changed"
+QUIET = "it decides nothing that is trained"
+
+# Keys that no number depends on here.
+WITHOUT_EFFECT = {
+    **dict.fromkeys(("use_unsloth", "use_unsloth_gc", "enable_liger_kernel"), "fused layers of our own are used"),
+    **dict.fromkeys(
+        ("flash_attn", "attn_impl", "attn_implementation", "flash_attention", "xformers_attention"), ATTENTION
+    ),
+    **dict.fromkeys(
+        ("sdp_attention", "padding_free", "packing_strategy", "eval_packing", "eval_sample_packing"), ATTENTION
+    ),
+    **dict.fromkeys(("pad_to_sequence_len", "pad_to_multiple_of"), "packed rows are not padded"),
+    **dict.fromkeys(("overwrite_cache", "load_from_cache_file", "dataset_prepared_path", "lazy_tokenize"), CACHED),
+    **dict.fromkeys(("preprocessing_batch_size", "ignore_pad_token_for_loss", "low_cpu_mem_usage"), QUIET),
+    **dict.fromkeys(("use_fast_tokenizer", "print_param_status", "add_version", "check_model", "use_hf"), QUIET),
+    **dict.fromkeys(("use_reentrant_gc", "quantization_device_map", "infer_backend", "upcast_layernorm"), QUIET),
+    **dict.fromkeys(("model_type", "tokenizer_type", "is_llama_derived_model"), "the model's config.json says it"),
+    "plot_loss": "loss.png is always drawn",
+    "trust_remote_code": "a model's own Python is never run",
+}
