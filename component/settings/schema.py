@@ -173,6 +173,7 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("dataloader_num_workers", "eval_delay"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
     **dict.fromkeys(("seed", "data_seed"), SEED),
+    "max_steps": (lambda value: value > 0 or value == -1, "above 0, or -1 for as many as num_train_epochs make"),
 }
 
 

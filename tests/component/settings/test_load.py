@@ -14,21 +14,6 @@ ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "train_args/qlora").glob("*.json"))
 
 
-@pytest.fixture
-def load(tmp_path):
-    (tmp_path / "rows.jsonl").touch()
-
-    def load(*overrides: str, text: str | None = None, **changes):
-        settings = {"output_dir": str(tmp_path / "out"), "model_name_or_path": "THUDM/chatglm3-6b"}
-        settings |= {"train_file": str(tmp_path / "rows.jsonl"), **changes}
-        settings = {key: value for key, value in settings.items() if value is not None}
-        file = tmp_path / "args.json"
-        file.write_text(json.dumps(settings) if text is None else text, encoding="utf-8")
-        return load_arguments(file, overrides)
-
-    return load
-
-
 def test_fireflys_published_files_load_unchanged(shared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
@@ -91,11 +76,12 @@ def test_every_shipped_file_parses_and_routes(file, monkeypatch):
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "needs eval_file, to tell which model"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio and warmup_steps are one setting; keep one"),
         ({"torch_compile": True}, "torch_compile is not supported: the fused layers"),
-        ({"log_level": "loud"}, "log_level must be one of debug, info,"),
+        ({"log_level": "loud"}, "log_level must be one of detail, debug, info,"),
         ({"train_sampling_strategy": "batch_rebalance"}, "must be one of random, sequential, group_by_length, got"),
         ({"metric_for_best_model": "accuracy"}, "metric_for_best_model must be one of loss, eval_loss, got 'accuracy'"),
         ({"dataloader_multiprocessing_context": "thread"}, "must be one of fork, spawn, forkserver, got 'thread'"),
         ({"adam_beta1": 1.5}, "adam_beta1 must be at least 0 and below 1, got 1.5 (float)"),
+        ({"max_steps": 0}, "max_steps must be above 0, or -1 for as many as num_train_epochs make, got 0 (int)"),
         ({"seed": 2**40}, "seed must be from 0 to 4294967295"),
         ({"report_to": "json"}, "report_to: no tracker is called 'json'; there are azure_ml,"),
         ({"save_strategy": "best"}, "save_strategy 'best' needs eval_file"),
