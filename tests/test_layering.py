@@ -13,7 +13,7 @@ ROOMS = {  # room: the rooms that it imports
     "train": {"data", "kernel", "model", "run", "settings", "trust"},
     "kernel": {"chatglm", "run"},
     "data": {"chatglm", "run"},
-    "model": {"run", "settings", "trust"},
+    "model": {"chatglm", "run", "settings", "trust"},
     "trust": {"chatglm", "pickles", "run", "settings"},
     "pickles": {"run"},
     "settings": {"run"},

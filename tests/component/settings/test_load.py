@@ -304,7 +304,7 @@ def test_a_token_in_the_file_goes_to_the_environment_and_into_no_settings(load, 
         ({"packing": False, "pack_to": 4096}, [], "packing and pack_to are one setting"),
         ({"packing_length": 512}, [], "packing_length must be at least max_seq_length=1024"),
         ({"packing_length": 0}, [], "packing_length must be a positive integer, got 0"),
-        ({"pack_to": 0.0}, [], "packing_length must be an integer or null, got 0.0"),
+        ({"pack_to": 0.0}, [], "pack_to must be an integer, got 0.0"),
     ],
 )
 def test_rows_are_laid_out_as_file_and_overrides_say_also_under_the_older_name(load, file, overrides, expected):
