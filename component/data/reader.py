@@ -3,6 +3,8 @@
 `read_lines` splits a file and `parse_line` reads one row, so that the second can run in other processes.
 """
 
+import codecs
+import functools
 import glob
 import gzip
 import io
@@ -11,6 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from loguru import logger
 
 from ..run.errors import DataError
 from .conversation import describe
@@ -28,6 +32,8 @@ class Unreadable(DataError):
 def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
     """The files that a path, a folder, a glob, or a list of these names, in order of name, each file once.
 
+    In a folder, files and folders whose names begin with a dot are left out: copies that editors and notebooks keep.
+
     Raises:
         DataError: a name that leads to no file, or a file whose ending is none of SUFFIXES.
     """
@@ -35,7 +41,10 @@ def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
     for item in [source] if isinstance(source, (str, Path)) else source:
         path = Path(item)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+            inside = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+            files = [file for file in inside if not is_hidden(file.relative_to(path))]
+            if hidden := [file for file in inside if is_hidden(file.relative_to(path))]:
+                tell_hidden(path, len(hidden), hidden[0])
         elif path.exists() or not glob.has_magic(str(item)):
             files = [path]
         else:
@@ -52,6 +61,16 @@ def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
         if not file.name.endswith(SUFFIXES):
             raise DataError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
     return list(found.values())
+
+
+def is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@functools.lru_cache  # a run asks for its files more than once, and is told once
+def tell_hidden(folder: Path, count: int, first: Path) -> None:
+    files = "1 file is" if count == 1 else f"{count} files are"
+    logger.info(f"{folder}: {files} left out, whose names or folders' names begin with a dot, the first {first}")
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict | DataError]]:
@@ -77,8 +96,11 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
             rows = read_parquet(file)
         else:
             stream = open_bytes(file)
-            starts_with_bom = stream.peek(3)[:3] == b"\xef\xbb\xbf"
-            stream.read(3 * starts_with_bom)
+            head = stream.peek(4)[:4]
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (b"\0" in head and any(head)):
+                yield 1, Unreadable("not UTF-8 but UTF-16 or UTF-32 by its first bytes; save it as UTF-8")
+                return
+            stream.read(len(codecs.BOM_UTF8) * head.startswith(codecs.BOM_UTF8))
             rows = split_array(stream) if file.name.endswith(".json") else split_lines(stream)
         for line, raw in rows:
             if isinstance(raw, DataError) or raw.strip():

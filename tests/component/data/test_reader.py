@@ -236,3 +236,37 @@ def test_a_path_a_folder_a_glob_and_a_list_name_files(tmp_path):
     ):
         with pytest.raises(DataError, match=fault):
             find_files(source)
+
+
+def test_hidden_files_and_folders_within_a_folder_are_left_out_and_said_once(tmp_path, log):
+    for name in (
+        "a.jsonl",
+        ".b.jsonl",
+        ".ipynb_checkpoints/a-checkpoint.jsonl",
+        "sub/.cache/deep/c.json",
+        "sub/d.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("[]")
+    for _ in range(2):
+        assert [file.name for file in find_files(tmp_path)] == ["a.jsonl", "d.json"]
+    said = [line for line in log if "left out" in line]
+    assert len(said) == 1
+    assert f"{tmp_path}: 3 files are left out" in said[0]
+    hidden = tmp_path / ".ipynb_checkpoints"
+    assert [file.name for file in find_files(hidden)] == ["a-checkpoint.jsonl"], "whoever names it means it"
+    assert find_files(tmp_path / ".b.jsonl") == [tmp_path / ".b.jsonl"]
+    (tmp_path / "sub/d.json").unlink()
+    with pytest.raises(DataError, match="no file there"):
+        find_files(tmp_path / "sub")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_utf_16_is_named_with_or_without_a_bom(tmp_path, name, encoding):
+    text = json.dumps(ROWS if name.endswith(".json") else ROWS[1], ensure_ascii=False).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    ((line, fault),) = read_rows(tmp_path / name)
+    assert line == 1
+    assert "not UTF-8 but UTF-16" in str(fault)
+    assert "save it as UTF-8" in str(fault)
