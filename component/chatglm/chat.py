@@ -3,7 +3,6 @@
 Tool calls that the model writes are parsed as literals and never evaluated, so hostile output runs nothing.
 """
 
-import ast
 from collections.abc import Iterator
 from queue import Queue
 from threading import Event, Thread
@@ -28,6 +27,7 @@ def parse_tool_call(code: str) -> dict | None:
         return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
+from .prompt import parse_tool_call
 
 
 def parse_reply(output: str, history: list[dict]) -> tuple[str | dict, list[dict]]:

@@ -22,3 +22,17 @@ def tool_call(parameters: dict[str, Any]) -> str:
     keywords = [ast.keyword(name, ast.Constant(value)) for name, value in parameters.items()]
     text = ast.unparse(ast.Call(ast.Name("tool_call"), [], keywords))
     return f"```python\n{text}\n```"
+
+
+def parse_tool_call(code: str) -> dict | None:
+    """Keyword arguments of a call such as `tool_call(city='北京', days=2)`, or None where it is anything else.
+
+    Values must be Python literals. Nothing is executed.
+    """
+    try:
+        call = ast.parse(code.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            return None
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None
