@@ -11,23 +11,8 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from .prompt import round_prompt
+from .prompt import parse_tool_call, round_prompt
 from .versions import CACHE
-
-
-def parse_tool_call(code: str) -> dict | None:
-    """Keyword arguments of a call such as `tool_call(city='北京', days=2)`, or None where it is anything else.
-
-    Values must be Python literals. Nothing is executed.
-    """
-    try:
-        call = ast.parse(code.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-            return None
-        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        return None
-from .prompt import parse_tool_call
 
 
 def parse_reply(output: str, history: list[dict]) -> tuple[str | dict, list[dict]]:

@@ -89,7 +89,7 @@ def test_data_and_base_model_count_by_content_and_not_by_place(identify, checkpo
     assert line.startswith("train_file: ")
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
     (line,) = differences(identify(), identify(model_name_or_path=str(copy)))
-    assert line.startswith("model_name_or_path: ")
+    assert line.startswith("model_name_or_path, weights or config.json: ")
 
 
 def test_a_slow_tokenizer_counts_by_the_contents_of_its_file(identify, checkpoint, tmp_path):
