@@ -11,7 +11,7 @@ AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
 # The official config.json maps AutoModel to the class with the head, so its snippet may use either.
 AutoModel.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
-# By class name, not by AutoTokenizer.register: with trust_remote_code=True, transformers (5.17 to 5.23) prefers a
+# By class name, not by AutoTokenizer.register: with trust_remote_code=True, transformers (5.17 to 5.24) prefers a
 # folder's own Python to a tokenizer that is registered for a configuration, but not to one registered by name.
 REGISTERED_TOKENIZER_CLASSES[ChatGLMTokenizer.__name__] = ChatGLMTokenizer
 

@@ -480,7 +480,7 @@ class LoRATrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter and the tokenizer, as safetensors and JSON; no pickle of the arguments."""
-        if not self.args.should_save:  # transformers 5.23 calls this on every rank
+        if not self.args.should_save:  # transformers 5.23 and 5.24 call this on every rank
             return
         output_dir = output_dir or self.args.output_dir
         self.model.save_pretrained(output_dir, save_embedding_layers=False)

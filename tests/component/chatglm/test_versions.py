@@ -1,5 +1,8 @@
 import re
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from component.chatglm.versions import CACHE, TESTED, check_generation, warn_if_
 from component.model import from_pretrained
 from component.run.errors import ArgumentError
 
+ROOT = Path(__file__).parents[3]
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 KNOWN = {
     "output_attentions": False,
@@ -86,6 +90,13 @@ def test_layers_that_are_checkpointed_leave_a_cache_alone(make_model):
 
 
 # Versions that no test has seen
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_the_makefile_runs_the_tests_on_every_tested_version():
+    command = ["make", "--dry-run", "--old-file=.venv/ready", "test-versions"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"for version in {' '.join(TESTED)};" in told
 
 
 @pytest.mark.parametrize("name", ["store", None])
