@@ -1,5 +1,6 @@
 """Settings that follow from the hardware, from one another, and from parts that are ours."""
 
+import os
 from typing import Any
 
 from loguru import logger
@@ -41,6 +42,8 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
         adapted["save_total_limit"] = 2
     if args.eval_file is not None:
         adapted |= choose_evaluation(values)
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        adapted["ddp_backend"] = None  # one process has no others to speak with
     adapted.setdefault("report_to", "none")
     if values.get("save_strategy") == "best":
         adapted.setdefault("metric_for_best_model", "loss")
