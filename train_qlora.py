@@ -50,7 +50,7 @@ def train(cli: argparse.Namespace, watch) -> None:
 
     from component.data.dataset import check_choice, select_format
     from component.model import load_tokenizer
-    from component.run.folder import RunFolder
+    from component.run.folder import RunFolder, foresee_start
     from component.run.ranks import on_rank_zero
     from component.run.resume import FINAL
     from component.train.identity import describe_run, renew_identity
@@ -63,17 +63,19 @@ def train(cli: argparse.Namespace, watch) -> None:
         logger.info(f"no folder {args.model_name_or_path} in {os.getcwd()}: asking the hub for it")
     tokenizer = load_tokenizer(args)
     on_rank_zero(lambda: check_choice(args, data_format, tokenizer))
+    begin = (training_args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_despite_changes)
+
+    def identify() -> dict:
+        return describe_run(args, training_args, data_format, tokenizer)
+
     if cli.dry_run:
         show_run(args, training_args, data_format, tokenizer)
+        first = on_rank_zero(lambda: foresee_start(training_args.output_dir, identify, renew_identity, *begin))
+        logger.log("WARNING" if "refused" in first else "INFO", f"a run {first}")
         return
     logger.info(describe_update(training_args))
-    identity = on_rank_zero(lambda: describe_run(args, training_args, data_format, tokenizer))
-    with RunFolder(training_args.output_dir, identity, renew_identity) as folder:
-        start = on_rank_zero(
-            lambda: folder.open(
-                training_args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_despite_changes
-            )
-        )
+    with RunFolder(training_args.output_dir, on_rank_zero(identify), renew_identity) as folder:
+        start = on_rank_zero(lambda: folder.open(*begin))
         if start.is_done:
             logger.info(f"this run is done: {folder.path / FINAL}; overwrite_output_dir=true begins it anew")
         else:

@@ -265,6 +265,25 @@ def test_a_dry_run_of_two_ranks_is_shown_once(job, tmp_path):
     assert not (tmp_path / "ranks").exists()
 
 
+def test_a_dry_run_says_what_a_run_would_do_in_the_output_folder(job, capsys):
+    folder = job(dry_run=True)
+    assert f"a run would begin in {folder}" in capsys.readouterr().err
+    job(max_steps=1)
+    before = sorted(folder.rglob("*"))
+    job(dry_run=True, max_steps=1)
+    assert "a run would do nothing: it is done" in capsys.readouterr().err
+    job(dry_run=True, max_steps=2)
+    assert "a run would be refused: " in (told := capsys.readouterr().err)
+    assert "max_steps: 1 then, 2 now" in told
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_run_that_is_refused_for_its_rows_leaves_nothing_behind(job, tmp_path):
+    with pytest.raises(SystemExit):
+        job(rows=[{"conversations": []}], output_dir=str(tmp_path / "deep/run"))
+    assert not (tmp_path / "deep").exists()
+
+
 @pytest.mark.parametrize(
     "settings", [{"num_train_epochs": 3}, {"num_train_epochs": 1.5}, {"gradient_accumulation_steps": 2}]
 )

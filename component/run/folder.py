@@ -1,9 +1,11 @@
 """The folder of a run: who may write there, where the run continues from, and checkpoints that are whole or absent."""
 
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,12 +14,14 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 from loguru import logger
 
-from .errors import CheckpointError, StorageError
+from .errors import CheckpointError, Fault, StorageError
 from .files import publish
 from .manifest import Damaged, seal, verify, versions
 from .resume import FINAL, Candidates, Start, find_checkpoints, step_of
 
 ASIDE = "aside"
+LOCK = ".lock"
+RESUME = {None: "auto", "true": True, "false": False}  # resume_from_checkpoint as given, and what is meant
 
 
 class RunFolder:
@@ -35,13 +39,18 @@ class RunFolder:
         self.plan: dict | None = None
         self.run_id = uuid4().hex  # of the manifests; a run that goes on keeps it, also as another one
         self.origin: str | None = None  # the checkpoint that the run was told to go on from
-        self.lock = FileLock(self.path / ".lock")
+        self.lock = FileLock(self.path / LOCK)
         self.held: os.stat_result | None = None
+        self.made: list[Path] = []  # by this run: the lock and folders, deepest first
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *error) -> None:
+        if self.held and any(error):  # of a run that was refused, no lock and no empty folder stay
+            for path in self.made:
+                with suppress(OSError):  # a folder that is not empty stays
+                    path.rmdir() if path.is_dir() else path.unlink()
         self.lock.release()
 
     def open(self, resume: str | bool | None = None, overwrite: bool = False, despite_changes: bool = False) -> Start:
@@ -59,9 +68,8 @@ class RunFolder:
             CheckpointError: another process holds the folder, it is another run's, or has nothing to continue from.
             StorageError: it cannot be written to, or no checkpoint in it verifies.
         """
-        resume = {None: "auto", "true": True, "false": False}.get(resume, resume)
         self.acquire()
-        start = self.take_start(resume, overwrite, despite_changes)
+        start = self.take_start(RESUME.get(resume, resume), overwrite, despite_changes)
         for path in self.path.glob(".tmp-*"):
             published = path.with_name(path.name.removeprefix(".tmp-"))
             if published.name == FINAL or step_of(published) >= 0:
@@ -84,6 +92,7 @@ class RunFolder:
 
     def acquire(self) -> None:
         """Make the folder, see that it can be written to, and lock it for the life of this process."""
+        self.made = [path for path in (self.path / LOCK, self.path, *self.path.parents) if not os.path.exists(path)]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
@@ -123,6 +132,7 @@ class RunFolder:
     def begin(self, name: str) -> Path:
         """An empty temporary folder, for what `finish` publishes under `name`."""
         self.check_lock()
+        self.made = []
         folder = self.path / f".tmp-{name}"
         remove(folder)
         folder.mkdir()
@@ -182,6 +192,50 @@ class RunFolder:
             f"{self.path / name} could not be written beyond {show_size(written)} ({type(error).__name__}: {error}); "
             f"{show_size(shutil.disk_usage(self.path).free)} are free{limited}. Make room for it. {kept}"
         )
+
+
+def foresee_start(
+    path: str | Path,
+    describe: Callable[[], dict],
+    renew: Callable[[dict], dict],
+    resume: str | bool | None,
+    overwrite: bool,
+    despite_changes: bool,
+) -> str:
+    """What a run of this folder would do first, in words. Nothing is made, moved or locked.
+
+    Args:
+        describe: makes the run's identity; not asked where there is no folder.
+        renew, resume, overwrite, despite_changes: as of RunFolder and its `open`.
+    """
+    path = Path(path).resolve()
+    there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return f"would be refused: output_dir {path} cannot be written to; choose another"
+    if is_locked(path / LOCK):
+        return f"would be refused now: another run is writing to {path}"
+    try:
+        candidates = Candidates(path, describe() if path.exists() else {}, renew)
+        decision = candidates.decide(RESUME.get(resume, resume), overwrite, despite_changes)
+    except Fault as fault:
+        return f"would be refused: {fault}"
+    if decision.start.is_done:
+        return f"would do nothing: it is done, {path / FINAL}; overwrite_output_dir=true begins it anew"
+    if decision.leaves_folder:
+        return f"would move {path} aside and begin there anew"
+    if not decision.start.checkpoint:
+        return f"would begin in {path}"
+    aside = "".join(f"; {name.name} would be moved aside: {reason}" for name, reason in decision.aside.items())
+    return f"would go on from {decision.start.checkpoint}{aside}" + f"\n{decision.warning}" * bool(decision.warning)
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether a process of this machine holds a lock, found without touching it."""
+    try:
+        inode = lock.stat().st_ino
+        return bool(re.search(rf":{inode} ", Path("/proc/locks").read_text()))
+    except OSError:
+        return False
 
 
 def move(path: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from component.run import folder as folder_room
 from component.run import manifest
 from component.run.errors import CheckpointError, StorageError
-from component.run.folder import ASIDE, RunFolder
+from component.run.folder import ASIDE, RunFolder, foresee_start
 from component.run.manifest import MANIFEST, Damaged, verify
 from component.run.resume import FINAL, Start, differences, find_checkpoints
 
@@ -413,3 +413,51 @@ def test_differences_are_lines_a_person_can_act_on():
     lines += ["b: 1 then, 2 now", 'k: {"x": 1} then, {"x": 1, "y": 2} now']
     assert differences(was, now) == lines, "a setting of one alone is of another version"
     assert differences(was, json.loads(json.dumps(was))) == []
+
+
+def foresee(
+    folder: Path, identity: dict = IDENTITY, resume=None, overwrite: bool = False, despite: bool = False
+) -> str:
+    before = sorted(folder.parent.rglob("*"))
+    told = foresee_start(folder, lambda: identity, dict, resume, overwrite, despite)
+    assert sorted(folder.parent.rglob("*")) == before, "nothing is made or moved"
+    return told
+
+
+def test_what_a_run_would_do_in_a_folder_is_foreseen_without_touching_it(make_folder, tmp_path):
+    path = tmp_path / "run"
+    assert foresee(path) == f"would begin in {path}"
+    assert "would be refused: resume_from_checkpoint is true, but" in foresee(path, resume=True)
+    folder = make_folder(5)
+    assert foresee(path) == f"would be refused now: another run is writing to {path}"
+    folder.lock.release()
+    assert foresee(path) == f"would go on from {path}/checkpoint-5"
+    assert "would be refused: " in (told := foresee(path, OTHER)) and "seed: 1 then, 2 now" in told
+    assert "checkpoint-5\ngoing on from checkpoint-5 is not exact" in foresee(path, OTHER, despite=True)
+    assert foresee(path, OTHER, overwrite=True) == f"would move {path} aside and begin there anew"
+    write(make_folder(), FINAL)
+    folder.lock.release()
+    make_folder().lock.release()
+    assert foresee(path).startswith(f"would do nothing: it is done, {path}/final")
+    (tmp_path / "file").touch()
+    assert "cannot be written to" in foresee(tmp_path / "file/run")
+
+
+def test_a_refused_run_leaves_no_lock_and_no_folder_behind(tmp_path):
+    for path in (tmp_path / "new/run", tmp_path):
+        with pytest.raises(CheckpointError), RunFolder(path, IDENTITY) as folder:
+            folder.open(resume=True)
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(ValueError), RunFolder(tmp_path / "kept/run", IDENTITY) as folder:
+        folder.open()
+        (folder.path / "rejected.jsonl").touch()
+        raise ValueError
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        *("kept", "kept/run", "kept/run/rejected.jsonl"),
+    ]
+    with pytest.raises(ValueError), RunFolder(tmp_path / "kept/run", IDENTITY) as folder:
+        folder.open()
+        write(folder, "checkpoint-5", 5)
+        raise ValueError
+    assert (tmp_path / "kept/run/.lock").exists(), "a run that saved something keeps its lock"
