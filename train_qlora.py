@@ -49,7 +49,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     from loguru import logger
 
     from component.data.dataset import check_choice, select_format
-    from component.model import load_tokenizer
+    from component.model import load_tokenizer, warn_of_cpu
     from component.run.folder import RunFolder, foresee_start
     from component.run.ranks import on_rank_zero
     from component.run.resume import FINAL
@@ -63,6 +63,7 @@ def train(cli: argparse.Namespace, watch) -> None:
         logger.info(f"no folder {args.model_name_or_path} in {os.getcwd()}: asking the hub for it")
     tokenizer = load_tokenizer(args)
     on_rank_zero(lambda: check_choice(args, data_format, tokenizer))
+    on_rank_zero(lambda: warn_of_cpu(args))
     begin = (training_args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_despite_changes)
 
     def identify() -> dict:

@@ -1,6 +1,9 @@
 """The tokenizer, the 4-bit base model and its LoRA adapter."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +27,11 @@ from .chatglm.versions import warn_if_untested
 from .run.errors import ArgumentError, unusable
 from .settings.schema import QLoRAArguments
 from .trust import check_adapter, check_model, check_weights, find_weights, read_adapter_shapes
+
+DRIVER = "/proc/driver/nvidia/version"  # is there where NVIDIA's driver is loaded
+# By values, shapes and files of a model that are not what libraries expect, and by memory.
+UNLOADABLE = (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+UNLOADABLE += (SafetensorError,)
 
 
 def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
@@ -64,14 +72,42 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
 
 def sketch_model(args: QLoRAArguments) -> PeftModel:
     """The model with its adapter on the meta device: every shape, no weights. In half precision, as on a card."""
-    return attach_lora(sketch_base(args.model_name_or_path, torch.bfloat16), args)
+    base = sketch_base(args.model_name_or_path, torch.bfloat16)
+    with torch.device("meta"):
+        return attach_lora(base, args)
 
 
 def sketch_base(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     """A base model on the meta device."""
     config = from_pretrained(AutoConfig, name_or_path)
-    with torch.device("meta"):
+    with faults_of(name_or_path), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def warn_of_cpu(args: QLoRAArguments) -> None:
+    """Warn of a card that torch cannot use, and of a model that is large for a processor."""
+    if torch.cuda.is_available():
+        return
+    if torch.version.cuda and Path(DRIVER).exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        logger.warning(
+            f"there is an NVIDIA card, but torch {torch.__version__} cannot use it ({cuda_fault()}), so this runs on "
+            f"the processor: install a driver for CUDA {torch.version.cuda} or newer, or a torch for the driver's CUDA"
+        )
+    billions = sketch_base(args.model_name_or_path, torch.bfloat16).num_parameters() / 1e9
+    if billions > 1:
+        logger.warning(
+            f"{args.model_name_or_path} has {billions:.1f} billion parameters and there is no CUDA here: an update "
+            "takes minutes to hours; after the first one, the run says how long it will take"
+        )
+
+
+def cuda_fault() -> str:
+    """Why torch does not begin to use CUDA, in its first sentence."""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return re.split(r"(?<=\))\. |\. |\n", str(error))[0]
+    return "it finds no device"
 
 
 def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -93,13 +129,20 @@ def from_pretrained(auto_class: type, name_or_path: str, **kwargs):
     warn_if_untested()
     # Else transformers may take what a robot made of a hub's weights.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    try:
+    with faults_of(name_or_path):
         check_model(name_or_path)
         pickled = auto_class is AutoModelForCausalLM and check_weights(find_weights(name_or_path))
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, use_safetensors=not pickled, **kwargs)
+
+
+@contextmanager
+def faults_of(name_or_path: str) -> Iterator[None]:
+    """Within it, whatever a model's files make a library raise becomes a Fault."""
+    try:
+        yield
     except ArgumentError:
         raise
-    except (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, SafetensorError) as error:
+    except UNLOADABLE as error:
         fault = f"model {name_or_path!r}: {error}"
         if "trust_remote_code" in str(error):
             fault = f"{Path(name_or_path, 'tokenizer_config.json')}: the class that auto_map names is not known"

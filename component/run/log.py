@@ -66,8 +66,9 @@ def configure_logging(rank: int) -> None:
     transformers_logging.disable_progress_bar()
     for name in CHATTER:
         logging.getLogger(name).addFilter(is_for_users)
-    # How peft reads a renamed property.
+    # How peft reads a renamed property; what component.model.warn_of_cpu says with the remedy.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", message="CUDA initialization: ")
 
 
 def is_for_users(record: logging.LogRecord) -> bool:

@@ -10,6 +10,8 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+LONG = 600  # seconds, of which a run speaks after its first update
+
 
 class LossWatch(TrainerCallback):
     """Warns, once for each, of losses that look like a mistake, with the likely cause."""
@@ -67,6 +69,13 @@ class ProgressReport(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.paused_at = time.monotonic()
+        if state.global_step == self.first_step + 1 and state.is_world_process_zero:
+            took, left = self.paused_at - self.started, state.max_steps - state.global_step
+            if took * left > LONG:
+                logger.info(
+                    f"the first update took {took:.0f} s: at this speed, the other {left:,} take "
+                    f"{timedelta(seconds=round(took * left))}"
+                )
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
