@@ -72,12 +72,12 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
 
 def sketch_model(args: QLoRAArguments) -> PeftModel:
     """The model with its adapter on the meta device: every shape, no weights. In half precision, as on a card."""
-    base = sketch_base(args.model_name_or_path, torch.bfloat16)
+    base = sketch_base(args.model_name_or_path)
     with torch.device("meta"):
         return attach_lora(base, args)
 
 
-def sketch_base(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+def sketch_base(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A base model on the meta device."""
     config = from_pretrained(AutoConfig, name_or_path)
     with faults_of(name_or_path), torch.device("meta"):
@@ -93,7 +93,7 @@ def warn_of_cpu(args: QLoRAArguments) -> None:
             f"there is an NVIDIA card, but torch {torch.__version__} cannot use it ({cuda_fault()}), so this runs on "
             f"the processor: install a driver for CUDA {torch.version.cuda} or newer, or a torch for the driver's CUDA"
         )
-    billions = sketch_base(args.model_name_or_path, torch.bfloat16).num_parameters() / 1e9
+    billions = sketch_base(args.model_name_or_path).num_parameters() / 1e9
     if billions > 1:
         logger.warning(
             f"{args.model_name_or_path} has {billions:.1f} billion parameters and there is no CUDA here: an update "
