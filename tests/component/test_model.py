@@ -61,7 +61,7 @@ def test_a_driver_that_torch_cannot_use_is_named(configured, monkeypatch, log, t
 @pytest.mark.parametrize("changes", [{"model_type": "t5"}, {"num_attention_heads": 0}, {"hidden_size": -1}])
 def test_a_configuration_that_makes_no_language_model_is_a_fault(configured, changes):
     with pytest.raises(ArgumentError, match="Give a folder with the model's files"):
-        sketch_base(configured(**changes))
+        sketch_base(configured(**changes).model_name_or_path)
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(360, "the other 99 take 9:54:00"), (1, None)])
