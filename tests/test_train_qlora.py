@@ -257,6 +257,19 @@ def test_a_dry_run_shows_the_sample_and_the_steps_and_loads_no_weights(job, chec
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_rows_too_few_for_a_batch_end_before_the_model_loads(job, capsys, monkeypatch, dry_run):
+    monkeypatch.setattr(train_qlora, "make_model", None)
+    for settings in ({"max_steps": -1}, {"max_steps": 4, "gradient_accumulation_steps": 2}):
+        with pytest.raises(SystemExit) as end:
+            job(rows=ROWS[:3], dry_run=dry_run, dataloader_drop_last=True, **settings)
+        assert end.value.code == 2
+        fault = (
+            "dataloader_drop_last: no batch is left, as there are 3 samples to learn from and a batch takes 4; lower"
+        )
+        assert fault in capsys.readouterr().err
+
+
 def test_a_dry_run_of_two_ranks_is_shown_once(job, tmp_path):
     job(dry_run=True, gradient_accumulation_steps=3)
     shown = run_on_two_ranks(tmp_path, json.loads((tmp_path / "run.json").read_text()), "train_qlora.py", "--dry_run")

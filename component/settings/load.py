@@ -128,17 +128,19 @@ def parse_value(text: str, hint: Any) -> Any:
     """JSON where its value fits the type, else plain text where that does, such as `2024` for a folder's name.
 
     Raises:
-        ValueError: neither fits, and the JSON is one that no file may hold.
+        ValueError: neither fits, and the JSON is such as no file may hold.
     """
+    has_parts = text.startswith(("[", "{")) and (is_a([], hint) or is_a({}, hint))  # which is not meant as plain text
+    fits = is_a(text, hint) and not has_parts
     try:
         value = load_json(text)
     except json.JSONDecodeError:
         return text
     except ValueError:
-        if is_a(text, hint):
+        if fits:
             return text
         raise
-    return text if not is_a(value, hint) and is_a(text, hint) else value
+    return text if fits and not is_a(value, hint) else value
 
 
 def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def test_a_driver_that_torch_cannot_use_is_named(configured, monkeypatch, log, t
 
 @pytest.mark.parametrize("changes", [{"model_type": "t5"}, {"num_attention_heads": 0}, {"hidden_size": -1}])
 def test_a_configuration_that_makes_no_language_model_is_a_fault(configured, changes):
-    with pytest.raises(ArgumentError, match="Give a folder with the model's files"):
+    with pytest.raises(ArgumentError, match="Give a folder with all of the model's files"):
         sketch_base(configured(**changes).model_name_or_path)
 
 

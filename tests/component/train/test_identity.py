@@ -71,6 +71,12 @@ def test_what_decides_a_number_is_another_run(identify, change):
     assert next(iter(change)).removeprefix("data_") in line
 
 
+def test_keywords_of_the_schedule_decide_numbers(identify):
+    cosine = {"lr_scheduler_type": "cosine"}
+    (line,) = differences(identify(**cosine), identify(**cosine, lr_scheduler_kwargs={"num_cycles": 3}))
+    assert "lr_scheduler_kwargs" in line
+
+
 def test_evaluations_count_where_they_decide_which_model_is_the_best(identify, tmp_path):
     every = {"eval_file": str(tmp_path / "rows.jsonl"), "eval_strategy": "steps", "eval_steps": 2, "save_steps": 4}
     best = every | {"save_strategy": "steps", "load_best_model_at_end": True}
