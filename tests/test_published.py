@@ -1,6 +1,9 @@
 """What every program does with folders as publishers make them: it works, or says what to do instead."""
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from component.settings.schema import QLoRAArguments
 from script import inspect_data, merge_lora
 
 from .conftest import SHARED
-from .published import LAYOUTS
+from .published import LAYOUTS, write
 from .runs import ROWS, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +141,30 @@ def test_a_published_folder_works_or_is_refused_with_advice(layout, command, com
     assert ADVICE[layout] in said
     assert "Traceback" not in said
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_hubs_bin_shards_train_and_merge_in_processes_of_their_own(published, tmp_path):
+    """From the hub's cache, offline; and nothing registers ChatGLM but the program that needs it."""
+    cache, commit = tmp_path / "hub/models--THUDM--chatglm2-6b", "a" * 40
+    shutil.copytree(published("chatglm2-6b"), cache / "snapshots" / commit)
+    write(cache / "refs/main", commit)
+    for absent in ("adapter_config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+        write(cache / ".no_exist" / commit / absent, "")
+    settings = {"model_name_or_path": "THUDM/chatglm2-6b", "output_dir": tmp_path / "run", "max_steps": 2}
+    settings |= {"train_file": "data/dummy_data.jsonl", "max_seq_length": 128, "save_strategy": "no"}
+    options = ("--train_args_file", "train_args/qlora/chatglm3-tiny-sft-qlora.json")
+    options = (*options, *(f"{key}={value}" for key, value in settings.items()))
+    merging = ("--base", "THUDM/chatglm2-6b", "--adapter", tmp_path / "run/final", "--output", tmp_path / "merged")
+    for program in (("train_qlora.py", *options), ("script/merge_lora.py", *merging)):
+        done = subprocess.run(
+            [sys.executable, *map(str, program)],
+            cwd=ROOT,
+            env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged/model.safetensors").is_file()
 
 
 @pytest.fixture

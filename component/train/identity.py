@@ -5,13 +5,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from ..data.reader import find_files
-from ..model import from_pretrained
 from ..run.files import fingerprint
 from ..settings.legacy import rows_of_pack_to
-from ..trust import find_weights
+from ..trust import find_model_file, find_weights
 
 # Settings that no trained number depends on, by name or by the beginning of the name.
 WITHOUT_EFFECT = {
@@ -108,10 +105,10 @@ def describe_tokenizer(tokenizer) -> str:
 
 def describe_base(args) -> str:
     """The hub's commit, or a digest of a folder's configuration and weights, of large files by samples."""
-    config = from_pretrained(AutoConfig, args.model_name_or_path)
     folder = Path(args.model_name_or_path)
     if not folder.is_dir():
-        return f"{args.model_name_or_path} {config._commit_hash}"
+        commit = find_model_file(args.model_name_or_path, "config.json").parent.name  # the hub's cache has one for each
+        return f"{args.model_name_or_path} {commit}"
     weights = {*folder.glob("*.safetensors"), *find_weights(args.model_name_or_path)}  # torch's, where those are used
     return fingerprint([folder / "config.json", *map(digest_of, sorted(weights))])
 
