@@ -936,7 +936,8 @@ CASES = (
     Case(
         45,
         "pickles, hostile configurations, paths and secrets planted",
-        "nothing runs, nothing is written outside, nothing leaks",
-        tests=("tests/test_trust.py",),
+        "nothing runs: `.bin` weights give plain tensors or are refused by name, no other pickle is opened; nothing is "
+        "written outside, nothing leaks",
+        tests=("tests/test_trust.py", "tests/component/test_pickles.py"),
     ),
 )
