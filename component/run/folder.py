@@ -34,7 +34,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, identity: dict, renew: Callable[[dict], dict] = dict):
-        self.path = Path(path).resolve()
+        self.path = resolve(path)
         self.identity, self.renew = identity, renew
         self.plan: dict | None = None
         self.run_id = uuid4().hex  # of the manifests; a run that goes on keeps it, also as another one
@@ -208,7 +208,7 @@ def foresee_start(
         describe: makes the run's identity; not asked where there is no folder.
         renew, resume, overwrite, despite_changes: as of RunFolder and its `open`.
     """
-    path = Path(path).resolve()
+    path = resolve(path)
     there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return f"would be refused: output_dir {path} cannot be written to; choose another"
@@ -227,6 +227,14 @@ def foresee_start(
         return f"would begin in {path}"
     aside = "".join(f"; {name.name} would be moved aside: {reason}" for name, reason in decision.aside.items())
     return f"would go on from {decision.start.checkpoint}{aside}" + f"\n{decision.warning}" * bool(decision.warning)
+
+
+def resolve(path: str | Path) -> Path:
+    """The folder that a name means. Raises StorageError for a name that no folder can have."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null character
+        raise StorageError(f"output_dir {str(path)!r} can be no folder ({error}); choose another") from None
 
 
 def is_locked(lock: Path) -> bool:

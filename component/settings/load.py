@@ -202,6 +202,8 @@ def missing_folder(name: str) -> str | None:
     The hub, which is asked for what is no folder, would be tried for minutes where there is no network.
     """
     parent, last = os.path.split(name.rstrip("/"))
+    if "\0" in name or len(os.fsencode(last)) > 255:
+        return f"no folder or model can be called {name[:40]!r}{'…' * (len(name) > 40)}"
     means_folder = name.startswith((".", "/", "~", "models/")) or "/" in parent
     if os.path.isdir(name) or not (means_folder or (parent and os.path.isdir(parent))):
         return None
