@@ -327,7 +327,7 @@ def test_the_dry_run_counts_the_steps_that_the_trainer_makes(job, capsys, settin
         ({"resume_from_checkpoint": True}, "holds no checkpoint"),
         (
             {"rows": ROWS[:3], "dataloader_drop_last": True},
-            "dataloader_drop_last leaves no batch: there are 3 samples, and a batch is 4; lower per_device",
+            "dataloader_drop_last: no batch is left, as there are 3 samples to learn from and a batch takes 4",
         ),
         ({"data_format": "chat_template"}, "data_format chat_template needs a fast tokenizer with a chat template"),
         ({"target_modules": ["q_proj"]}, "no linear layer is called 'q_proj'; there are dense, dense_4h_to_h"),

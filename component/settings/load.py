@@ -56,7 +56,7 @@ def load_arguments(
         check_paths(args, values)
         training_args = TrainingArguments(**adapt_to_machine(args, values))
         check_optimization(training_args, values)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise ArgumentError(f"{source}: {error}") from error
     training_args._n_gpu = min(training_args.n_gpu, 1)  # one process, one GPU; more of them through torchrun
     return args, training_args

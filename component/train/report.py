@@ -74,8 +74,8 @@ def count_updates(rows: int, training_args) -> int:
     batches = rows // batch if training_args.dataloader_drop_last else math.ceil(rows / batch)
     if not batches:
         raise ArgumentError(
-            f"dataloader_drop_last leaves no batch: there are {rows} samples, and a batch is {batch}; lower "
-            "per_device_train_batch_size, or set dataloader_drop_last=false"
+            f"dataloader_drop_last: no batch is left, as there are {rows} samples to learn from and a batch takes "
+            f"{batch}; lower per_device_train_batch_size, or set dataloader_drop_last to false"
         )
     return max(math.ceil(batches / training_args.gradient_accumulation_steps), 1)
 
