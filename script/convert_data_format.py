@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from component.data.formats import ROW_FORMATS, detect_format
+from component.data.formats import ROW_FORMATS, detect_format, parse_row
 from component.data.reader import Unreadable, find_files, read_rows, rejected_line
 from component.run.errors import DataError, Fault
 from component.run.files import replacing
@@ -40,7 +40,7 @@ def convert_row(row: dict, target: str, source: str | None, lost) -> dict:
     """One row in another format. Raises DataError for a bad row and for one that the target cannot say."""
     name = source or detect_format(row)
     own = ROW_FORMATS[name]
-    written = ROW_FORMATS[target].write(own.parse(row), lost)
+    written = ROW_FORMATS[target].write(parse_row(row, name), lost)
     for turns in own.keys & {"conversations", "conversation", "messages"}:
         for key in sorted({key for turn in row[turns] for key in turn} - own.turn_keys):
             lost(f"{key!r} of a turn")

@@ -81,7 +81,7 @@ def test_programs_import_parts_and_never_one_another(path):
 
 
 def test_a_conversation_needs_the_standard_library_alone():
-    own = {"component.run.errors.DataError", "component.data.tools.names_of"}
+    own = {"component.run.errors.DataError", "component.data.tools.misfits", "component.data.tools.names_of"}
     for file in ("data/conversation", "data/tools", "run/errors", "chatglm/prompt"):
         foreign = imports(ROOT / f"component/{file}.py") - own
         assert {name.split(".")[0] for name in foreign} <= sys.stdlib_module_names, file

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..run.errors import DataError
 from .conversation import Conversation
-from .messages import chat_messages
+from .messages import chat_messages, with_think_text
 from .render import TokenizedSample
 
 # Characters of the last plane, for private use, stand for those of control tokens written in text.
@@ -21,12 +21,15 @@ def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSamp
 
     A message begins where the generation prompt ends and ends with the control token that stops inference: the last
     one that the template writes for it, else the next message's first (GLM-4), else the tokenizer's EOS, which is
-    added. Control tokens written in a text are text.
+    added. Control tokens written in a text are text. Reasoning goes to a template that reads `reasoning_content` as
+    that, to any other as `<think>` text.
 
     Raises:
         DataError: the template refuses the conversation, or writes nothing that can end an answer.
     """
     pattern, control_ids = control_tokens(tokenizer)
+    if "reasoning_content" not in str(tokenizer.chat_template):
+        conversation = with_think_text(conversation)
     messages, tools = chat_messages(conversation)
     learned = [all(message.pop("learned", (False,))) for message in messages]
     messages, tools = shield(messages, pattern), shield(tools, pattern)
@@ -125,7 +128,7 @@ def with_short_ids(messages: list[dict]) -> list[dict]:
 def marked(message: dict) -> dict:
     """The message with its last part written otherwise."""
     if "tool_calls" not in message:
-        return message | {"content": MARKER}
+        return message | {key: MARKER for key in ("content", "reasoning_content") if key in message}
     *others, last = message["tool_calls"]
     return message | {"tool_calls": [*others, last | {"function": last["function"] | {"name": MARKER}}]}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..run.errors import DataError
-from .tools import names_of
+from .tools import misfits, names_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Turn:
     observed: bool = False  # … if there is one (it may be null)
     id: str = ""  # the call's, where the source has one
     joined: bool = False  # written in one message with the turn before: text and its calls, or parallel calls
+    reasoning: str = ""  # what an assistant's turn thinks before its content
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def oddities(conversation: Conversation) -> Iterator[str]:
         yield "ends on a user turn"
     if turns[-1].role == "tool":
         yield "ends on a call"
-    if any(turn.role == "assistant" and not turn.content.strip() for turn in turns):
+    if any(turn.role == "assistant" and not (turn.content + turn.reasoning).strip() for turn in turns):
         yield "has an empty answer"
     if any(one.role == two.role == "user" for one, two in itertools.pairwise(turns)):
         yield "has two user turns in a row"
@@ -49,6 +50,10 @@ def oddities(conversation: Conversation) -> Iterator[str]:
     offered = names_of(conversation.tools)
     if offered and any(turn.role == "tool" and turn.name not in offered for turn in turns):
         yield "calls a function that tools does not name"
+    if any(one.role == "tool" and not one.observed and not two.joined for one, two in itertools.pairwise(turns)):
+        yield "has a call without a result, and goes on"
+    calls = [turn for turn in turns if turn.role == "tool"]
+    yield from dict.fromkeys(what for call in calls for what in misfits(call.name, call.parameters, conversation.tools))
 
 
 def choose_learned(conversation: Conversation, loss_on: str) -> Conversation:

@@ -8,16 +8,35 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..run.errors import DataError
 from .conversation import Conversation, Turn, describe, take
-from .messages import as_text, chat_messages, question_answer_pairs
+from .fields import (
+    LEARNING,
+    REASONING,
+    begin_with_system,
+    content_of,
+    empty_but_for_tools,
+    flag,
+    from_json,
+    function_name,
+    given,
+    is_learned,
+    offered_tools,
+    parse_tools,
+    reasoning_of,
+    refuse_learning,
+    require_object,
+    text_call,
+)
+from .keys import ROW_MEANINGS, TURN_MEANINGS, refuse_meaning, refuse_preference, says_something, turns_of, unread
+from .messages import as_text, chat_messages, question_answer_pairs, with_think_text
 from .reader import load_json, read_rows
-from .tools import unwrap_tools, wrap_tools
+from .tools import names_of, wrap_tools
 
 Lost = Callable[[str], None]
 
@@ -31,22 +50,21 @@ def parse_firefly(row: dict) -> Conversation:
         place = f"conversation[{i}]"
         require_object(exchange, place, "human and assistant")
         turns.append(Turn("user", take(exchange, "human", str, place)))
-        turns.append(Turn("assistant", take(exchange, "assistant", str, place), learned=True))
-    return Conversation(tuple(turns))
+        turns.append(Turn("assistant", take(exchange, "assistant", str, place), is_learned(exchange, place)))
+    return Conversation(begin_with_system(row, turns))
 
 
 def write_firefly(conversation: Conversation, lost: Lost) -> dict:
     pairs, system = as_pairs(conversation, "firefly", lost)
-    if system:
-        raise DataError("has a system turn, for which Firefly's rows have no place")
-    return {"conversation": [{"human": human, "assistant": assistant} for human, assistant in pairs]}
+    row = {"conversation": [{"human": human, "assistant": assistant} for human, assistant in pairs]}
+    return ({"system": system} if system else {}) | row
 
 
 def as_pairs(conversation: Conversation, name: str, lost: Lost) -> tuple[list[tuple[str, str]], str]:
     """Questions with their answers, and the system prompt before them. Raises DataError for any other order."""
     has_system = bool(conversation.turns) and conversation.turns[0].role == "system"
     system = conversation.turns[0].content if has_system else ""
-    spoken = replace(conversation, turns=conversation.turns[has_system:])
+    spoken = thinking_aloud(replace(conversation, turns=conversation.turns[has_system:]), lost)
     pairs = question_answer_pairs(spoken, name, remedy="convert it to another format")
     if not pairs:
         raise DataError("has no question with an answer; remove the row")
@@ -57,34 +75,61 @@ def as_pairs(conversation: Conversation, name: str, lost: Lost) -> tuple[list[tu
     return [(question.content, answer.content) for question, answer in pairs], system
 
 
+def thinking_aloud(conversation: Conversation, lost: Lost) -> Conversation:
+    """For a format whose rows have no field for reasoning."""
+    written = with_think_text(conversation)
+    if written is not conversation:
+        lost("that reasoning is no part of the answer: written as <think> text")
+    return written
+
+
 # ChatGLM3: {"tools": any, "conversations": [{"role": …}]}
 
 
 def parse_chatglm3(row: dict) -> Conversation:
-    turns = [parse_turn(turn, f"conversations[{i}]") for i, turn in enumerate(take(row, "conversations", list))]
-    for i, turn in enumerate(turns):
-        if turn.joined and (i == 0 or turns[i - 1].role not in ("assistant", "tool")):
-            raise DataError(f"conversations[{i}].joined: there is no answer or call before it; remove it")
-    return Conversation(tuple(turns), row.get("tools"))
+    """ChatGLM3's turns, with calls as `tool` turns, or as its own code writes them: an assistant's text with the
+    function's name as `metadata`, then an `observation`. Raises DataError for the first fault."""
+    listed = take(row, "conversations", list)
+    tools = offered_tools(row, listed, "conversations")
+    turns: list[Turn] = []
+    for i, turn in enumerate(listed):
+        place = f"conversations[{i}]"
+        require_object(turn, place, "role")
+        if take(turn, "role", str, place) == "observation":
+            refuse_learning(turn, place)
+            last = len(turns) - 1
+            waits = bool(turns) and turns[last].role == "tool" and not turns[last].observed
+            pending = {last: turns[last].id} if waits else {}
+            answer_call(turns, pending, None, content_of(turn, place), place)
+        elif not empty_but_for_tools(turn):
+            turns += parse_turn(turn, place, names_of(tools))
+        if turns and turns[-1].joined and (len(turns) == 1 or turns[-2].role not in ("assistant", "tool")):
+            raise DataError(f"{place}.joined: there is no answer or call before it; remove it")
+    return Conversation(begin_with_system(row, turns), tools)
 
 
-def parse_turn(turn: Any, place: str) -> Turn:
-    """A turn of ChatGLM3's rows. Raises DataError, which names the field under `place`."""
-    require_object(turn, place, "role")
+def parse_turn(turn: dict, place: str, offered: Set[str] = frozenset()) -> list[Turn]:
+    """A turn of ChatGLM3's rows, or two where reasoning stands before a call. Raises DataError for the first fault.
+
+    Args:
+        offered: names of the functions that may be called by text.
+    """
     role = take(turn, "role", str, place)
     if role in ("system", "user"):
-        return Turn(role, take(turn, "content", str, place))
+        refuse_learning(turn, place)
+        return [Turn(role, take(turn, "content", str, place))]
     if role not in ("assistant", "tool"):
-        raise DataError(f"{place}.role is {role!r}; expected system, user, assistant or tool")
-    learned = flag(turn, "loss", place, default=True)
+        raise DataError(f"{place}.role is {role!r}; expected system, user, assistant, tool or observation")
+    learned = is_learned(turn, place)
     if role == "assistant":
-        return Turn(role, take(turn, "content", str, place), learned)
+        written = Turn(role, take(turn, "content", str, place), learned, reasoning=reasoning_of(turn, place))
+        return text_call(turn, written, place, offered)
     parameters = take(turn, "parameters", dict, place)
     for key in parameters:
         if not key.isidentifier():
             raise DataError(f"{place}.parameters: {key!r} cannot be a keyword argument; rename it")
     call_id = take(turn, "id", str, place) if "id" in turn else ""
-    return Turn(
+    call = Turn(
         role,
         learned=learned,
         name=function_name(take(turn, "name", str, place), f"{place}.name"),
@@ -94,6 +139,7 @@ def parse_turn(turn: Any, place: str) -> Turn:
         id=call_id,
         joined=flag(turn, "joined", place, default=False),
     )
+    return [call]
 
 
 def write_chatglm3(conversation: Conversation, lost: Lost) -> dict:
@@ -109,6 +155,7 @@ def write_chatglm3(conversation: Conversation, lost: Lost) -> dict:
             written |= {"id": turn.id} if turn.id else {}
         else:
             written = {"role": turn.role, "content": turn.content}
+            written |= {"reasoning_content": turn.reasoning} if turn.reasoning else {}
         if turn.role in ("assistant", "tool") and not turn.learned:
             written["loss"] = False
         turns.append(written | ({"joined": True} if turn.joined else {}))
@@ -118,38 +165,62 @@ def write_chatglm3(conversation: Conversation, lost: Lost) -> dict:
 
 # OpenAI: {"tools": […], "messages": [{"role": …}]}
 
+OPENAI_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "result",
+    "function": "result",
+    "observation": "result",
+    "tool_call": "call",  # ms-swift's: the JSON of one call, several after one another at once
+    "tool_response": "result",
+}
+
 
 def parse_openai(row: dict) -> Conversation:
     """Messages of OpenAI's chat API, `tool_calls` and `tool_call_id` included. Raises DataError for the first fault."""
+    listed = take(row, "messages", list)
+    key = "tools" if says_something(row.get("tools")) else "functions"  # the older name
+    tools = parse_tools(offered_tools(row, listed, "messages", key), key)
     turns: list[Turn] = []
     pending: dict[int, str] = {}  # calls without a result yet: place in turns to id
-    for i, message in enumerate(take(row, "messages", list)):
+    for i, message in enumerate(listed):
         place = f"messages[{i}]"
         require_object(message, place, "role")
-        role = take(message, "role", str, place)
-        if role in ("tool", "function"):
+        role = OPENAI_ROLES.get(take(message, "role", str, place))
+        if role is None:
+            raise DataError(f"{place}.role is {message['role']!r}; expected one of {', '.join(OPENAI_ROLES)}")
+        if role in ("system", "user", "result"):
+            refuse_learning(message, place)
+        if role == "result":
             answer_call(turns, pending, message.get("tool_call_id"), content_of(message, place), place)
             continue
-        if role not in ("system", "developer", "user", "assistant"):
-            raise DataError(f"{place}.role is {role!r}; expected system, developer, user, assistant or tool")
-        pending = {}
-        if role != "assistant":
-            turns.append(Turn("system" if role == "developer" else role, content_of(message, place)))
-            continue
-        calls = parse_calls(message, place)
-        learned = is_learned(message, place)
-        text = content_of(message, place, optional=bool(calls))
-        if given(message, "reasoning_content"):  # as the templates of reasoning models have it
-            reasoning = take(message, "reasoning_content", str, place).strip()
-            text = f"<think>\n{reasoning}\n</think>\n\n{text}"
-        if text or not calls:
-            turns.append(Turn("assistant", text, learned))
-        for call in calls:
-            joined = bool(text) or call is not calls[0]
-            pending[len(turns)] = call.id
-            turns.append(replace(call, learned=learned, joined=joined))
-    key = "functions" if row.get("tools") is None else "tools"  # the older name
-    return Conversation(tuple(turns), parse_tools(row.get(key), key))
+        joined = role == "call" and i > 0 and listed[i - 1]["role"] == "tool_call"
+        pending = pending if joined else {}
+        if role == "call":
+            call = parse_call(from_json(content_of(message, place), f"{place}.content"), f"{place}.content")
+            pending[len(turns)] = ""
+            turns.append(replace(call, learned=is_learned(message, place), joined=joined))
+        elif role == "assistant":
+            for turn in parse_answer(message, place, names_of(tools)):
+                pending |= {len(turns): turn.id} if turn.role == "tool" else {}
+                turns.append(turn)
+        elif not empty_but_for_tools(message):
+            turns.append(Turn(role, content_of(message, place)))
+    return Conversation(begin_with_system(row, turns), tools)
+
+
+def parse_answer(message: dict, place: str, offered: Set[str]) -> list[Turn]:
+    """An assistant's message: its text, if any, and its calls."""
+    calls = parse_calls(message, place)
+    learned, reasoning = is_learned(message, place), reasoning_of(message, place)
+    text = content_of(message, place, optional=bool(calls))
+    if not calls:
+        return text_call(message, Turn("assistant", text, learned, reasoning=reasoning), place, offered)
+    spoken = [Turn("assistant", text, learned, reasoning=reasoning)] if text or reasoning else []
+    joined = [bool(spoken) or i > 0 for i in range(len(calls))]
+    return spoken + [replace(call, learned=learned, joined=at) for call, at in zip(calls, joined, strict=True)]
 
 
 def answer_call(turns: list[Turn], pending: dict[int, str], call_id: Any, text: str, place: str) -> None:
@@ -190,18 +261,6 @@ def parse_call(call: Any, place: str) -> Turn:
     return Turn("tool", name=name, parameters=arguments, learned=True)
 
 
-def content_of(message: dict, place: str, optional: bool = False) -> str:
-    content = message.get("content")
-    if content is None and optional:
-        return ""
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise DataError(f"{place}.content: holds a part that is no text; only text can be learned")
-        return "".join(part["text"] for part in content)
-    return take(message, "content", str, place)
-
-
 def write_openai(conversation: Conversation, lost: Lost) -> dict:
     """A row of OpenAI's messages; a call and its result are two of them, joined by an id."""
     messages, tools = chat_messages(conversation)
@@ -228,17 +287,6 @@ def write_openai(conversation: Conversation, lost: Lost) -> dict:
     return {"messages": messages} if tools is None else {"tools": tools, "messages": messages}
 
 
-def parse_tools(tools: Any, place: str) -> list | None:
-    """A list of functions' descriptions or its JSON, as the bare ones that ChatGLM3 shows."""
-    if isinstance(tools, str):
-        tools = from_json(tools, place) if tools.strip() else None
-    if tools is None or tools == []:
-        return None
-    if not isinstance(tools, list):
-        raise DataError(f"{place} must be a list of functions, got {describe(tools)}")
-    return unwrap_tools(tools)
-
-
 # ShareGPT: {"system": text, "tools": list or its JSON, "conversations": [{"from": …, "value": text}]}
 
 SHAREGPT_ROLES = {
@@ -257,7 +305,7 @@ SHAREGPT_ROLES = {
 
 def parse_sharegpt(row: dict) -> Conversation:
     """ShareGPT's `from` and `value`, with `function_call` and `observation`. Raises DataError for the first fault."""
-    turns = [Turn("system", take(row, "system", str))] if given(row, "system") else []
+    turns: list[Turn] = []
     pending: dict[int, str] = {}
     for i, message in enumerate(take(row, "conversations", list)):
         place = f"conversations[{i}]"
@@ -267,6 +315,8 @@ def parse_sharegpt(row: dict) -> Conversation:
         if role is None:
             raise DataError(f"{place}.from is {source!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
         value = take(message, "value", str, place)
+        if role not in ("assistant", "call"):
+            refuse_learning(message, place)
         learned = is_learned(message, place)
         if role == "result":
             answer_calls(turns, pending, value, place)
@@ -280,8 +330,8 @@ def parse_sharegpt(row: dict) -> Conversation:
                 pending[len(turns)] = ""
                 turns.append(replace(parse_call(call, f"{place}.value"), learned=learned, joined=j > 0))
         else:
-            turns.append(Turn(role, value, learned and role == "assistant"))
-    return Conversation(tuple(turns), parse_tools(row.get("tools"), "tools"))
+            turns.append(Turn(role, value, learned and role == "assistant", reasoning=reasoning_of(message, place)))
+    return Conversation(begin_with_system(row, turns), parse_tools(row.get("tools"), "tools"))
 
 
 def answer_calls(turns: list[Turn], pending: dict[int, str], value: str, place: str) -> None:
@@ -299,7 +349,7 @@ def answer_calls(turns: list[Turn], pending: dict[int, str], value: str, place: 
 def write_sharegpt(conversation: Conversation, lost: Lost) -> dict:
     """A row of ShareGPT."""
     messages: list[dict] = []
-    for group in grouped(conversation.turns):
+    for group in grouped(thinking_aloud(conversation, lost).turns):
         calls = [turn for turn in group if turn.role == "tool"]
         for turn in group:
             if turn.role != "tool":
@@ -339,10 +389,10 @@ def results_of(calls: list[Turn], lost: Lost) -> list[str]:
 
 
 def lose_empty_answers(conversation: Conversation, lost: Lost) -> None:
-    if any(
-        not one.content and one.role != "tool" and two.joined for one, two in itertools.pairwise(conversation.turns)
-    ):
-        lost("an empty answer before a call")
+    for one, two in itertools.pairwise(conversation.turns):
+        if one.role != "tool" and two.joined and not one.content + one.reasoning:
+            lost("an empty answer before a call")
+            return
 
 
 def unlearned(turns: list[Turn], lost: Lost) -> dict:
@@ -363,19 +413,23 @@ def grouped(turns: tuple[Turn, ...]) -> list[list[Turn]]:
     return groups
 
 
-# Alpaca: {"instruction": text, "input": text, "output": text, "system": text, "history": [[text, text]]}
+# Alpaca: {"instruction": text, "input": text, "output": text, "system": text, "history": [[text, text]]}; with query
+# and response it is ms-swift's
 
 
 def parse_alpaca(row: dict) -> Conversation:
-    turns = [Turn("system", take(row, "system", str))] if given(row, "system") else []
+    """Alpaca's `instruction`, `input` and `output`, or ms-swift's `query` and `response`."""
+    asked, answered = ("instruction", "output") if "instruction" in row else ("query", "response")
+    turns = []
     for i, pair in enumerate(take(row, "history", list) if given(row, "history") else []):
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise DataError(f"history[{i}] must be [question, answer], got {describe(pair)}")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1], learned=True)]
-    question = take(row, "instruction", str)
+    question = take(row, asked, str)
     if given(row, "input"):
         question += "\n" + take(row, "input", str)
-    return Conversation((*turns, Turn("user", question), Turn("assistant", take(row, "output", str), learned=True)))
+    turns += [Turn("user", question), Turn("assistant", take(row, answered, str), learned=True)]
+    return Conversation(begin_with_system(row, turns))
 
 
 def write_alpaca(conversation: Conversation, lost: Lost) -> dict:
@@ -457,7 +511,7 @@ def concatenated_json(text: str, place: str) -> list:
 
 def write_glaive(conversation: Conversation, lost: Lost) -> dict:
     """A row of Glaive: `system` and `chat`."""
-    turns = list(conversation.turns)
+    turns = list(thinking_aloud(conversation, lost).turns)
     if conversation.tools is not None:
         tools = wrap_tools(conversation.tools)
         if not tools:
@@ -531,22 +585,25 @@ def row_format(parse: Callable, write: Callable, keys: str, turn_keys: str = "")
     return RowFormat(parse, write, frozenset(keys.split()), frozenset(turn_keys.split()))
 
 
+FLAGS = " ".join(LEARNING)
 ROW_FORMATS: dict[str, RowFormat] = {
-    "firefly": row_format(parse_firefly, write_firefly, "conversation", "human assistant"),
+    "firefly": row_format(parse_firefly, write_firefly, "conversation system", f"human assistant {FLAGS}"),
     "chatglm3": row_format(
         parse_chatglm3,
         write_chatglm3,
-        "conversations tools",
-        "role content loss name parameters observation id joined",
+        "conversations tools system",
+        f"role content name parameters observation id joined metadata tools {FLAGS} {' '.join(REASONING)}",
     ),
     "openai": row_format(
         parse_openai,
         write_openai,
-        "messages tools functions",
-        "role content name loss weight tool_calls function_call tool_call_id reasoning_content",
+        "messages tools functions system",
+        f"role content name tool_calls function_call tool_call_id metadata tools {FLAGS} {' '.join(REASONING)}",
     ),
-    "sharegpt": row_format(parse_sharegpt, write_sharegpt, "conversations tools system", "from value loss weight"),
-    "alpaca": row_format(parse_alpaca, write_alpaca, "instruction input output system history"),
+    "sharegpt": row_format(
+        parse_sharegpt, write_sharegpt, "conversations tools system", f"from value {FLAGS} {' '.join(REASONING)}"
+    ),
+    "alpaca": row_format(parse_alpaca, write_alpaca, "instruction input output query response system history"),
     "glaive": row_format(parse_glaive, write_glaive, "system chat"),
 }
 
@@ -560,7 +617,7 @@ def detect_format(row: dict) -> str:
     for key, name in (("conversation", "firefly"), ("messages", "openai"), ("chat", "glaive")):
         if key in row:
             return name
-    if "instruction" in row:
+    if "instruction" in row or "query" in row:
         return "alpaca"
     keys = ", ".join(map(repr, list(row)[:8])) or "no key"
     raise DataError(
@@ -569,9 +626,23 @@ def detect_format(row: dict) -> str:
     )
 
 
-def parse_row(row: dict) -> Conversation:
-    """A row in any of ROW_FORMATS."""
-    return ROW_FORMATS[detect_format(row)].parse(row)
+def parse_row(row: dict, name: str | None = None) -> Conversation:
+    """A row in the named one of ROW_FORMATS, or in whichever it is. Raises DataError also for a key that is not read
+    and would change what is learned."""
+    refuse_preference(row)
+    own = ROW_FORMATS[name or detect_format(row)]
+    refuse_meaning(row, own.keys, ROW_MEANINGS)
+    for place, turn in turns_of(row, own.keys):
+        refuse_meaning(turn, own.turn_keys, TURN_MEANINGS, place)
+    return own.parse(row)
+
+
+def unread_keys(row: dict) -> list[str]:
+    """What of a row is not read and is not known to be a note, each kind once."""
+    own = ROW_FORMATS[detect_format(row)]
+    found = [f"`{key}` of a row is not read" for key in unread(row, own.keys, ROW_MEANINGS)]
+    turns = [key for _, turn in turns_of(row, own.keys) for key in unread(turn, own.turn_keys, TURN_MEANINGS)]
+    return [*found, *(f"`{key}` of a turn is not read" for key in dict.fromkeys(turns))]
 
 
 def read_conversations(file: Path) -> Iterator[tuple[int, Conversation]]:
@@ -583,41 +654,3 @@ def read_conversations(file: Path) -> Iterator[tuple[int, Conversation]]:
             yield line, parse_row(row)
         except DataError as error:
             raise DataError(f"{file}:{line}: {error}") from None
-
-
-# What the parsers share
-
-
-def require_object(value: Any, place: str, keys: str) -> None:
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: must be an object with {keys}, got {describe(value)}")
-
-
-def is_learned(message: dict, place: str) -> bool:
-    """By `loss`, true or false, or else by OpenAI's `weight`, 1 or 0."""
-    weight = message.get("weight", 1)
-    if weight not in (0, 1):
-        raise DataError(f"{place}.weight must be 0 or 1, got {describe(weight)}")
-    return flag(message, "loss", place, default=weight == 1)
-
-
-def given(holder: dict, key: str) -> bool:
-    """Whether there is something to take: null and an empty text say that there is not, 0 and false are wrong."""
-    return holder.get(key) not in (None, "")
-
-
-def flag(holder: dict, key: str, place: str, *, default: bool) -> bool:
-    return take(holder, key, bool, place) if key in holder else default
-
-
-def function_name(name: str, place: str) -> str:
-    if not name.strip() or "\n" in name:
-        raise DataError(f"{place} is {name!r}; expected the function's name on one line")
-    return name
-
-
-def from_json(text: str, place: str) -> Any:
-    try:
-        return load_json(text)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from None

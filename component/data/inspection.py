@@ -12,7 +12,7 @@ import numpy as np
 from .conversation import count_rounds
 from .dataset import SFTDataset
 from .reader import read_lines
-from .rules import CUT, DROPPED, NOTES, SHORTENED
+from .rules import CUT, DROPPED, NOTES, SHORTENED, SHOWN
 from .tools import names_of
 
 PAGE = Path(__file__).with_name("inspection.html")
@@ -61,8 +61,9 @@ class Inspection:
         for start, end, count in zip(edges, edges[1:], counts, strict=False):
             bar = "█" * round(40 * count / max(counts)) or "▏" * bool(count)
             lines.append(f"{start:>7} – {end - 1:<7}{count:>10,} {bar}")
-        for kind, (count, first) in (self.report.notes | self.report.odd).items():
-            lines.append(f"{count:,} rows, the first at {first}: {kind}")
+        calls = self.calls()
+        lines += ["", "calls by function", *(f"{name:<30}{count:>10,}" for name, count in calls)] if calls else []
+        lines += [f"{count:,} rows, the first at {first}: {what}" for count, first, what in self.report.warnings()]
         lines += ["", f"{self.report.bad:,} bad rows", *self.report.fault_lines()] if self.report.bad else []
         return "\n".join(lines)
 
@@ -104,15 +105,21 @@ class Inspection:
             "bad": self.report.bad,
             "faults": self.faults(),
             "warnings": [
-                {"reason": kind, "count": count, "first": first}
-                for kind, (count, first) in (self.report.notes | self.report.odd).items()
+                {"reason": what, "count": count, "first": first} for count, first, what in self.report.warnings()
             ],
+            "calls": self.calls(),
             "pieces": {str(token): self.piece(token) for token in sorted(used)},
             "control": sorted(used & self.control),
             "rows": rows,
         }
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
         return PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
+
+    def calls(self) -> list[tuple[str, int]]:
+        """(function, calls), the most called first; after SHOWN, the rest together."""
+        ranked = sorted(self.report.calls.items(), key=lambda item: -item[1])
+        rest = ranked[SHOWN:]
+        return ranked[:SHOWN] + ([(f"{len(rest):,} other functions", sum(n for _, n in rest))] if rest else [])
 
     def faults(self) -> list[dict[str, str]]:
         with open(self.dataset.store.folder / "rejected.jsonl", encoding="utf-8") as lines:

@@ -1,6 +1,7 @@
 """A Conversation as messages: question and answer pairs, or those of OpenAI and chat templates."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from ..run.errors import DataError
@@ -12,11 +13,24 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def with_think_text(conversation: Conversation) -> Conversation:
+    """The conversation with reasoning as `<think>` text before the content, for what has no field for it."""
+    if not any(turn.reasoning for turn in conversation.turns):
+        return conversation
+    return replace(conversation, turns=tuple(map(think_aloud, conversation.turns)))
+
+
+def think_aloud(turn: Turn) -> Turn:
+    if not turn.reasoning:
+        return turn
+    return replace(turn, content=f"<think>\n{turn.reasoning}\n</think>\n\n{turn.content}", reasoning="")
+
+
 def question_answer_pairs(
     conversation: Conversation, data_format: str, remedy: str = "set data_format to chat_template"
 ) -> list[tuple[Turn, Turn]]:
     """The turns of a conversation that is nothing but questions with answers. Raises DataError for any other."""
-    turns = conversation.turns
+    turns = with_think_text(conversation).turns
     others = {turn.role for turn in turns} - {"user", "assistant"}
     others |= {"tools"} if conversation.tools is not None else set()
     if others:
@@ -25,14 +39,14 @@ def question_answer_pairs(
         reason = f"{data_format} has pairs of user and assistant alone"
     else:
         return list(zip(turns[::2], turns[1::2], strict=True))
-    raise DataError(f"{reason}; remove the row, or {remedy}")
+    raise DataError(f"{reason}; {remedy}, or remove the row")
 
 
 def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | None]:
     """Messages and tools as OpenAI and chat templates have them, a call's arguments as an object.
 
-    An assistant's message has `learned`, a flag for its text and for each call. Tools that are no descriptions with
-    names become the system message that ChatGLM3 shows.
+    An assistant's message has `learned`, a flag for its text and for each call, and `reasoning_content` if it thinks.
+    Tools that are no descriptions with names become the system message that ChatGLM3 shows.
     """
     messages: list[dict] = []
     calls: list[Turn] = []  # of the last message
@@ -64,6 +78,7 @@ def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | 
             calls.append(turn)
         else:
             flags = {"learned": (turn.learned,)} if turn.role == "assistant" else {}
+            flags |= {"reasoning_content": turn.reasoning} if turn.reasoning else {}
             messages.append({"role": turn.role, "content": turn.content} | flags)
     add_results()
     return messages, tools

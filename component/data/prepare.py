@@ -5,6 +5,7 @@ import math
 import time
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,11 +17,11 @@ from loguru import logger
 from ..run.errors import DataError
 from .chat_template import render_chat_template
 from .conversation import Conversation, choose_learned, count_rounds, oddities, without_first_rounds
-from .formats import parse_row
+from .formats import parse_row, unread_keys
 from .pool import in_order
 from .reader import Unreadable, parse_line, read_lines, rejected_line
 from .render import TokenizedSample, render_chatglm2, render_chatglm3
-from .rules import CUT, DROPPED, NOTES, SHORTENED, SHOWN, DataReport, DataRules, judge
+from .rules import CUT, DROPPED, NOTES, SHORTENED, DataReport, DataRules, count_kind, judge, kind_of
 from .store import FILES, PLACE_BITS
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 20  # what a process gets at a time, whichever is reached first
@@ -43,11 +44,12 @@ class RowRenderer:
         """The conversation, and what is unusual in it. Raises DataError, without a place, for a bad row."""
         if isinstance(raw, DataError):
             raise raw
-        conversation = choose_learned(parse_row(parse_line(raw)), self.rules.loss_on)
-        odd = list(oddities(conversation))
+        row = parse_line(raw)
+        conversation = choose_learned(parse_row(row), self.rules.loss_on)
+        odd = list({kind_of(what): what for what in oddities(conversation)}.values())  # a row counts once for a kind
         if odd and self.rules.strict_roles:
             raise DataError(f"{odd[0]}; mend the row, or set strict_roles to false")
-        return conversation, odd
+        return conversation, [*odd, *unread_keys(row)]
 
     def fit_to_length(self, conversation: Conversation) -> tuple[TokenizedSample | None, str | None]:
         """A sample of at most `max_seq_length` tokens, or None; and CUT, SHORTENED or DROPPED."""
@@ -85,7 +87,7 @@ def fill_store(files: list[Path], renderer: RowRenderer, workers: int, folder: P
     """Fill `folder` for a TokenStore.
 
     Raises:
-        DataError: bad rows with `on_bad_row: stop`: the first SHOWN, and how many; or else an unreadable file.
+        DataError: bad rows with `on_bad_row: stop`: the first of each kind, and how many; or else an unreadable file.
     """
     report = DataReport()
     started = told = time.monotonic()
@@ -125,6 +127,7 @@ class Outcome:
     rejected: list[tuple[int, int, str, str]]  # file number, line, reason, text
     fitted: list[tuple[int, int, str]]  # file number, line, and CUT, SHORTENED or DROPPED
     odd: list[tuple[int, int, str]]
+    calls: Counter[str]
 
     @property
     def longest(self) -> int:
@@ -161,7 +164,7 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
     renderer, chunk, renders = task
     ids, mask = array("i"), bytearray()  # which grow from lists faster than numpy makes an array of one
     ends, lines, notes, rejected, fitted, odd = [], [], bytearray(), [], [], []
-    turns = 0
+    turns, calls = 0, Counter()
     for number, line, raw in chunk:
         try:
             conversation, unusual = renderer.parse(raw)
@@ -171,6 +174,7 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
             rejected.append((number, line, str(error), text))
             continue
         turns += len(conversation.turns)
+        calls.update(turn.name for turn in conversation.turns if turn.role == "tool")
         odd += [(number, line, what) for what in unusual]
         fitted += [(number, line, note)] if note else []
         if sample:
@@ -180,7 +184,7 @@ def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
             lines.append((number << PLACE_BITS) + line)
             notes.append(NOTES.index(note))
     arrays = [np.frombuffer(ids, np.int32), np.frombuffer(mask, np.uint8), np.array(ends, int), np.array(lines, int)]
-    return Outcome(*arrays, np.frombuffer(notes, np.uint8), len(chunk), turns, rejected, fitted, odd)
+    return Outcome(*arrays, np.frombuffer(notes, np.uint8), len(chunk), turns, rejected, fitted, odd, calls)
 
 
 def count_outcome(report: DataReport, outcome: Outcome, files: list[Path]) -> None:
@@ -192,11 +196,11 @@ def count_outcome(report: DataReport, outcome: Outcome, files: list[Path]) -> No
     report.longest = max(report.longest, outcome.longest)
     report.learned += int(outcome.target_mask.sum())
     report.bad += len(outcome.rejected)
-    for number, line, reason, _ in outcome.rejected[: SHOWN - len(report.faults)]:
-        report.faults.append(f"{files[number]}:{line}: {reason}")
-    for totals, found in ((report.notes, outcome.fitted), (report.odd, outcome.odd)):
+    report.calls = dict(Counter(report.calls) + outcome.calls)
+    faults = ((number, line, reason) for number, line, reason, _ in outcome.rejected)
+    for totals, found in ((report.faults, faults), (report.notes, outcome.fitted), (report.odd, outcome.odd)):
         for number, line, what in found:
-            totals.setdefault(what, [0, f"{files[number]}:{line}"])[0] += 1
+            count_kind(totals, f"{files[number]}:{line}", what)
 
 
 def as_item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]]:

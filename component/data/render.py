@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..chatglm.prompt import round_prompt, tool_call, tools_message
 from ..run.errors import DataError
 from .conversation import Conversation, Turn
-from .messages import as_text, question_answer_pairs
+from .messages import as_text, question_answer_pairs, with_think_text
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ def chatglm3_messages(conversation: Conversation) -> list[Message]:
     messages = []
     if conversation.tools is not None:
         messages.append(Message("system", tools_message(conversation.tools)))
-    for turn in conversation.turns:
+    for turn in with_think_text(conversation).turns:
         if turn.role == "tool":
             messages.append(Message("assistant", call_text(turn), turn.name, turn.learned))
             messages.append(Message("observation", as_text(turn.observation)))

@@ -1,5 +1,6 @@
 """What is done with rows, what was found in them, and whether a run may start on it."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,7 +8,10 @@ from loguru import logger
 
 from ..run.errors import DataError
 
-SHOWN = 20  # faults in an error message
+SHOWN = 20  # kinds of faults, and of what is unusual, that are told apart
+OTHERS = "of other kinds"
+# What differs between two faults of one kind: places, and values, which stand in quotes or after "got".
+DETAIL = re.compile(r"""\[\d+\]|(?<!\w)'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\bgot .*|\d+""", re.DOTALL)
 CUT, SHORTENED, DROPPED = "cut", "early turns dropped", "too long, dropped"
 NOTES = (None, CUT, SHORTENED)  # what `notes.bin` counts through
 
@@ -26,7 +30,7 @@ class DataRules:
 
 @dataclass
 class DataReport:
-    """What was found in a source. `notes` and `odd`: kind to [rows, place of the first]."""
+    """What was found in a source. `faults`, `notes` and `odd`: kind to [rows, place of the first, its text]."""
 
     rows: int = 0
     turns: int = 0
@@ -35,17 +39,45 @@ class DataReport:
     learned: int = 0
     longest: int = 0  # in tokens
     bad: int = 0
-    faults: list[str] = field(default_factory=list)  # the first SHOWN
+    faults: dict[str, list] = field(default_factory=dict)  # of bad rows
     notes: dict[str, list] = field(default_factory=dict)  # CUT, SHORTENED, DROPPED
     odd: dict[str, list] = field(default_factory=dict)  # what is unusual but legal
+    calls: dict[str, int] = field(default_factory=dict)  # of each function
 
     def fault_lines(self) -> list[str]:
-        """The first SHOWN, and how many there are beside."""
-        more = self.bad - len(self.faults)
-        return [*self.faults, *([f"… and {more} more"] if more else [])]
+        """One line for each kind of fault: the first of it, and how many are like it."""
+        return [
+            f"… and {count} rows {OTHERS}"
+            if kind == OTHERS
+            else f"{place}: {text}" + (f" (and {count - 1} more rows like it)" if count > 1 else "")
+            for kind, (count, place, text) in self.faults.items()
+        ]
+
+    def warnings(self) -> list[tuple[int, str, str]]:
+        """(rows, place of the first, what it is) of everything that is worth a look and no fault."""
+        return [(count, place, text) for count, place, text in (self.notes | self.odd).values()]
 
     def count_notes(self, kind: str) -> int:
         return self.notes.get(kind, [0])[0]
+
+
+def kind_of(text: str) -> str:
+    """A text without what differs between two faults of one kind."""
+    return DETAIL.sub("…", text)
+
+
+def count_kind(totals: dict[str, list], place: str, text: str) -> int:
+    """Count a text with those that differ from it in places and values alone, after SHOWN kinds with all others.
+
+    Returns:
+        how many there are now of its kind.
+    """
+    kind = kind_of(text)
+    if kind not in totals and len(totals) >= SHOWN:
+        kind = text = OTHERS
+    entry = totals.setdefault(kind, [0, place, text])
+    entry[0] += 1
+    return entry[0]
 
 
 def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
@@ -53,8 +85,9 @@ def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
     `max_bad_share`, or no sample."""
     name = f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     if report.bad and rules.on_bad_row == "stop":
-        head = f"{name}: {report.bad} bad rows of {report.rows}; mend them, or set on_bad_row to skip"
-        raise DataError("\n".join([head, *report.fault_lines()]))
+        few = report.bad <= rules.max_bad_share * report.rows  # else skipping them would stop the run as well
+        remedy = "mend them, or set on_bad_row to skip" if few else "mend them"
+        raise DataError("\n".join([f"{name}: {report.bad} bad rows of {report.rows}; {remedy}", *report.fault_lines()]))
     too_long = report.count_notes(DROPPED)
     if not report.rows:
         raise DataError(f"{name}: nothing to learn: the file has no rows")
@@ -62,11 +95,11 @@ def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
         at = f"no learned token survives max_seq_length={rules.max_seq_length}" if report.notes else "every row is bad"
         raise DataError("\n".join([f"{name}: nothing to learn: {at}", *report.fault_lines()]))
     if report.bad + too_long > rules.max_bad_share * report.rows:
-        raise DataError(
-            f"{name}: {report.bad} rows are bad and {too_long} too long, of {report.rows}: more than "
-            f"max_bad_share={rules.max_bad_share:g}; mend them, raise max_seq_length={rules.max_seq_length}, or raise "
-            "max_bad_share" + "".join(f"\n{fault}" for fault in report.fault_lines())
-        )
+        remedies = ["mend them"] * bool(report.bad)
+        remedies += [f"raise max_seq_length={rules.max_seq_length}"] * bool(too_long)
+        head = f"{name}: {report.bad} rows are bad and {too_long} too long, of {report.rows}: more than max_bad_share="
+        head += f"{rules.max_bad_share:g}; {', '.join(remedies)}, or raise max_bad_share"
+        raise DataError("\n".join([head, *report.fault_lines()]))
 
 
 def log_report(report: DataReport, files: list[Path], rules: DataRules) -> None:
@@ -77,9 +110,8 @@ def log_report(report: DataReport, files: list[Path], rules: DataRules) -> None:
         f"{name}: {report.kept:,} rows, {report.tokens:,} tokens, {learned:.0%} learned; mean length {mean:.0f}, "
         f"longest {report.longest}"
     )
-    for kind, (count, first) in report.notes.items():
-        logger.warning(f"{name}: {count:,} rows, the first at {first}: {kind} (max_seq_length={rules.max_seq_length})")
-    for kind, (count, first) in report.odd.items():
-        logger.warning(f"{name}: {count:,} rows, the first at {first}: {kind}")
+    for count, first, what in report.warnings():
+        limit = f" (max_seq_length={rules.max_seq_length})" if what in report.notes else ""
+        logger.warning(f"{name}: {count:,} rows, the first at {first}: {what}{limit}")
     if report.bad:
         logger.warning("\n".join([f"{name}: {report.bad:,} bad rows left out", *report.fault_lines()]))

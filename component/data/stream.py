@@ -12,7 +12,7 @@ from ..run.errors import DataError
 from .dataset import Source
 from .prepare import RowRenderer, as_item, check_tokenizer, chunks, count_outcome, read_files, render_chunk
 from .reader import find_files
-from .rules import DataReport, DataRules, judge, log_report
+from .rules import DataReport, DataRules, count_kind, judge, log_report
 
 SHUFFLE_BUFFER = 1000  # samples of a stream among which the next is drawn
 CHECKED_FIRST = 1000  # rows of a stream that are checked before anything expensive starts
@@ -85,6 +85,7 @@ class StreamingSFTDataset(IterableDataset):
     def samples(self, files: list[Path], count: int, own: int) -> Iterator[dict[str, list[int]]]:
         """Those of every `count`-th row, from row `own` on."""
         bad, found = 0, False
+        kinds: dict[str, list] = {}
         rows = itertools.islice(read_files(files, skips=True), own, None, count)
         for seen, (number, line, raw) in enumerate(rows, 1):
             try:
@@ -92,7 +93,8 @@ class StreamingSFTDataset(IterableDataset):
             except DataError as error:
                 bad += 1
                 place = f"{files[number]}:{line}"
-                logger.bind(any_rank=True).warning(f"{place}: left out: {error}")
+                if count_kind(kinds, place, str(error)) == 1:
+                    logger.bind(any_rank=True).warning(f"{place}: left out, as all like it: {error}")
                 share = self.renderer.rules.max_bad_share
                 if seen > CHECKED_FIRST and bad > share * seen:
                     raise DataError(f"{place}: {bad} bad rows of {seen}, above max_bad_share={share:g}") from None

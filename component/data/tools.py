@@ -1,6 +1,19 @@
 """Descriptions of functions, bare as ChatGLM3 shows them or wrapped as OpenAI does. Standard library only."""
 
+from collections.abc import Iterator
 from typing import Any
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+# What of JSON Schema may allow properties that `properties` does not name.
+OPEN = {"$ref", "anyOf", "oneOf", "allOf", "if", "patternProperties", "unevaluatedProperties"}
 
 
 def bare(tool: Any) -> Any:
@@ -29,3 +42,52 @@ def wrap_tools(tools: Any) -> list[dict] | None:
 def unwrap_tools(tools: list) -> list:
     """Each description bare, where its wrapping says no more than that it is a function."""
     return [bare(tool) if isinstance(tool, dict) and tool.keys() == {"type", "function"} else tool for tool in tools]
+
+
+def misfits(name: str, arguments: dict, tools: Any) -> Iterator[str]:
+    """What is wrong with a call by the parameters that `tools` describes, if these are a JSON Schema of an object."""
+    for tool in map(bare, tools if isinstance(tools, list) else ()):
+        if has_name(tool) and tool["name"] == name:
+            schema = tool.get("parameters")
+            if isinstance(schema, dict) and isinstance(schema.get("properties"), dict):
+                yield from object_misfits(arguments, schema, f"{name!r}")
+            return
+
+
+def object_misfits(value: dict, schema: dict, owner: str) -> Iterator[str]:
+    properties = schema["properties"]
+    required = schema.get("required") if isinstance(schema.get("required"), list) else []
+    for key in required:
+        if key not in value:
+            yield f"a call lacks the required argument {key!r} of {owner}"
+    closed = not (schema.get("additionalProperties") or OPEN & schema.keys())
+    for key, item in value.items():
+        if key in properties:
+            absent = item is None and key not in required  # null is a common way to leave an argument out
+            yield from () if absent else value_misfits(item, properties[key], f"{key!r} of {owner}")
+        elif closed:
+            yield f"a call has the argument {key!r}, which {owner} does not have"
+
+
+def value_misfits(value: Any, schema: Any, owner: str) -> Iterator[str]:
+    """What is wrong with one argument. A type that JSON Schema does not know, and what is no schema, allow anything."""
+    if not isinstance(schema, dict) or (value is None and schema.get("nullable") is True):
+        return
+    types = schema.get("type")
+    types = types if isinstance(types, list) else [types]
+    if all(isinstance(one, str) and one in TYPES for one in types) and not any(is_of(value, one) for one in types):
+        yield f"a call has an argument of the wrong type: {owner} must be {' or '.join(types)}"
+    elif isinstance(schema.get("enum"), list) and value not in schema["enum"]:
+        yield f"a call has an argument outside its enum: {owner}"
+    elif isinstance(value, dict) and isinstance(schema.get("properties"), dict):
+        yield from object_misfits(value, schema, owner)
+    elif isinstance(value, list):
+        for item in value:
+            yield from value_misfits(item, schema.get("items"), f"an item of {owner}")
+
+
+def is_of(value: Any, name: str) -> bool:
+    """Whether a value is of one of TYPES; true is no number, and 2.0 is an integer."""
+    if isinstance(value, bool):
+        return name == "boolean"
+    return isinstance(value, TYPES[name]) or (name == "integer" and isinstance(value, float) and value.is_integer())

@@ -44,9 +44,9 @@ def test_pairs_become_turns_and_other_fields_stay():
 
 def test_fields_of_turns_and_fields_that_clash_are_said_to_be_lost():
     lost = []
-    row = {"conversation": [{"human": "h", "assistant": "a", "score": 3}], "system": "an id"}
+    row = {"conversation": [{"human": "h", "assistant": "a", "score": 3}], "query": "an id"}
     assert convert_row(row, "alpaca", None, lost.append) == {"instruction": "h", "input": "", "output": "a"}
-    assert lost == ["'score' of a turn", "'system' of the row, which means something else in alpaca"]
+    assert lost == ["'score' of a turn", "'query' of the row, which means something else in alpaca"]
     row = {"instruction": "q", "output": "a", "conversations": ["x"], "chat": 1, "messages": ["a note"]}
     converted = convert_row(row, "firefly", "alpaca", lost.append)
     assert converted == {"chat": 1, "messages": ["a note"], "conversation": [{"human": "q", "assistant": "a"}]}
@@ -90,7 +90,7 @@ def test_bad_rows_can_be_left_out_with_the_reason(tmp_path):
             {
                 "file": str(source),
                 "line": 2,
-                "reason": "firefly has no place for tool; remove the row, or convert it to another format",
+                "reason": "firefly has no place for tool; convert it to another format, or remove the row",
                 "row": call,
             },
         )

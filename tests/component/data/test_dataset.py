@@ -29,7 +29,7 @@ from component.data.formats import parse_row
 from component.data.load import Mixture, load_datasets
 from component.data.prepare import RowRenderer
 from component.data.render import TokenizedSample, render_chatglm3
-from component.data.rules import DROPPED, DataRules
+from component.data.rules import DROPPED, DataReport, DataRules, count_kind
 from component.data.store import TokenStore
 from component.data.stream import StreamingSFTDataset
 from component.run.errors import DataError
@@ -164,17 +164,33 @@ def test_several_processes_make_what_one_makes(tmp_path, tiny_tokenizer, monkeyp
 # Faults
 
 
-def test_the_first_20_faults_and_their_number_are_listed(make):
-    rows = [ROWS[0], *[BAD] * 30, ROWS[1]]
+def test_faults_of_one_kind_are_one_line_with_the_place_of_the_first(make):
+    rows = [ROWS[0], *[BAD] * 29, {"conversations": []}, {"conversations": [{"role": "bot", "content": ""}]}, ROWS[1]]
     with pytest.raises(DataError) as error:
-        make(rows, on_bad_row="stop")
-    head, *faults, more = str(error.value).split("\n")
-    assert head.endswith("rows.jsonl: 30 bad rows of 32; mend them, or set on_bad_row to skip")
-    assert len(faults) == 20
-    assert faults[0].endswith("rows.jsonl:2: conversations[0].role is 'usr'; expected system, user, assistant or tool")
-    assert more == "… and 10 more"
-    with pytest.raises(DataError, match=r"more than max_bad_share=0\.5; (.*\n){20}.*\n… and 10 more$"):
+        make(rows, on_bad_row="stop", max_bad_share=0.5)
+    head, *faults = str(error.value).split("\n")
+    assert head.endswith("rows.jsonl: 31 bad rows of 33; mend them"), "to skip as many would stop the run as well"
+    first, second = faults
+    assert first.endswith(
+        "rows.jsonl:2: conversations[0].role is 'usr'; expected system, user, assistant, tool or observation "
+        "(and 29 more rows like it)"
+    )
+    assert "rows.jsonl:31: nothing to learn" in second
+    with pytest.raises(DataError, match=r"more than max_bad_share=0\.5; mend them, or raise max_bad_share\n"):
         make(rows, on_bad_row="skip", max_bad_share=0.5)
+    with pytest.raises(DataError, match="1 bad rows of 31; mend them, or set on_bad_row to skip"):
+        make([BAD, *ROWS * 10], on_bad_row="stop")
+
+
+def test_after_20_kinds_of_faults_the_rest_is_counted_together():
+    faults: dict[str, list] = {}
+    for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz"):
+        count_kind(faults, f"f:{i}", f"{letter}[{i}] is '{i}', got {i}")
+        count_kind(faults, f"f:{i}", f"{letter}[{i + 1}] is 'x y', got null (NoneType)")
+    lines = DataReport(faults=faults).fault_lines()
+    assert len(lines) == 21
+    assert lines[0] == "f:0: a[0] is '0', got 0 (and 1 more rows like it)"
+    assert lines[-1] == "… and 12 rows of other kinds"
 
 
 FAULTY = [
@@ -223,14 +239,15 @@ def test_twenty_faulty_rows_are_rejected_and_six_unusual_ones_are_not(make, log)
     dataset = make(FAULTY + UNUSUAL, on_bad_row="skip")
     report = dataset.store.report
     assert (report.bad, report.kept) == (20, 6)
-    reasons = [fault.split("rows.jsonl:", 1)[1] for fault in report.faults]
-    assert [int(reason.split(":")[0]) for reason in reasons] == list(range(1, 21))
-    assert {kind: count for kind, (count, _) in report.odd.items()} == {
+    assert sum(count for count, _, _ in report.faults.values()) == 20
+    assert [int(line.split("rows.jsonl:", 1)[1].split(":")[0]) for line in report.fault_lines()][:3] == [1, 2, 3]
+    assert {kind: count for kind, (count, *_) in report.odd.items()} == {
         "the assistant speaks first": 2,
         "ends on a user turn": 1,
         "ends on a call": 1,
         "has an empty answer": 1,
         "calls a function that tools does not name": 1,
+        "has a call without a result, and goes on": 1,
         "has two user turns in a row": 2,
     }
     rejected = read_jsonl(dataset.store.folder / "rejected.jsonl")
@@ -275,7 +292,7 @@ def test_calls_that_a_format_cannot_say_are_faults(tmp_path, tiny_tokenizer):
     )
     assert (dataset.store.report.turns, dataset.store.report.odd) == (6, {})
     write(file, [{"messages": [{"role": "user", "content": "x"}, call]}])
-    with pytest.raises(DataError, match=r"firefly has no place for tool; .* set data_format to chat_template"):
+    with pytest.raises(DataError, match=r"firefly has no place for tool; set data_format to chat_template, or"):
         SFTDataset(file, tiny_tokenizer, 100)
 
 
@@ -303,7 +320,7 @@ def test_a_file_whose_name_is_not_utf8_is_read_and_its_rejected_rows_are_named(t
     file = write(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")), [*ROWS, BAD])
     dataset = ChatGLM3SFTDataset(file, tiny_tokenizer, 1000, on_bad_row="skip", max_bad_share=1.0, cache_dir=tmp_path)
     assert dataset.place(0) == f"{file}:1"
-    assert dataset.store.report.faults[0].startswith(f"{file}:4: ")
+    assert dataset.store.report.fault_lines()[0].startswith(f"{file}:4: ")
     assert [entry["file"] for entry in read_jsonl(dataset.store.folder / "rejected.jsonl")] == [str(file)]
 
 
@@ -328,7 +345,7 @@ def test_a_cut_row_teaches_no_end(make, tiny_tokenizer):
     assert short[0] == whole[0]
     assert short[1]["input_ids"] == whole[2]["input_ids"][:-1]
     assert tiny_tokenizer.eos_token_id not in short[1]["input_ids"]
-    assert {kind: count for kind, (count, _) in short.store.report.notes.items()} == {
+    assert {kind: count for kind, (count, *_) in short.store.report.notes.items()} == {
         "cut": 1,
         "too long, dropped": 1,
     }
@@ -537,7 +554,7 @@ def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenize
     assert "ends on a user turn" in text
     assert "1 bad rows left out" in text
     load_datasets(settings(str(many), tmp_path, on_bad_row="skip"), ChatGLM3SFTDataset, tiny_tokenizer, 0, None)
-    assert log[-1].endswith("… and 10 more\n")
+    assert log[-1].endswith("assistant, tool or observation (and 29 more rows like it)\n")
     args = settings(str(many), tmp_path, on_bad_row="skip", max_bad_share=0.1)
     with pytest.raises(DataError, match=r"more than max_bad_share=0\.1"):
         load_datasets(args, ChatGLM3SFTDataset, tiny_tokenizer, 0, str(tmp_path / "out"))
@@ -592,7 +609,7 @@ def test_a_stream_stops_early_for_the_first_rows_and_leaves_out_later_ones(tmp_p
         stream([row("long " * 100_000)] * 19 + [BAD], on_too_long="drop")
     late = stream([ROWS[0]] * 1500 + [BAD] + [ROWS[0]] * 10)
     assert sum(1 for _ in late) == 1510
-    assert "rows.jsonl:1501: left out: conversations[0].role is 'usr'" in log[-1]
+    assert "rows.jsonl:1501: left out, as all like it: conversations[0].role is 'usr'" in log[-1]
     with pytest.raises(DataError, match=r"above max_bad_share=0\.01"):
         list(stream([ROWS[0]] * 1500 + [BAD] * 100, max_bad_share=0.01))
 

@@ -89,7 +89,7 @@ def test_openai_with_parallel_calls_answered_by_id():
             replace(weather, observation="second", id="2", joined=True),
             Turn("assistant", "done"),
             replace(weather, observation="third"),
-            Turn("assistant", "<think>\nhm\n</think>\n\nso", learned=True),
+            Turn("assistant", "so", learned=True, reasoning="hm"),
         ),
         tools=[WEATHER],
     )
@@ -190,7 +190,10 @@ def messages(*rows) -> dict:
         ({"conversations": [{**ANSWER, "loss": False}]}, "nothing to learn"),
         ({"conversations": ["x"]}, "conversations[0]: must be an object with role"),
         ({"conversations": [{"content": "x"}]}, "conversations[0].role: missing"),
-        (with_turn(role="usr"), "conversations[1].role is 'usr'; expected system, user, assistant or tool"),
+        (
+            with_turn(role="usr"),
+            "conversations[1].role is 'usr'; expected system, user, assistant, tool or",
+        ),
         (with_turn(role=None), "conversations[1].role must be text, got null (NoneType)"),
         (with_turn(content=3), "conversations[1].content must be text, got 3 (int)"),
         (with_turn(content=None), "conversations[1].content must be text, got null"),
