@@ -15,7 +15,7 @@ from .tools import unwrap_tools
 
 LEARNING = ("loss", "loss_weight", "loss_scale", "weight", "train", "training")  # names for one flag, by many tools
 REASONING = ("reasoning_content", "reasoning", "thinking")
-FENCED = re.compile(r"```(?:python|json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
+FENCED = re.compile(r"```(?:python|json)?\s*(.*?)\s*```", re.DOTALL)
 
 
 def require_object(value: Any, place: str, keys: str) -> None:
@@ -176,7 +176,7 @@ def text_call(message: dict, turn: Turn, place: str, offered: Set[str]) -> list[
 def literal_arguments(text: str, name: str, place: str) -> dict:
     """The arguments of a call, written as a Python call of literals or as a JSON object."""
     if fenced := FENCED.fullmatch(text):
-        text = fenced[1].strip()
+        text = fenced[1]
     if text.startswith("{"):
         return take({"content": from_json(text, f"{place}.content")}, "content", dict, place)
     from ..chatglm.prompt import parse_tool_call  # see data/messages.py

@@ -49,7 +49,7 @@ def test_rows_calls_and_faults_are_laid_out_and_data_stays_text(make_page):
     assert "<img" not in shown[shown.index("</script>", shown.index('id="data"')) :].split("<script")[0]
     assert "<title>broken" not in shown
     text = html.unescape(re.sub(r"<[^>]+>", " ", shown.split('id="data"')[0]))
-    assert "expected system, user, assistant or tool" in text
+    assert "expected system, user, assistant, tool or observation" in text
     assert "role is '{toString}'" in text
     assert text.index("expected system, user") < text.index("2 of 2 rows")
     detail = shown[shown.index('id="detail"') :]

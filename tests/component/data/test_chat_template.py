@@ -433,3 +433,45 @@ def test_the_real_smollm2_tokenizer_and_its_own_template(tmp_path):
         3,
         3,
     ]
+
+
+THINKS = CHATML.replace(
+    "%THINK%", "{% if m.reasoning_content and loop.last %}<thought>{{ m.reasoning_content }}</thought>{% endif %}"
+)
+THOUGHTFUL = {
+    "messages": [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "early", "reasoning_content": "gone"},
+        {"role": "user", "content": "q2"},
+        {"role": "assistant", "content": "a", "reasoning_content": "hm"},
+    ]
+}
+
+
+def test_reasoning_goes_to_a_template_that_reads_it_as_what_it_is():
+    text = shown(THOUGHTFUL, make_tokenizer(THINKS, "<|im_start|>", "<|im_end|>"))
+    assert "<think>" not in text
+    assert text.endswith("assistant\n⟦<thought>hm</thought>a<|im_end|>⟧\n")
+    assert "assistant\n⟦early<|im_end|>⟧\n" in text
+
+
+def test_reasoning_is_text_for_a_template_that_does_not_read_it():
+    text = shown(THOUGHTFUL, FAMILIES["qwen2.5"])
+    assert "⟦<think>\ngone\n</think>\n\nearly<|im_end|>⟧" in text
+    assert text.endswith("⟦<think>\nhm\n</think>\n\na<|im_end|>⟧\n")
+
+
+def test_reasoning_before_a_call_stays_with_the_call():
+    call = {
+        "role": "assistant",
+        "reasoning_content": "hm",
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+    }
+    row = {"messages": [{"role": "user", "content": "q"}, call], "tools": [{"name": "f"}]}
+    text = shown(row, make_tokenizer(THINKS, "<|im_start|>", "<|im_end|>"))
+    assert "assistant\n⟦<thought>hm</thought><tool_call>\n" in text
+
+
+def test_reasoning_of_the_first_message_is_learned():
+    row = {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "hm"}]}
+    assert "⟦hm</thought>a<|im_end|>⟧" in shown(row, make_tokenizer(THINKS, "<|im_start|>", "<|im_end|>"))

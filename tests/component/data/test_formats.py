@@ -518,3 +518,16 @@ def test_whatever_stands_in_a_field_a_row_is_read_or_refused(row):
                 assert str(error)
                 outcomes["refused"] += 1
     assert min(outcomes.values()) > 5, outcomes
+
+
+def test_reasoning_keeps_its_field_where_a_format_has_one_and_is_said_to_become_text_elsewhere():
+    conversation = Conversation((Turn("user", "u"), Turn("assistant", "a", True, reasoning="hm")))
+    for name in ("chatglm3", "openai"):
+        row, lost = write(conversation, name)
+        assert back(row) == conversation
+        assert lost == []
+    for name in ("firefly", "sharegpt", "alpaca", "glaive"):
+        row, lost = write(conversation, name)
+        assert back(row).turns[1] == Turn("assistant", "<think>\nhm\n</think>\n\na", True)
+        assert lost == ["that reasoning is no part of the answer: written as <think> text"]
+    assert chatglm3_messages(conversation)[1].content == "<think>\nhm\n</think>\n\na"
