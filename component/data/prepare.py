@@ -46,7 +46,10 @@ class RowRenderer:
             raise raw
         row = parse_line(raw)
         conversation = choose_learned(parse_row(row), self.rules.loss_on)
-        odd = list({kind_of(what): what for what in oddities(conversation)}.values())  # a row counts once for a kind
+        first: dict[str, str] = {}  # of each kind, so that a row counts once
+        for what in oddities(conversation):
+            first.setdefault(kind_of(what), what)
+        odd = list(first.values())
         if odd and self.rules.strict_roles:
             raise DataError(f"{odd[0]}; mend the row, or set strict_roles to false")
         return conversation, [*odd, *unread_keys(row)]

@@ -62,7 +62,7 @@ class QLoRAArguments:
     )
     on_bad_row: str = setting(
         "stop",
-        "stop: list the first 20 bad rows and exit. skip: write them to rejected.jsonl in output_dir and go on.",
+        "stop: list the bad rows by kind and exit. skip: write them to rejected.jsonl in output_dir and go on.",
         *one_of("stop", "skip"),
     )
     max_bad_share: float = setting(

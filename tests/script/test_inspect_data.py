@@ -58,6 +58,7 @@ def test_the_figures(inspection):
     table = inspection.table()
     assert re.search(r"rows\.jsonl:2: conversations\[0\]\.role is 'usr'", table)
     assert re.search(r"1 rows, the first at .*rows\.jsonl:3: ends on a call", table)
+    assert re.search(r"calls by function\nweather +1\n", table)
 
 
 def test_a_row_in_the_terminal_shows_every_token(inspection, tiny_tokenizer):
@@ -88,6 +89,7 @@ def test_the_page_holds_rows_tokens_and_faults_and_no_markup_of_the_data(inspect
     assert page["rows"][1]["turns"][1] == called
     assert page["rows"][1]["tools"] == ["weather"]
     assert page["rows"][2]["notes"][0].startswith("duplicate of ")
+    assert page["calls"] == [["weather", 1]]
     (fault,) = page["faults"]
     assert fault["place"].endswith("rows.jsonl:2")
     assert json.loads(fault["text"]) == ROWS[1]
@@ -114,6 +116,14 @@ def test_turns_that_were_left_out_are_not_shown(tmp_path, tiny_tokenizer):
         turns = Inspection(dataset, tiny_tokenizer).describe_rows(1)[0]["turns"]
         assert [turn["content"] for turn in turns][-2:] == ["question 8", "answer 8"]
         assert len(turns) == shown
+
+
+def test_the_most_called_functions_are_counted_and_the_rest_together(inspection):
+    inspection.report.calls = {f"f{i}": i for i in range(1, 31)}
+    calls = inspection.calls()
+    assert calls[0] == ("f30", 30)
+    assert calls[-1] == ("10 other functions", 55)
+    assert len(calls) == 21
 
 
 def test_no_text_of_a_row_moves_the_cursor():

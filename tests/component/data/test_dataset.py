@@ -29,7 +29,7 @@ from component.data.formats import parse_row
 from component.data.load import Mixture, load_datasets
 from component.data.prepare import RowRenderer
 from component.data.render import TokenizedSample, render_chatglm3
-from component.data.rules import DROPPED, DataReport, DataRules, count_kind
+from component.data.rules import DROPPED, DataReport, DataRules, count_kind, log_report
 from component.data.store import TokenStore
 from component.data.stream import StreamingSFTDataset
 from component.run.errors import DataError
@@ -270,6 +270,27 @@ def test_strict_roles_refuses_what_is_else_a_warning(make):
     assert make([UNUSUAL[1]]).store.report.odd["ends on a user turn"][0] == 1
     with pytest.raises(DataError, match="ends on a user turn; mend the row, or set strict_roles to false"):
         make([UNUSUAL[1]], strict_roles=True)
+
+
+def test_calls_that_do_not_fit_and_keys_that_are_not_read_are_one_line_a_kind(make, log):
+    tools = [{"name": "f", "parameters": {"properties": {"x": {"type": "integer"}, "y": {}}, "required": ["x", "y"]}}]
+    call = {"role": "tool", "name": "f", "parameters": {}, "observation": 1}
+    wrong = {"tools": tools, "foo": 1, "conversations": [{"role": "user", "content": "x"}, call]}
+    dataset = make([ROWS[0], wrong, wrong | {"bar": 1}])
+    log_report(dataset.store.report, dataset.files, dataset.rules)
+    said = [line.split("rows.jsonl: ", 1)[1] for line in log if "the first at" in line]
+    place = f"{dataset.files[0]}:2"
+    assert said == [
+        f"2 rows, the first at {place}: ends on a call\n",
+        f"2 rows, the first at {place}: a call lacks the required argument 'x' of 'f'\n",
+        f"2 rows, the first at {place}: `foo` of a row is not read\n",
+        f"1 rows, the first at {dataset.files[0]}:3: `bar` of a row is not read\n",
+    ]
+    assert dataset.store.report.calls == {"f": 2}
+    ended = wrong["conversations"] + ROWS[0]["conversations"][-1:]
+    with pytest.raises(DataError, match="a call lacks the required argument 'x' of 'f'; mend the row"):
+        make([wrong | {"conversations": ended}], strict_roles=True)
+    assert len(make([ROWS[0] | {"foo": 1}], strict_roles=True)) == 1, "an unread key is no fault of the roles"
 
 
 @pytest.mark.parametrize(
