@@ -1,5 +1,6 @@
 """The tokenizer, the 4-bit base model and its LoRA adapter."""
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from transformers import (
 from .chatglm.versions import warn_if_untested
 from .run.errors import ArgumentError, unusable
 from .settings.schema import QLoRAArguments
-from .trust import check_adapter, check_model, check_weights, find_weights, read_adapter_shapes
+from .trust import check_adapter, check_model, check_weights, find_model_file, find_weights, read_adapter_shapes
 
 DRIVER = "/proc/driver/nvidia/version"  # is there where NVIDIA's driver is loaded
 # By values, shapes and files of a model that are not what libraries expect, and by memory.
@@ -42,7 +43,9 @@ def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
         ArgumentError: no such model, or one that needs Python of its own.
     """
     tokenizer = from_pretrained(AutoTokenizer, args.model_name_or_path)
-    tokenizer.embedding_rows = from_pretrained(AutoConfig, args.model_name_or_path).get_text_config().vocab_size
+    tokenizer.embedding_rows = math.inf
+    if find_model_file(args.model_name_or_path, "config.json"):  # the inspector takes a tokenizer's folder too
+        tokenizer.embedding_rows = from_pretrained(AutoConfig, args.model_name_or_path).get_text_config().vocab_size
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.embedding_rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -157,6 +157,7 @@ def test_a_wrong_base_is_a_fault_of_what_was_given(model_folder, adapter_folder,
             raise fault
 
     monkeypatch.setattr("component.trust.cached_file", ask_the_hub)
+    monkeypatch.setattr("component.trust.require_hub_or_cache", lambda name: None)
     usual = ("--adapter", adapter_folder(model_folder()), "--output", tmp_path / "merged")
     said = str(fault or "no config.json is to be had; give a folder")
     assert f"--base someone/nothing: {said}" in refusal(capsys, *usual, "--base", "someone/nothing")

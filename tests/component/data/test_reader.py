@@ -254,7 +254,7 @@ def test_hidden_files_and_folders_within_a_folder_are_left_out_and_said_once(tmp
     assert len(said) == 1
     assert f"{tmp_path}: 3 files are left out" in said[0]
     hidden = tmp_path / ".ipynb_checkpoints"
-    assert [file.name for file in find_files(hidden)] == ["a.jsonl"], "whoever names it means it"
+    assert [file.name for file in find_files(hidden)] == ["a-checkpoint.jsonl"], "whoever names it means it"
     assert find_files(tmp_path / ".b.jsonl") == [tmp_path / ".b.jsonl"]
     (tmp_path / "sub/d.json").unlink()
     with pytest.raises(DataError, match="no file there"):
