@@ -163,8 +163,6 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
                 raise ValueError(f"{key}: {path} lies in output_dir, which overwrite_output_dir may move away")
     if args.streaming and values.get("max_steps", -1) <= 0:
         raise ValueError("streaming: the number of rows is not known beforehand; give max_steps")
-    if args.streaming and values.get("train_sampling_strategy", "random") != "random":
-        raise ValueError("train_sampling_strategy is of rows that are known beforehand, but streaming is true")
     check_trackers(as_list(values.get("report_to")))
     model = args.model_name_or_path
     if fault := missing_folder(model):

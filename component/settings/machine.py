@@ -40,6 +40,8 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
     if values.get("save_total_limit") == 1:
         logger.info("save_total_limit: 1 is raised to 2, since a run keeps a whole checkpoint while it writes another")
         adapted["save_total_limit"] = 2
+    if args.streaming and (order := values.get("train_sampling_strategy", "random")) != "random":
+        logger.warning(f"train_sampling_strategy={order} is of rows that are known beforehand; a stream is shuffled")
     if args.eval_file is not None:
         adapted |= choose_evaluation(values)
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:

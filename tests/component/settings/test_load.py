@@ -86,7 +86,6 @@ def test_every_shipped_file_parses_and_routes(file, monkeypatch):
         ({"report_to": "json"}, "report_to: no tracker is called 'json'; there are azure_ml,"),
         ({"save_strategy": "best"}, "save_strategy 'best' needs eval_file"),
         ({"eval_on_start": True}, "give eval_file, or set eval_strategy to 'no'"),
-        ({"streaming": True, "max_steps": 5, "group_by_length": True}, "train_sampling_strategy is of rows that are"),
         ({"text": '{"seed": 1,\n "seed": 2}'}, "'seed' stands there twice; keep one"),
         ({"text": '{"seed": 1,\n "seed" 2}'}, "args.json:2:9: not JSON"),
         ({"text": '{"learning_rate": NaN}'}, "NaN is no JSON number"),
@@ -314,3 +313,8 @@ def test_rows_are_laid_out_as_file_and_overrides_say_also_under_the_older_name(l
     else:
         args, _ = load(*overrides, **file)
         assert (args.packing, args.packing_length, args.fused_layers) == expected
+
+
+def test_an_order_of_rows_that_a_stream_cannot_have_is_said(load, log):
+    load(streaming=True, max_steps=5, group_by_length=True)
+    assert "train_sampling_strategy=group_by_length is of rows that are known beforehand" in "".join(log)
