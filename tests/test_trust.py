@@ -455,7 +455,7 @@ UNCAUGHT = """if True:
         (["train_qlora.py", "--dry_run"], {}, 0),
         (["train_qlora.py"], {"model_name_or_path": "https://user:canary-of-a-model@host/x"}, 2),
         (["train_qlora.py"], {"hub_token": ["canary-of-a-wrong-type"]}, 2),
-        (["train_qlora.py", "hub_token=1234567890"], {}, 2),
+        (["train_qlora.py", "--dry_run", "hub_token=1234567890"], {}, 0),  # text by its key
         (["script/inspect_data.py"], {"model_name_or_path": "https://user:canary-of-a-model@host/x"}, 2),
         (["-c", UNCAUGHT], {}, 1),
     ],

@@ -11,7 +11,6 @@ FIXED = {
     "average_tokens_across_devices": True,  # the loss is over the learned tokens of all processes
     "dataloader_in_order": True,
     "dataloader_persistent_workers": False,  # they would go through other random numbers than those of a resumed run
-    "ignore_data_skip": False,
     "label_names": ["target_mask"],
     "label_smoothing_factor": 0.0,
     "logging_nan_inf_filter": False,  # it hides what stops a run here

@@ -219,6 +219,7 @@ SEEN_IN_A_TEST = {
     "ddp_backend": "test_the_backend_of_ranks_is_handed_on_where_there_are_some",
     "ddp_timeout": "test_ranks_wait_for_slow_data_longer_than_a_collective_may_take",
     "resume_from_checkpoint": "test_length_grouping_is_exact_on_resume",
+    "ignore_data_skip": "test_a_resumed_run_that_draws_other_data_differs",
 }
 # Fields that go to trackers, by transformers' own callbacks.
 HANDED_TO_TRACKERS = {"run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"}
