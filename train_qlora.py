@@ -55,6 +55,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     from component.run.resume import FINAL
     from component.train.identity import describe_run, renew_identity
     from component.train.report import describe_update
+    from component.trust import require_weights
 
     args, training_args = load_arguments(cli.train_args_file, cli.overrides)
     data_format, reason = select_format(args.model_name_or_path, args.data_format)
@@ -74,6 +75,7 @@ def train(cli: argparse.Namespace, watch) -> None:
         first = on_rank_zero(lambda: foresee_start(training_args.output_dir, identify, renew_identity, *begin))
         logger.log("WARNING" if "refused" in first else "INFO", f"a run {first}")
         return
+    require_weights(args.model_name_or_path)
     logger.info(describe_update(training_args))
     with RunFolder(training_args.output_dir, on_rank_zero(identify), renew_identity) as folder:
         start = on_rank_zero(lambda: folder.open(*begin))

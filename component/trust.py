@@ -93,6 +93,15 @@ def find_weights(name_or_path: str) -> list[Path]:
     return []
 
 
+def require_weights(name_or_path: str) -> None:
+    """Raise ArgumentError for a folder without weights, where looking at data needs none and training does."""
+    if Path(name_or_path).is_dir() and not find_weights(name_or_path):
+        raise ArgumentError(
+            f"{name_or_path}: there are no weights, neither {WEIGHTS[0]} nor {WEIGHTS[1]} nor all shards of one; "
+            "finish the download"
+        )
+
+
 def read_index(index: Path, suffix: str) -> list[str]:
     """The files that an index names, each a plain name that ends with `suffix`."""
     files = read_model_json(index).get("weight_map")
@@ -105,6 +114,12 @@ def read_index(index: Path, suffix: str) -> list[str]:
 
 def check_weights(files: list[Path]) -> bool:
     """Whether weights are torch's archives, each of which has then been found to hold plain tensors alone."""
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                safe_open(file, "pt").__exit__(None, None, None)
+            except (SafetensorError, OSError) as error:
+                raise ArgumentError(f"{file}: cut short or damaged ({error}); download it again") from None
     pickles = [file for file in files if file.suffix == ".bin"]
     for file in pickles:
         open_pickle(file)

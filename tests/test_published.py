@@ -192,3 +192,19 @@ def test_a_token_that_the_embedding_has_no_row_for_is_refused_where_it_is_used(l
     write_rows(data, ROWS)
     call(train_qlora, *options, "packing=false")  # whose batches are padded, by EOS
     assert (tmp_path / "run/final").is_dir()
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_weights_that_are_cut_or_not_there_end_a_run_before_its_data_is_read(job, model_folder, capsys, harm):
+    folder = model_folder()
+    file = folder / "model.safetensors"
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:5000])
+    else:
+        file.unlink()
+    with pytest.raises(SystemExit) as stop:
+        job(model_name_or_path=str(folder))
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert ("cut short or damaged" if harm == "cut" else "there are no weights") in told
+    assert "rows," not in told

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,9 @@ class Turn:
     reasoning: str = ""  # what an assistant's turn thinks before its content
 
 
+CALL_AS_TEXT = re.compile(r"<tool_call>|\[TOOL_CALLS\]|<functioncall>|^Action: .*\nAction Input:", re.MULTILINE)
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     turns: tuple[Turn, ...]
@@ -45,6 +49,10 @@ def oddities(conversation: Conversation) -> Iterator[str]:
         yield "has an empty answer"
     if any(one.role == two.role == "user" for one, two in itertools.pairwise(turns)):
         yield "has two user turns in a row"
+    if any(one.role == two.role == "assistant" and not two.joined for one, two in itertools.pairwise(turns)):
+        yield "has two answers in a row"
+    if any(turn.role == "assistant" and CALL_AS_TEXT.search(turn.content) for turn in turns):
+        yield "has an answer that looks like a call written as text, which is learned as text"
     if "system" in [turn.role for turn in conversation.turns][1:]:
         yield "has a system turn after the first turn"
     offered = names_of(conversation.tools)

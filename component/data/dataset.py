@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
@@ -175,6 +176,11 @@ def select_format(model_name_or_path: str, data_format: str | None = None) -> tu
             f"{config}: model_type is {model_type!r}, but the folder's name {last!r} {name}: rename the folder, or set "
             f"data_format to {choice}{glm4}"
         )
+    if named and (other := read_chatglm_version(config)) and f"chatglm{other}" != found:
+        raise DataError(
+            f"{config} is of ChatGLM{other}, but the folder's name {last!r} contains {found!r}: rename the folder, or "
+            "set data_format to chatglm2 or chatglm3"
+        )
     if named:
         return found, f"model_name_or_path contains {found!r}"
     return "firefly", f"the name {last!r} contains neither 'chatglm2' nor 'chatglm3'"
@@ -194,6 +200,16 @@ def read_model_type(config: Path) -> str | None:
         return json.loads(config.read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
+
+
+def read_chatglm_version(config: Path) -> str | None:
+    """2 or 3, where a config.json says so, by itself or by the name that the model had."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    names = re.findall(r"chatglm([23])", str(values.get("_name_or_path", "")).rpartition("/")[2].lower())
+    return str(values.get("chatglm_version") or "") or (names[-1] if names else None)
 
 
 def check_choice(args, data_format: str, tokenizer) -> None:

@@ -52,8 +52,6 @@ def learning_flag(message: dict, place: str) -> bool | None:
         value = message.get(key)
         if value is None:
             continue
-        if key == "loss" and not isinstance(value, bool):
-            raise DataError(f"{place}.loss must be true or false, got {describe(value)}")
         if value not in (0, 1):
             raise DataError(f"{place}.{key} must be 0 or 1, got {describe(value)}; a turn is learned or it is not")
         found[key] = bool(value)
@@ -108,6 +106,8 @@ def begin_with_system(row: dict, turns: list[Turn]) -> tuple[Turn, ...]:
     system = Turn("system", take(row, "system", str))
     if not turns or turns[0].role != "system":
         return (system, *turns)
+    if not turns[0].content:
+        return (system, *turns[1:])
     if turns[0] != system:
         raise DataError("system: says something else than the first turn, which is a system turn too; keep one")
     return tuple(turns)
@@ -121,6 +121,9 @@ def parse_tools(tools: Any, place: str) -> list | None:
         return None
     if not isinstance(tools, list):
         raise DataError(f"{place} must be a list of functions, got {describe(tools)}")
+    for i, tool in enumerate(tools):
+        if isinstance(tool, str) and tool.lstrip().startswith("{"):  # each described by its JSON
+            tools = [*tools[:i], from_json(tool, f"{place}[{i}]"), *tools[i + 1 :]]
     return unwrap_tools(tools)
 
 
@@ -141,12 +144,12 @@ def offered_tools(row: dict, turns: list, place: str, key: str = "tools") -> Any
     return tools
 
 
-def empty_but_for_tools(turn: dict) -> bool:
+def empty_but_for_tools(turn: dict, tools: Any) -> bool:
     """Whether a system turn holds the row's tools alone, perhaps under the sentence that introduces them anyway."""
-    if not says_something(turn.get("tools")):
+    if turn["role"] not in ("system", "developer") or tools is None:
         return False
     if turn.get("content") in (None, ""):
-        return True
+        return says_something(turn.get("tools"))
     from ..chatglm.prompt import TOOLS_PROMPT  # see data/messages.py
 
     return turn["content"] == TOOLS_PROMPT

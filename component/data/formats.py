@@ -101,7 +101,7 @@ def parse_chatglm3(row: dict) -> Conversation:
             waits = bool(turns) and turns[last].role == "tool" and not turns[last].observed
             pending = {last: turns[last].id} if waits else {}
             answer_call(turns, pending, None, content_of(turn, place), place)
-        elif not empty_but_for_tools(turn):
+        elif not empty_but_for_tools(turn, tools):
             turns += parse_turn(turn, place, names_of(tools))
         if turns and turns[-1].joined and (len(turns) == 1 or turns[-2].role not in ("assistant", "tool")):
             raise DataError(f"{place}.joined: there is no answer or call before it; remove it")
@@ -123,7 +123,7 @@ def parse_turn(turn: dict, place: str, offered: Set[str] = frozenset()) -> list[
     learned = is_learned(turn, place)
     if role == "assistant":
         written = Turn(role, take(turn, "content", str, place), learned, reasoning=reasoning_of(turn, place))
-        return text_call(turn, written, place, offered)
+        return written_calls(turn, written, place, offered)
     parameters = take(turn, "parameters", dict, place)
     for key in parameters:
         if not key.isidentifier():
@@ -165,6 +165,7 @@ def write_chatglm3(conversation: Conversation, lost: Lost) -> dict:
 
 # OpenAI: {"tools": […], "messages": [{"role": …}]}
 
+TAGGED_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # Hermes', and Qwen's
 OPENAI_ROLES = {
     "system": "system",
     "developer": "system",
@@ -194,7 +195,8 @@ def parse_openai(row: dict) -> Conversation:
         if role in ("system", "user", "result"):
             refuse_learning(message, place)
         if role == "result":
-            answer_call(turns, pending, message.get("tool_call_id"), content_of(message, place), place)
+            text = content_of(message, place)
+            answer_call(turns, pending, message.get("tool_call_id"), text, place, message.get("name"))
             continue
         joined = role == "call" and i > 0 and listed[i - 1]["role"] == "tool_call"
         pending = pending if joined else {}
@@ -206,7 +208,7 @@ def parse_openai(row: dict) -> Conversation:
             for turn in parse_answer(message, place, names_of(tools)):
                 pending |= {len(turns): turn.id} if turn.role == "tool" else {}
                 turns.append(turn)
-        elif not empty_but_for_tools(message):
+        elif not empty_but_for_tools(message, tools):
             turns.append(Turn(role, content_of(message, place)))
     return Conversation(begin_with_system(row, turns), tools)
 
@@ -217,15 +219,30 @@ def parse_answer(message: dict, place: str, offered: Set[str]) -> list[Turn]:
     learned, reasoning = is_learned(message, place), reasoning_of(message, place)
     text = content_of(message, place, optional=bool(calls))
     if not calls:
-        return text_call(message, Turn("assistant", text, learned, reasoning=reasoning), place, offered)
+        return written_calls(message, Turn("assistant", text, learned, reasoning=reasoning), place, offered)
     spoken = [Turn("assistant", text, learned, reasoning=reasoning)] if text or reasoning else []
     joined = [bool(spoken) or i > 0 for i in range(len(calls))]
     return spoken + [replace(call, learned=learned, joined=at) for call, at in zip(calls, joined, strict=True)]
 
 
-def answer_call(turns: list[Turn], pending: dict[int, str], call_id: Any, text: str, place: str) -> None:
-    """Give the result to the call of that id, or to the first that waits where the message names none."""
+def written_calls(message: dict, turn: Turn, place: str, offered: Set[str]) -> list[Turn]:
+    """An assistant's turn, or the text and the calls that it is: in Hermes' tags, or as `text_call` reads them."""
+    written = TAGGED_CALL.findall(turn.content) if offered else []
+    if not written:
+        return text_call(message, turn, place, offered)
+    calls = [parse_call(from_json(text, f"{place}: a <tool_call>"), f"{place}: a <tool_call>") for text in written]
+    text = TAGGED_CALL.sub("", turn.content).strip()
+    spoken = [replace(turn, content=text)] if text or turn.reasoning else []
+    return spoken + [replace(call, learned=turn.learned, joined=bool(spoken) or i > 0) for i, call in enumerate(calls)]
+
+
+def answer_call(
+    turns: list[Turn], pending: dict[int, str], call_id: Any, text: str, place: str, name: Any = None
+) -> None:
+    """Give the result to the call of that id; where there is no id, to the first of that name, or to the first."""
     waiting = [at for at, known in pending.items() if call_id in (None, "") or known == call_id]
+    if call_id in (None, ""):
+        waiting.sort(key=lambda at: turns[at].name != name)
     if not waiting:
         named = f" with the id {describe(call_id)}" if call_id else ""
         raise DataError(f"{place}: answers no call{named} of the message before; give that call, or remove the result")
@@ -300,6 +317,9 @@ SHAREGPT_ROLES = {
     "observation": "result",
     "tool": "result",
     "function_response": "result",
+    "function": "result",
+    "bing": "assistant",
+    "prompter": "user",
 }
 
 
@@ -307,6 +327,7 @@ def parse_sharegpt(row: dict) -> Conversation:
     """ShareGPT's `from` and `value`, with `function_call` and `observation`. Raises DataError for the first fault."""
     turns: list[Turn] = []
     pending: dict[int, str] = {}
+    tools = parse_tools(row.get("tools"), "tools")
     for i, message in enumerate(take(row, "conversations", list)):
         place = f"conversations[{i}]"
         require_object(message, place, "from and value")
@@ -329,9 +350,14 @@ def parse_sharegpt(row: dict) -> Conversation:
             for j, call in enumerate(calls if isinstance(calls, list) else [calls]):
                 pending[len(turns)] = ""
                 turns.append(replace(parse_call(call, f"{place}.value"), learned=learned, joined=j > 0))
+        elif role == "assistant":
+            said = Turn(role, value, learned, reasoning=reasoning_of(message, place))
+            for turn in written_calls({}, said, place, names_of(tools)):
+                pending |= {len(turns): ""} if turn.role == "tool" else {}
+                turns.append(turn)
         else:
-            turns.append(Turn(role, value, learned and role == "assistant", reasoning=reasoning_of(message, place)))
-    return Conversation(begin_with_system(row, turns), parse_tools(row.get("tools"), "tools"))
+            turns.append(Turn(role, value))
+    return Conversation(begin_with_system(row, turns), tools)
 
 
 def answer_calls(turns: list[Turn], pending: dict[int, str], value: str, place: str) -> None:
@@ -622,7 +648,7 @@ def detect_format(row: dict) -> str:
     keys = ", ".join(map(repr, list(row)[:8])) or "no key"
     raise DataError(
         f"unknown kind of row, with {keys}; expected conversations (ChatGLM3, ShareGPT), conversation (Firefly), "
-        "messages (OpenAI), instruction and output (Alpaca) or chat (Glaive)"
+        "messages (OpenAI), instruction and output (Alpaca; name a prompt and its answer so) or chat (Glaive)"
     )
 
 

@@ -42,8 +42,12 @@ def is_false(value: Any) -> bool:
     return value in (False, 0)
 
 
+def is_true(value: Any) -> bool:
+    return value in (True, 1) or str(value).lower() == "true"
+
+
 def not_false(value: Any) -> bool:
-    return value is not False
+    return value is not False and str(value).lower() != "false"  # 0 is the name of a class
 
 
 def meanings(*groups: tuple[str, Neutral, str]) -> dict[str, tuple[Neutral, str]]:
@@ -54,32 +58,38 @@ PREFERENCE = (
     "a comparison of answers (DPO), which cannot be learned here; keep the chosen answer as the last turn and remove "
     "chosen and rejected"
 )
+UNDESIRABLE = (
+    "it marks an answer that is not to be given (KTO), and every answer is learned here; remove the row, or rename the "
+    "key where it means something else"
+)
 EITHER = (
     (
         """chosen rejected chosen_response rejected_response chosen_messages rejected_messages chosen_answer
-        rejected_answer preferred dispreferred preferred_output non_preferred_output margin""",
+        rejected_answer preferred dispreferred preferred_output non_preferred_output margin negative_messages
+        score_chosen score_rejected""",
         never,
         PREFERENCE,
     ),
     (
-        "image images image_url video videos audio audios",
+        "image images image_url image_path pixel_values video videos audio audios",
         never,
         "only text can be learned; remove the row, or the key where the text means the same without it",
     ),
-    (
-        "label kto_tag desirable",
-        not_false,
-        "false marks an answer that is not to be given (KTO), and every answer is learned here; remove the row",
-    ),
+    ("kto_tag desirable", is_true, UNDESIRABLE),
+    ("label", not_false, UNDESIRABLE),
 )
 ROW_MEANINGS = meanings(
     *EITHER,
     (
-        "loss loss_weight loss_scale weight train training",
+        "loss loss_weight loss_scale weight train training trainable",
         is_one,
         "a row has no weight of its own; give its turns `loss`, weigh files in train_file, or remove it",
     ),
-    ("system_prompt meta_instruction", never, "a system prompt by another name; name the key system"),
+    (
+        "system_prompt system_message system_instruction meta_instruction",
+        never,
+        "a system prompt by another name; name the key system",
+    ),
     ("tools functions", never, "this kind of row has no calls; write it as messages with tools"),
     ("history", never, "earlier rounds, which this kind of row keeps among its turns; write them there"),
     ("input_ids target_mask loss_mask", never, "tokens are made here, of text; remove it"),
@@ -89,7 +99,7 @@ TURN_MEANINGS = meanings(
     ("prefix partial", is_false, "a beginning that is to be continued cannot be learned as an answer; write all of it"),
     ("refusal", never, "what the model writes stands in content; write the refusal there"),
     (
-        "train_detail training_detail loss_mask",
+        "train_detail training_detail loss_mask mask ignore is_train trainable",
         never,
         "a turn is learned whole or not at all; split it into turns, or remove the key",
     ),

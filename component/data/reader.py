@@ -92,6 +92,11 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
     """(line, its bytes), in constant memory. A row that cannot be had is a DataError in its place."""
     line = 0
     try:
+        with open(file, "rb") as stream:
+            fault = no_data(stream.read(64))
+        if fault:
+            yield 1, Unreadable(fault)
+            return
         if file.name.endswith(".parquet"):
             rows = read_parquet(file)
         else:
@@ -107,6 +112,15 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
                 yield line, raw
     except Exception as error:  # a disk that fails, a file that ends early or is not what it says: each library's own
         yield line + 1, Unreadable(f"cannot be read on from here ({error}); restore the file")
+
+
+def no_data(head: bytes) -> str | None:
+    """What a file is, by its first bytes, that stands where data should be."""
+    if head.startswith(b"version https://git-lfs.github.com"):
+        return "git left a pointer in the file's place; run `git lfs pull` there, or download the file anew"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "a web page, and not the data; download the file itself"
+    return None
 
 
 def open_bytes(file: Path) -> io.BufferedReader:

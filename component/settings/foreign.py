@@ -32,7 +32,11 @@ RENAMED = {
 
 def to_data_format(template: str) -> dict[str, Any]:
     """The data format that stands for another program's template: ChatGLM's own, else the tokenizer's chat template."""
-    ours = {"chatglm2": "chatglm2", "chatglm3": "chatglm3", "default": "firefly"}
+    if template.lower() in ("", "default"):
+        raise ValueError(
+            f"a template {template!r} is none of ours; set data_format to firefly or chat_template instead"
+        )
+    ours = {"chatglm2": "chatglm2", "chatglm3": "chatglm3"}
     return {"data_format": ours.get(template.lower(), "chat_template")}
 
 
@@ -49,8 +53,12 @@ def to_compute_dtype(dtype: str) -> dict[str, Any]:
 
 
 def to_too_long(strategy: str) -> dict[str, Any]:
-    ours = {"delete": "drop", "right": "truncate", "truncation": "truncate"}
-    return {"on_too_long": ours.get(strategy, strategy)}
+    ours = {"delete": "drop", "drop": "drop", "right": "truncate", "truncation": "truncate", "truncate": "truncate"}
+    if strategy not in ours:
+        raise ValueError(
+            f"{strategy!r} is not done with long rows; set on_too_long to truncate, truncate_left_turns or drop"
+        )
+    return {"on_too_long": ours[strategy]}
 
 
 def when(**settings: Any) -> Callable[[bool], dict[str, Any]]:
@@ -83,7 +91,7 @@ CONVERTED: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
 }
 
 FOUR_BITS = "the base is always in 4 bits, NF4 with double quantisation"
-ADAPTER = "a LoRA adapter beside the 4-bit base is what is trained"
+ADAPTER = "a LoRA adapter beside a base in 4 bits is what is trained, which is called qlora"
 TASK = "supervised fine-tuning on conversations is what is done"
 LEARNED = "the answers and calls alone are learned; see loss_on"
 PLAIN_LORA = "the adapter is plain LoRA, scaled by lora_alpha / lora_rank"
@@ -151,7 +159,8 @@ ELSEWHERE = {
     **dict.fromkeys(("resize_vocab", "additional_target", "lora_modules_to_save", "modules_to_save"), EXTENDED),
     **dict.fromkeys(("use_rslora", "use_dora", "peft_use_rslora", "peft_use_dora", "pissa_init"), PLAIN_LORA),
     **dict.fromkeys(("loraplus_lr_ratio", "lorap_lr_ratio", "use_badam", "use_galore", "use_apollo"), PLAIN_LORA),
-    **dict.fromkeys(("relora_steps", "loftq_config", "lora_weight_init", "rope_scaling", "rope_theta"), PLAIN_LORA),
+    **dict.fromkeys(("relora_steps", "loftq_config", "lora_weight_init"), PLAIN_LORA),
+    **dict.fromkeys(("rope_scaling", "rope_theta"), "positions are the model's own; change its config.json"),
     **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_tracking_uri"), TRACKED),
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), SHARES),
     **dict.fromkeys(("early_stopping_steps", "early_stopping_patience"), STOPS),

@@ -78,13 +78,15 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> tup
     origins: dict[str, str] = {}
     translated: dict[str, Any] = {}
     environment: dict[str, str] = {}
+    faults: list[str] = []
     for key, value in values.items():
         try:
             now, remark = translate_key(key, value, known)
         except ValueError as error:
-            raise ArgumentError(f"{source}: {error}") from None
+            faults.append(f"{source}: {error}")
+            continue
         for name, new in now.items():
-            if name.isupper():
+            if name.isupper() and name != key:
                 environment[name] = str(new)
             elif name in origins and translated[name] != new:
                 raise ArgumentError(f"{source}: {origins[name]} and {key} are one setting; keep one")
@@ -92,6 +94,8 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> tup
                 origins[name], translated[name] = key, new
         if remark:
             logger.info(f"{source}: {remark}")
+    if faults:
+        raise ArgumentError("\n".join(faults))
     return translated, environment
 
 

@@ -234,7 +234,7 @@ def is_enum(hint: Any) -> bool:
 def suggest(key: str, value: Any, known: dict[str, Any]) -> str:
     """The key that is meant: close in spelling, and one that the value fits."""
     fitting = [name for name, hint in known.items() if is_a(value, hint)]
-    close = difflib.get_close_matches(key, fitting, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(key.lower(), fitting, n=1, cutoff=0.75)
     return f"; did you mean {close[0]!r}?" if close else "; see docs/configuration.md for the keys"
 
 

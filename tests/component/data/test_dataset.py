@@ -774,3 +774,13 @@ def test_chatglms_formats_on_another_tokenizer_are_refused(tmp_path):
     for dataset_class, name in ((ChatGLM2SFTDataset, "chatglm2"), (ChatGLM3SFTDataset, "chatglm3")):
         with pytest.raises(DataError, match=f"data_format {name} needs ChatGLM's tokenizer"):
             dataset_class(write(tmp_path / "f.jsonl", [FIREFLY]), tokenizer, 64)
+
+
+@pytest.mark.parametrize("says", [{"chatglm_version": 3}, {"_name_or_path": "THUDM/chatglm3-6b"}])
+def test_a_name_of_another_version_than_config_json_says_is_refused(tmp_path, says):
+    folder = tmp_path / "chatglm2-6b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "chatglm"} | says))
+    with pytest.raises(DataError, match=r"is of ChatGLM3, but the folder's name 'chatglm2-6b' contains 'chatglm2'"):
+        select_format(str(folder))
+    assert select_format(str(folder), "chatglm3")[0] == "chatglm3"

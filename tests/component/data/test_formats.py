@@ -197,7 +197,7 @@ def messages(*rows) -> dict:
         (with_turn(role=None), "conversations[1].role must be text, got null (NoneType)"),
         (with_turn(content=3), "conversations[1].content must be text, got 3 (int)"),
         (with_turn(content=None), "conversations[1].content must be text, got null"),
-        (with_turn(loss=1), "conversations[1].loss must be true or false, got 1 (int)"),
+        (with_turn(loss=0.5), "conversations[1].loss must be 0 or 1, got 0.5 (float)"),
         (with_call(name=""), "conversations[1].name is ''"),
         (with_call(name="a\nb"), "conversations[1].name is 'a\\nb'"),
         (with_call(name=7), "conversations[1].name must be text, got 7 (int)"),

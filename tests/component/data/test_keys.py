@@ -410,3 +410,56 @@ def test_the_cases_of_public_reports_have_their_outcome(shared):
     (fault,) = read("utf16.json")
     assert "save it as UTF-8" in str(fault)
     assert [file.name for file in find_files(shared / "cases/hidden")] == ["train.jsonl"]
+
+
+WEATHER = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CLOCK = {"name": "get_time", "parameters": {"type": "object", "properties": {}}}
+ASKED = {"role": "user", "content": "?"}
+
+
+def test_a_result_that_names_its_function_and_no_call_goes_to_that_functions_call():
+    calls = [{"function": {"name": name, "arguments": "{}"}} for name in ("get_weather", "get_time")]
+    results = [{"role": "tool", "name": name, "content": f"of {name}"} for name in ("get_time", "get_weather")]
+    row = {"tools": [WEATHER, CLOCK], "messages": [ASKED, {"role": "assistant", "tool_calls": calls}, *results]}
+    turns = parse_row(row).turns
+    assert [(turn.name, turn.observation) for turn in turns[1:]] == [
+        ("get_weather", "of get_weather"),
+        ("get_time", "of get_time"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["openai", "sharegpt"])
+def test_calls_in_hermes_tags_are_calls_where_tools_are_offered(kind):
+    said = 'Let me see. <tool_call>\n{"name": "get_weather", "arguments": {"city": "b"}}\n</tool_call>'
+    messages = [ASKED, {"role": "assistant", "content": said}, {"role": "tool", "content": "rain"}]
+    row = {"tools": [json.dumps(WEATHER)], "messages": messages}
+    if kind == "sharegpt":
+        names = {"user": "human", "assistant": "gpt", "tool": "tool"}
+        turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in messages]
+        row = {"tools": [json.dumps(WEATHER)], "conversations": turns}
+    conversation = parse_row(row)
+    text, call = conversation.turns[1:]
+    assert (text.content, call.name, call.parameters, call.observation) == (
+        "Let me see.",
+        "get_weather",
+        {"city": "b"},
+        "rain",
+    )
+    assert call.joined and call.learned
+    assert conversation.tools == [WEATHER]
+    assert parse_row(row | {"tools": None, "messages": messages[:2]} if kind == "openai" else row)
+
+
+@pytest.mark.parametrize("mark", [{"kto_tag": 0}, {"kto_tag": "false"}, {"desirable": "False"}, {"label": "False"}])
+def test_an_answer_that_is_not_to_be_given_is_a_bad_row_however_that_is_written(mark):
+    with pytest.raises(DataError, match="marks an answer that is not to be given"):
+        parse_row({"instruction": "q", "output": "bad"} | mark)
+    good = {key: {0: 1, "false": "true", "False": "True"}[value] for key, value in mark.items()}
+    assert parse_row({"instruction": "q", "output": "good"} | good).turns[-1].learned
+
+
+def test_two_answers_and_calls_that_stay_text_are_said():
+    answers = [{"role": "assistant", "content": text} for text in ("a", "[TOOL_CALLS] [...]")]
+    odd = list(oddities(parse_row({"messages": [ASKED, *answers]})))
+    assert "has two answers in a row" in odd
+    assert "has an answer that looks like a call written as text, which is learned as text" in odd

@@ -270,3 +270,18 @@ def test_utf_16_is_named_with_or_without_a_bom(tmp_path, name, encoding):
     assert line == 1
     assert "not UTF-8 but UTF-16" in str(fault)
     assert "save it as UTF-8" in str(fault)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run `git lfs pull`"),
+        ("\n<!DOCTYPE html>\n<html></html>", "a web page, and not the data"),
+    ],
+)
+def test_what_stands_where_data_should_be_is_named(tmp_path, name, head, told):
+    (tmp_path / name).write_text(head)
+    ((line, fault),) = read_rows(tmp_path / name)
+    assert line == 1
+    assert told in str(fault)

@@ -94,7 +94,6 @@ def test_a_file_of_another_program_is_translated_and_every_line_said(load, log, 
     [
         ("template_name", "chatglm2", 'template_name="chatglm2" is data_format="chatglm2" here'),
         ("template_name", "qwen", 'template_name="qwen" is data_format="chat_template" here'),
-        ("template_name", "default", 'template_name="default" is data_format="firefly" here'),
         ("lora_target", "all", 'lora_target="all" is target_modules=null here'),
         ("lora_target", "q_proj, v_proj", 'is target_modules=["q_proj", "v_proj"] here'),
         ("target_modules", ["all-linear"], 'target_modules=["all-linear"] is target_modules=null here'),
@@ -115,8 +114,17 @@ def test_what_a_key_is_here_is_said_in_one_line(load, log, key, value, line):
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"train_mode": "full"}, 'train_mode="full" is not supported: a LoRA adapter beside the 4-bit base is what is'),
-        ({"train_mode": "lora"}, 'train_mode="lora" is not supported: a LoRA adapter beside the 4-bit base is what is'),
+        (
+            {"template_name": "default"},
+            "a template 'default' is none of ours; set data_format to firefly or chat_template",
+        ),
+        ({"template": ""}, "a template '' is none of ours; set data_format to firefly or chat_template"),
+        (
+            {"truncation_strategy": "left"},
+            "'left' is not done with long rows; set on_too_long to truncate, truncate_left",
+        ),
+        ({"train_mode": "full"}, 'train_mode="full" is not supported: a LoRA adapter beside a base in 4 bits is what'),
+        ({"train_mode": "lora"}, 'train_mode="lora" is not supported: a LoRA adapter beside a base in 4 bits is what'),
         ({"adapter": "lora"}, 'adapter="lora" is not supported'),
         ({"task_type": "dpo"}, 'task_type="dpo" is not supported: supervised fine-tuning on conversations'),
         ({"stage": "pt"}, 'stage="pt" is not supported'),
@@ -220,3 +228,17 @@ def test_an_override_is_held_to_what_a_file_is_held_to(load, overrides, fault):
     with pytest.raises(ArgumentError) as error:
         load(*overrides)
     assert fault in str(error.value)
+
+
+def test_a_key_in_capitals_is_no_environment_variable(load, monkeypatch):
+    for key in ("LEARNING_RATE", "PYTHONSTARTUP"):
+        monkeypatch.delenv(key, raising=False)
+        with pytest.raises(ArgumentError, match=f"unknown key '{key}'"):
+            load(**{key: 1e-5})
+        assert key not in os.environ
+
+
+def test_all_keys_that_are_not_here_are_named_at_once(load):
+    with pytest.raises(ArgumentError) as error:
+        load(max_samples=5, val_size=0.1)
+    assert ["max_samples" in str(error.value), "val_size" in str(error.value)] == [True, True]
