@@ -240,7 +240,8 @@ def missing_random_state(lab: Lab) -> Iterator[Check]:
     for name in ("final", "checkpoint-12"):
         shutil.rmtree(folder / name)
     run = lab.run("two-ranks", **settings)
-    expected = {"exit code 2": run.code == 2, "number of processes named": "number of processes: 2 then, 1 now" in run.log}
+    told = "number of processes: 2 then, 1 now"
+    expected = {"exit code 2": run.code == 2, "number of processes named": told in run.log}
     yield check("2 ranks on 1", run, expected, exit_code=run.code)
     yield warned("2 ranks on 1, on request", lab.run("two-ranks", resume_despite_changes=True, **settings))
 
