@@ -171,6 +171,8 @@ def attach_lora(model: PreTrainedModel, args: QLoRAArguments) -> PeftModel:
     """
     available = find_linear_names(model)
     targets = args.target_modules or available
+    if not targets:
+        raise ArgumentError(f"{args.model_name_or_path}: no linear layer to adapt; look at its config.json")
     if unknown := [name for name in targets if name not in available]:
         raise ArgumentError(
             f"target_modules: no linear layer is called {unknown[0]!r}; there are {', '.join(available)}"
