@@ -13,13 +13,13 @@ from transformers.utils import cached_file
 from . import chatglm  # noqa: F401  registers ChatGLM2/3, which are then known to CONFIG_MAPPING
 from .pickles import open_pickle
 from .run.errors import ArgumentError
+from .run.files import POINTER
 from .run.hub import require_hub_or_cache
 from .settings.load import missing_folder, read_json_object
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their shards, by an index; the first that are there are used
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 UNOPENED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")  # kinds of weights, of which WEIGHTS alone are opened
-POINTER = b"version https://git-lfs.github.com"  # how a file begins that git has in place of a large one
 FULL = "take the full checkpoint, which is quantised to 4 bits while it loads"
 
 
@@ -47,6 +47,7 @@ def check_model(name_or_path: str) -> None:
 
 
 def check_config(file: Path) -> None:
+    """Refuse a config.json that asks for Python, for other files or for weights that are not trained here."""
     config = read_model_json(file)
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise ArgumentError(

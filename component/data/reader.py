@@ -17,6 +17,7 @@ from typing import Any
 from loguru import logger
 
 from ..run.errors import DataError
+from ..run.files import POINTER
 from .conversation import describe
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -116,7 +117,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
 
 def no_data(head: bytes) -> str | None:
     """What a file is, by its first bytes, that stands where data should be."""
-    if head.startswith(b"version https://git-lfs.github.com"):
+    if head.startswith(POINTER):
         return "git left a pointer in the file's place; run `git lfs pull` there, or download the file anew"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "a web page, and not the data; download the file itself"

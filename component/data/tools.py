@@ -55,6 +55,7 @@ def misfits(name: str, arguments: dict, tools: Any) -> Iterator[str]:
 
 
 def object_misfits(value: dict, schema: dict, owner: str) -> Iterator[str]:
+    """What of an object is not as its JSON schema, which has `properties`, says; `owner` is whose object it is."""
     properties = schema["properties"]
     required = schema.get("required") if isinstance(schema.get("required"), list) else []
     for key in required:

@@ -12,6 +12,8 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 from loguru import logger
 
+POINTER = b"version https://git-lfs.github.com"  # how a file begins that git has in place of a large one
+
 
 def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "luciole")

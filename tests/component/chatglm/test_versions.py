@@ -143,8 +143,10 @@ def test_the_check_is_made_once_in_milliseconds_and_draws_no_random_number(make_
 
 
 def test_the_check_passes_whatever_the_caller_computes_in(make_model):
+    check_generation.cache_clear()
     with torch.autocast("cpu"), torch.device("meta"):
         check_generation(ChatGLMForConditionalGeneration)
+    assert check_generation.cache_info().misses == 1, "it was made, and raised nothing"
 
 
 def test_an_untested_version_is_named_once_where_a_program_starts(model_folder, monkeypatch, log):

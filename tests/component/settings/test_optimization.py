@@ -88,7 +88,8 @@ def test_every_optimizer_is_built_or_refused_without_a_traceback(load, optim):
 def test_every_schedule_is_built_or_refused_without_a_traceback(load, tmp_path, schedule):
     needed = {"warmup_stable_decay": {"num_decay_steps": 5}}
     needed |= {name: {"min_lr_rate": 0.1} for name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")}
-    load(lr_scheduler_type=schedule, lr_scheduler_kwargs=needed.get(schedule), eval_file=str(tmp_path / "rows.jsonl"))
+    settings = {"lr_scheduler_kwargs": needed.get(schedule), "eval_file": str(tmp_path / "rows.jsonl")}
+    assert load(lr_scheduler_type=schedule, **settings)[1].lr_scheduler_type == schedule
 
 
 def test_a_warm_up_that_the_schedule_does_not_have_is_said(load, log):
