@@ -14,6 +14,8 @@ from component.run.process import run_program
 from component.settings.load import load_arguments
 from component.settings.schema import QLoRAArguments
 
+PICTURE = "loss.png"
+
 
 class Parser(argparse.ArgumentParser):
     """Its errors repeat what was typed, which may be a token."""
@@ -122,12 +124,13 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
         eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=tokenizer,
+        callbacks=make_callbacks(args, folder.path / PICTURE),
         loss=TargetLMLoss(),
         folder=folder,
         watch=watch,
         max_skipped_updates=args.max_skipped_updates,
     )
-    on_rank_zero(lambda: folder.check_room(trainer.checkpoint_size()))
+    on_rank_zero(lambda: folder.check_room(trainer.checkpoints.size()))
     logger.info(f"continuing from {start.checkpoint}" if start.checkpoint else "training from the base model")
     result = trainer.train(resume_from_checkpoint=start.checkpoint)
 
@@ -167,6 +170,14 @@ def choose_layout(model, args, training_args, begun_with: dict | None):
     )
 
 
+def make_callbacks(args, picture: Path) -> list:
+    from component.train.early_stopping import EarlyStopping
+    from component.train.progress import LossPicture
+
+    patience, threshold = args.early_stopping_patience, args.early_stopping_threshold
+    return [LossPicture(picture), *([EarlyStopping(patience, threshold)] if patience else [])]
+
+
 def publish_results(trainer, result, folder, start) -> None:
     """Figures, picture, and last the final adapter: where it is, the run is done."""
     from loguru import logger
@@ -174,10 +185,10 @@ def publish_results(trainer, result, folder, start) -> None:
     from component.run.ranks import on_rank_zero
     from component.run.resume import step_of
 
-    picture, figures = folder.path / "loss.png", folder.path / "trainer_state.json"
+    picture, figures = folder.path / PICTURE, folder.path / "trainer_state.json"
     on_rank_zero(folder.check_lock)
     on_rank_zero(lambda: write_results(trainer.state, figures, picture))
-    final = trainer.save_final()
+    final = trainer.checkpoints.save_final()
     begun = step_of(Path(start.checkpoint)) if start.checkpoint else 0
     now = f", {result.global_step - begun} of them now" if begun else ""
     logger.info(f"done: {result.global_step} steps{now}, in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
@@ -186,8 +197,6 @@ def publish_results(trainer, result, folder, start) -> None:
 
 
 def write_results(state, figures: Path, picture: Path) -> None:
-    from loguru import logger
-
     from component.run.errors import StorageError
     from component.run.files import write_atomically
     from component.train.report import plot_loss
@@ -198,10 +207,7 @@ def write_results(state, figures: Path, picture: Path) -> None:
         raise StorageError(
             f"{figures} could not be written ({error}); the same command only writes the results"
         ) from None
-    try:
-        plot_loss(state.log_history, picture)
-    except Exception as error:  # a picture is no reason to lose a run
-        logger.warning(f"{picture} could not be drawn: {error}")
+    plot_loss(state.log_history, picture)
 
 
 def peak_memory() -> str:
@@ -220,7 +226,8 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
     from component.kernel.model import PackedForward
     from component.model import sketch_model
     from component.run.ranks import on_rank_zero
-    from component.train.report import count_steps, describe_schedule, describe_update, explain_memory, render_sample
+    from component.train.report import describe_schedule, describe_update, explain_memory, render_sample
+    from component.train.updates import count_steps
 
     train_dataset, _ = on_rank_zero(
         lambda: load_datasets(args, DATA_FORMATS[data_format], tokenizer, training_args.seed, output_dir=None)

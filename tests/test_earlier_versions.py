@@ -85,6 +85,7 @@ def test_an_adapter_of_an_earlier_version_loads_and_merges(earlier, monkeypatch)
 )
 def test_an_earlier_pack_to_is_compared_as_what_it_is_called_now(pack_to, now):
     was = {"settings": {"seed": 1, "pack_to": pack_to}, "data": "abc"}
+    now = now | {"stream_order": None}
     assert renew_identity(was) == {"settings": {"seed": 1} | now, "data": "abc"}
     assert was["settings"] == {"seed": 1, "pack_to": pack_to}
     current = {"settings": {"seed": 1} | now, "data": "abc"}

@@ -21,6 +21,7 @@ from component.kernel.model import PackedForward
 from component.run.folder import RunFolder
 from component.run.manifest import verify
 from component.run.resume import find_checkpoints
+from component.train.checkpoint import Checkpoints
 from component.train.progress import LossWatch
 from component.train.trainer import LoRATrainer
 
@@ -64,7 +65,12 @@ def send(signum: int) -> Callable:
 def poison(trainer: LoRATrainer) -> None:
     """A NaN in one weight of the adapter."""
     with torch.no_grad():
-        next(weight for weight in trainer.model.parameters() if weight.requires_grad)[0, 0] = torch.nan
+        next(trainer.trained_weights())[0, 0] = torch.nan
+
+
+def overflow(trainer: LoRATrainer) -> None:
+    """An infinity in one gradient of the adapter."""
+    next(trainer.trained_weights()).grad.fill_(torch.inf)
 
 
 def figures(folder: Path) -> list[dict]:
@@ -90,9 +96,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     [
         (5, PackedForward, "__call__"),
         (30, LoRATrainer, "summed_loss"),
-        (1, LoRATrainer, "_save_rng_state"),
-        (7, LoRATrainer, "training_step"),
-        (1, LoRATrainer, "save_final"),
+        (1, Checkpoints, "write"),
+        (7, LoRATrainer, "forward_and_backward"),
+        (1, Checkpoints, "save_final"),
         (4, RunFolder, "begin"),
     ],
     ids=["forward", "evaluation", "save", "last update", "export", "writing of the final adapter"],
@@ -133,6 +139,7 @@ def scores(*values: float):
     def evaluate(trainer, *args, **kwargs) -> dict[str, float]:
         metrics = {"eval_loss": next(left)}
         trainer.log(metrics)
+        trainer.call_back("on_evaluate", metrics)
         return metrics
 
     return evaluate
@@ -151,7 +158,7 @@ def test_the_best_of_the_checkpoint_that_is_fallen_back_to_is_there(job, stopped
     monkeypatch.setattr(LoRATrainer, "evaluate", scores(2, 3, 1, 4, 1, 4))
     settings = {**SETTINGS, **BEST, "max_steps": 8, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
     settings |= {"eval_steps": 2, "save_steps": 2, "save_total_limit": 2}
-    with at_call(6, LoRATrainer, "training_step", send(signal.SIGTERM)):
+    with at_call(6, LoRATrainer, "forward_and_backward", send(signal.SIGTERM)):
         assert stopped(**settings) == 143
     kept = [path.name for path in find_checkpoints(tmp_path / "run")]
     assert kept == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
@@ -165,7 +172,7 @@ def test_a_best_model_that_is_not_whole_ends_the_run(job, stopped, tmp_path, mon
     monkeypatch.setattr(LoRATrainer, "evaluate", scores(1, 2, 3, 4, 5, 6))
     settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
     settings |= {"eval_steps": 2, "save_steps": 2}
-    with at_call(5, LoRATrainer, "training_step", send(signal.SIGTERM)):
+    with at_call(5, LoRATrainer, "forward_and_backward", send(signal.SIGTERM)):
         assert stopped(**settings) == 143
     weights = tmp_path / "run/checkpoint-2/adapter_model.safetensors"
     if harm == "flipped":
@@ -191,7 +198,7 @@ def test_an_evaluation_after_the_last_update_of_a_part_of_an_epoch_is_made_up(jo
 
 def test_what_lies_in_a_checkpoint_beside_its_adapter_is_not_loaded(job, stopped, tmp_path):
     whole = job("whole", **SETTINGS)
-    with at_call(6, LoRATrainer, "training_step", send(signal.SIGTERM)):
+    with at_call(6, LoRATrainer, "forward_and_backward", send(signal.SIGTERM)):
         assert stopped("stopped", **SETTINGS) == 143
     first, last = find_checkpoints(tmp_path / "stopped")
     copytree(first, last / "default")
@@ -200,7 +207,7 @@ def test_what_lies_in_a_checkpoint_beside_its_adapter_is_not_loaded(job, stopped
 
 
 def test_settings_changed_on_request_are_those_of_the_next_update(job, stopped, tmp_path, capsys):
-    with at_call(3, LoRATrainer, "training_step", send(signal.SIGTERM)):
+    with at_call(3, LoRATrainer, "forward_and_backward", send(signal.SIGTERM)):
         assert stopped(**SETTINGS) == 143
     changes = {"learning_rate": 1e-4, "weight_decay": 0.5, "adam_beta1": 0.5, "max_steps": 14}
     job(**SETTINGS | changes | {"resume_despite_changes": True, "save_steps": 4, "logging_steps": 1})
@@ -217,13 +224,13 @@ def test_an_error_in_the_update_of_a_signal_is_told(stopped, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         raise LookupError("of a library")
 
-    with at_call(1, LoRATrainer, "write_checkpoint", fail), pytest.raises(LookupError, match="of a library"):
+    with at_call(1, Checkpoints, "write", fail), pytest.raises(LookupError, match="of a library"):
         stopped(**SETTINGS)
 
 
 def test_a_signal_before_the_first_new_update_leaves_at_once(job, stopped, tmp_path, capsys):
     settings = SETTINGS | {"streaming": True}
-    with at_call(4, LoRATrainer, "training_step", send(signal.SIGTERM)):
+    with at_call(4, LoRATrainer, "forward_and_backward", send(signal.SIGTERM)):
         assert stopped(**settings) == 143
     with at_call(1, StreamingSFTDataset, "one_pass", send(signal.SIGINT)):
         assert stopped(**settings) == 130
@@ -241,7 +248,7 @@ def test_a_loss_of_an_evaluation_that_is_not_finite_ends_the_run(stopped, tmp_pa
 def test_no_checkpoint_of_the_last_step_holds_the_best_weights(job, stopped, tmp_path):
     settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
     settings |= {"eval_steps": 3, "save_strategy": "best", "greater_is_better": True}
-    with at_call(1, LoRATrainer, "save_final", send(signal.SIGTERM)):
+    with at_call(1, Checkpoints, "save_final", send(signal.SIGTERM)):
         assert stopped(**settings) == 143
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     job(**settings)
@@ -259,25 +266,9 @@ def test_a_rate_that_follows_evaluations_does_so_after_a_stop_in_one(job, stoppe
     assert_same_run(whole, tmp_path / "stopped")
 
 
-def test_the_sampler_is_told_the_epoch_through_all_that_skips_and_shares_its_batches():
-    from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-    from torch.utils.data import BatchSampler
-
-    from component.train.sampler import LengthGroupedSampler, set_epoch
-
-    def batches(epoch: int) -> list[list[int]]:
-        sampler = BatchSampler(LengthGroupedSampler(range(40), 4, seed=1), 4, drop_last=False)
-        shared = SkipBatchSampler(BatchSamplerShard(sampler, 2, 1), skip_batches=2)
-        set_epoch(SimpleNamespace(batch_sampler=shared), epoch)
-        return list(shared)
-
-    assert batches(0) != batches(1)
-    set_epoch(SimpleNamespace(batch_sampler=None), 1)  # a stream has none
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_each_signal_has_its_exit_code_and_a_checkpoint_of_the_very_step(stopped, tmp_path, signum, code):
-    with at_call(2, LoRATrainer, "training_step", send(signum)):
+    with at_call(2, LoRATrainer, "forward_and_backward", send(signum)):
         assert stopped(**SETTINGS | {"save_strategy": "no"}) == code
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
@@ -308,7 +299,7 @@ def test_ten_stops_in_one_run_change_nothing(job, stopped, settings):
     whole = job("whole", **settings)
     steps = json.loads((whole / "trainer_state.json").read_text())["global_step"]
     for _ in range(steps - 1):
-        with at_call(1, LoRATrainer, "training_step", send(signal.SIGTERM)):
+        with at_call(1, LoRATrainer, "forward_and_backward", send(signal.SIGTERM)):
             assert stopped("stopped", **settings) == 143
     job("stopped", **settings)
     assert_same_run(whole, whole.parent / "stopped")
@@ -316,7 +307,7 @@ def test_ten_stops_in_one_run_change_nothing(job, stopped, settings):
 
 def test_a_resumed_run_that_draws_other_data_differs(job, stopped):
     whole = job("whole", **SETTINGS)
-    with at_call(2, LoRATrainer, "training_step", send(signal.SIGTERM)):
+    with at_call(2, LoRATrainer, "forward_and_backward", send(signal.SIGTERM)):
         stopped("stopped", **SETTINGS)
     assert stopped("stopped", **SETTINGS, ignore_data_skip=True) == 2
     job("stopped", **SETTINGS, ignore_data_skip=True, resume_despite_changes=True)
@@ -365,7 +356,7 @@ def test_a_run_with_its_final_adapter_gone_only_exports_it(job, monkeypatch):
     folder = job(**SETTINGS)
     before = adapter(folder / "final")
     (folder / "final").rename(folder / "lost")
-    monkeypatch.setattr(LoRATrainer, "training_step", lambda *args: pytest.fail("a step was made"))
+    monkeypatch.setattr(LoRATrainer, "forward_and_backward", lambda *args: pytest.fail("a step was made"))
     job(**SETTINGS)
     assert all(torch.equal(before[name], weight) for name, weight in adapter(folder / "final").items())
 
@@ -380,7 +371,7 @@ def nan_files(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_a_weight_that_is_not_finite_stops_the_run_before_the_update(stopped, tmp_path, capsys, packing):
-    with at_call(5, LoRATrainer, "training_step", poison):
+    with at_call(5, LoRATrainer, "forward_and_backward", poison):
         assert stopped(**SETTINGS, packing=packing) == 3
     message = capsys.readouterr().err
     assert "step 5: the loss is not finite" in message
@@ -391,10 +382,7 @@ def test_a_weight_that_is_not_finite_stops_the_run_before_the_update(stopped, tm
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(stopped, tmp_path, capsys):
-    def overflow(trainer: LoRATrainer) -> None:
-        next(weight for weight in trainer.model.parameters() if weight.requires_grad).grad.fill_(torch.inf)
-
-    with at_call(4, LoRATrainer, "_get_grad_norm", overflow):
+    with at_call(4, LoRATrainer, "agree", overflow):
         assert stopped(**SETTINGS, max_grad_norm=0) == 3
     assert "step 4: the gradient is not finite" in capsys.readouterr().err
     verify(tmp_path / "run" / "checkpoint-3")
@@ -411,9 +399,9 @@ def test_a_bad_row_is_named_alone_and_left_out_as_often_as_is_allowed(job, stopp
     whole = job("whole", **SETTINGS)
     original = LoRATrainer.summed_loss
 
-    def summed_loss(self, model, part):
+    def summed_loss(self, part):
         is_bad = part["longest"] > 100
-        return original(self, model, part) * (torch.nan if is_bad else 1)
+        return original(self, part) * (torch.nan if is_bad else 1)
 
     rows = [*ROWS, {"conversations": [{"role": "user", "content": "x" * 99}, ROWS[0]["conversations"][1]]}]
     monkeypatch.setattr(LoRATrainer, "summed_loss", summed_loss)
@@ -433,13 +421,13 @@ def test_an_update_that_is_left_out_changes_no_weight_and_no_moment(job, tmp_pat
     states = []
     monkeypatch.setattr(
         LoRATrainer,
-        "_maybe_log_save_evaluate",
-        lambda self, *args, **kwargs: states.append(
+        "log_evaluate_save",
+        lambda self: states.append(
             [value.clone() for state in self.optimizer.state.values() for value in state.values()]
             + [weight.detach().clone() for weight in self.model.parameters() if weight.requires_grad]
         ),
     )
-    with at_call(3, LoRATrainer, "_get_grad_norm", lambda trainer: trainer.update_loss.fill_(torch.nan)):
+    with at_call(3, LoRATrainer, "agree", overflow):
         job(**SETTINGS | {"max_steps": 3, "save_strategy": "no"}, max_skipped_updates=1)
     first, second, third = states[:3]
     assert not all(map(torch.equal, first, second))
@@ -452,7 +440,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(job, stopped, t
     def fill(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with at_call(2, LoRATrainer, "_save_rng_state", fill):
+    with at_call(2, Checkpoints, "write", fill):
         assert stopped(**SETTINGS) == 4
     message = capsys.readouterr().err
     assert "checkpoint-6 could not be written beyond" in message
@@ -471,7 +459,7 @@ def test_a_full_disk_at_the_results_ends_with_4_and_a_picture_is_no_reason_to_st
         patch.setattr("component.run.files.write_atomically", fill)
         assert stopped(**SETTINGS) == 4
     assert "trainer_state.json could not be written" in capsys.readouterr().err
-    monkeypatch.setattr("component.train.report.plot_loss", lambda *args: fill(*args))
+    monkeypatch.setattr("component.train.report.write_atomically", fill)
     assert (job(**SETTINGS) / "final").exists()
     assert "loss.png could not be drawn" in capsys.readouterr().err
 
@@ -491,7 +479,7 @@ def test_a_full_disk_before_the_model_loads_ends_with_4(stopped, monkeypatch, ca
 
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(stopped, capsys, monkeypatch):
     monkeypatch.setattr("component.run.folder.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(LoRATrainer, "training_step", lambda *args: pytest.fail("a step was made"))
+    monkeypatch.setattr(LoRATrainer, "forward_and_backward", lambda *args: pytest.fail("a step was made"))
     assert stopped(**SETTINGS) == 4
     assert "1000" not in (message := capsys.readouterr().err)
     assert "two checkpoints need 0.1" in message

@@ -185,7 +185,7 @@ def test_a_rank_that_should_not_save_writes_nothing(tmp_path):
 
     for should_save in (False, True):
         rank = Mock(args=SimpleNamespace(should_save=should_save))
-        LoRATrainer._save(rank, str(tmp_path))
+        LoRATrainer.save_model(rank, str(tmp_path))
         assert rank.model.save_pretrained.called is rank.processing_class.save_pretrained.called is should_save
 
 

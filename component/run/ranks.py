@@ -4,15 +4,17 @@ import itertools
 import os
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 Result = TypeVar("Result")
 calls = itertools.count()
 TOLD = "told by rank 0"
+BUCKET = 32 << 20  # bytes that one reduction takes, so that its copy takes little memory
 
 
 def on_rank_zero(make: Callable[[], Result]) -> Result:
@@ -41,18 +43,20 @@ def on_rank_zero(make: Callable[[], Result]) -> Result:
     return result
 
 
-def on_every_rank(work: Callable[[], None]) -> None:
-    """Run `work` on every rank, and return when all have; the lowest rank's exception is raised on all.
+def on_every_rank(work: Callable[[], Result]) -> list[Result]:
+    """Run `work` on every rank, and return what it returned on each; the lowest rank's exception is raised on all.
 
     In `work`, ranks must not wait for one another: one of them may fail.
     """
-    error = None
+    result = error = None
     try:
-        work()
+        result = work()
     except Exception as raised:
         error = portable(raised)
-    if error := next(filter(None, gather(error)), None):
+    outcomes = gather((result, error))
+    if error := next(filter(None, (error for _, error in outcomes)), None):
         raise known_to_all(error)
+    return [result for result, _ in outcomes]
 
 
 def known_to_all(error: Exception) -> Exception:
@@ -78,3 +82,42 @@ def gather(value: Result) -> list[Result]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def sum_over_ranks(*tensors: torch.Tensor) -> torch.Tensor | None:
+    """Sum each tensor over all ranks, in place. Tensors of one call have one dtype. Returns the first."""
+    if dist.is_initialized():
+        for bucket in buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+    return tensors[0] if tensors else None
+
+
+def buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Tensors in order, as many at a time as BUCKET bytes hold, at least one."""
+    bucket, size = [], 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def largest_over_ranks(device: torch.device, *values: int | torch.Tensor) -> list[int]:
+    """The largest of each value over all ranks. Ranks meet on `device`."""
+    facts = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(facts, dist.ReduceOp.MAX)
+    return facts.tolist()
+
+
+def copy_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every rank the values that rank 0 has, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)

@@ -10,7 +10,7 @@ from typing import Literal
 FIXED = {
     "average_tokens_across_devices": True,  # the loss is over the learned tokens of all processes
     "dataloader_in_order": True,
-    "dataloader_persistent_workers": False,  # they would go through other random numbers than those of a resumed run
+    "dataloader_persistent_workers": False,  # every epoch has its own order
     "label_names": ["target_mask"],
     "label_smoothing_factor": 0.0,
     "logging_nan_inf_filter": False,  # it hides what stops a run here
@@ -31,7 +31,6 @@ REFUSED = {
     "accelerator_config": "the order of samples and the loss rely on accelerate's defaults; remove it",
     "auto_find_batch_size": "the layout of rows is fitted to the card's memory without it; remove it",
     "bf16_full_eval": EVALUATED,
-    "ddp_static_graph": "updates have different numbers of rows; remove it",
     "debug": "a loss or gradient that is not finite ends the run and names its rows without it; remove it",
     "enable_jit_checkpoint": "SIGTERM and SIGINT write a checkpoint without it; remove it",
     "fp16_full_eval": EVALUATED,
@@ -48,6 +47,7 @@ REFUSED = {
     "use_liger_kernel": "packed rows go through fused layers of our own; see fused_layers",
 }
 
+SUMMED = "the adapter's gradients are summed over processes once an update, without DistributedDataParallel"
 EVALUATES = "evaluation computes the loss alone and keeps no predictions"
 UNPUSHED = "nothing is uploaded"
 
@@ -55,6 +55,10 @@ UNPUSHED = "nothing is uploaded"
 WITHOUT_EFFECT = {
     "activation_checkpointing_kwargs": "see activation_checkpointing",
     "batch_eval_metrics": EVALUATES,
+    "ddp_broadcast_buffers": SUMMED,
+    "ddp_bucket_cap_mb": SUMMED,
+    "ddp_find_unused_parameters": SUMMED,
+    "ddp_static_graph": SUMMED,
     "deepspeed": SHARDED,
     "do_predict": "there is nothing to predict",
     "do_train": "a run always trains",

@@ -26,6 +26,8 @@ RENAMED = {
     "num_epochs": "num_train_epochs",
     "optimizer": "optim",
     "lr_scheduler": "lr_scheduler_type",
+    "early_stopping_steps": "early_stopping_patience",
+    "early_stop_interval": "early_stopping_patience",
     "hf_hub_token": "HF_TOKEN",
 }
 
@@ -142,7 +144,6 @@ TOKENS = "the tokenizer's own tokens are used; change its folder's tokenizer_con
 EXTENDED = "only linear layers are adapted, by target_modules; vocabulary and embedding stay as they are"
 TRACKED = "give run_name, and the rest by the tracker's environment variables, such as WANDB_PROJECT"
 SHARES = "give eval_steps or save_steps below 1, a share of all steps"
-STOPS = "a run goes to its end; load_best_model_at_end makes final/ the best that was saved"
 PREFERENCE = f"{TASK}, not preference learning"
 
 # Keys of what is not here under any name, and what to do instead. They may stand there with a value that asks nothing.
@@ -163,7 +164,6 @@ ELSEWHERE = {
     **dict.fromkeys(("rope_scaling", "rope_theta"), "positions are the model's own; change its config.json"),
     **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_tracking_uri"), TRACKED),
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), SHARES),
-    **dict.fromkeys(("early_stopping_steps", "early_stopping_patience"), STOPS),
     **dict.fromkeys(("pref_beta", "beta", "ref_model", "reward_model", "rl", "rlhf_type"), PREFERENCE),
     **dict.fromkeys(
         ("adapter_name_or_path", "lora_model_dir", "adapters"),

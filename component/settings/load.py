@@ -174,6 +174,8 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
         )
     if values.get("load_best_model_at_end") and args.eval_file is None:
         raise ValueError("load_best_model_at_end needs eval_file, to tell which model is the best")
+    if args.early_stopping_patience and args.eval_file is None:
+        raise ValueError("early_stopping_patience needs eval_file, to tell when a run gets no better")
     if values.get("save_strategy") == "best" and args.eval_file is None:
         raise ValueError("save_strategy 'best' needs eval_file, to tell which model is the best")
     evaluates = values.get("eval_strategy", "no") != "no" or values.get("do_eval") or values.get("eval_on_start")

@@ -42,6 +42,14 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
         adapted["save_total_limit"] = 2
     if args.streaming and (order := values.get("train_sampling_strategy", "random")) != "random":
         logger.warning(f"train_sampling_strategy={order} is of rows that are known beforehand; a stream is shuffled")
+    if args.early_stopping_patience:
+        if values.get("load_best_model_at_end") is False:
+            raise ValueError(
+                "early_stopping_patience ends a run after its best checkpoint, but load_best_model_at_end is false; "
+                "remove one of them"
+            )
+        values = values | {"load_best_model_at_end": True}
+        adapted["load_best_model_at_end"] = True
     if args.eval_file is not None:
         adapted |= choose_evaluation(values)
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
@@ -49,7 +57,6 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
     adapted.setdefault("report_to", "none")
     if values.get("save_strategy") == "best":
         adapted.setdefault("metric_for_best_model", "loss")
-    adapted.setdefault("ddp_find_unused_parameters", False)
     return adapted
 
 

@@ -17,6 +17,7 @@ REFUSED_OPTIMIZERS = {
     ("schedule_free",): "it has other weights for training than for evaluation and checkpoints",
 }
 WITHOUT_KWARGS = ("constant", "constant_with_warmup")
+FOLLOWING_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate depends on them
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 

@@ -138,6 +138,19 @@ class QLoRAArguments:
         "Continue a run whose settings, data, format, base model or number of processes are not those that it began "
         "with, or from a damaged checkpoint that resume_from_checkpoint names.",
     )
+    early_stopping_patience: int | None = setting(
+        None,
+        "Stop after so many evaluations in a row that bring no better loss; the best checkpoint becomes final. "
+        "Default: train to the end.",
+        lambda value: value is None or value > 0,
+        "a positive integer",
+    )
+    early_stopping_threshold: float = setting(
+        0.0,
+        "How much lower the loss of an evaluation must be than the lowest before, to count as better.",
+        is_not_negative,
+        "0 or a positive number",
+    )
     max_skipped_updates: int = setting(
         0,
         "Updates with a loss or gradient that is not finite that are left out before the run stops.",
@@ -150,6 +163,8 @@ class QLoRAArguments:
             holds, value = item.metadata["holds"], getattr(self, item.name)
             if holds and not holds(value):
                 raise ValueError(f"{item.name} must be {item.metadata['expected']}, got {show(value)}")
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise ValueError("early_stopping_threshold has no effect without early_stopping_patience; give both")
         if self.packing_length and not self.packing:
             raise ValueError("packing_length is of packed rows, but packing is false; remove one of them")
         if self.packing_length and self.packing_length < self.max_seq_length:
@@ -168,7 +183,7 @@ SEED = (lambda value: 0 <= value < 2**32), "from 0 to 4294967295"
 BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs"), POSITIVE),
     **dict.fromkeys(("gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps"), POSITIVE),
-    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb"), POSITIVE),
+    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_timeout"), POSITIVE),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), NOT_NEGATIVE),
     **dict.fromkeys(("dataloader_num_workers", "eval_delay"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),

@@ -2,7 +2,7 @@
 
 import heapq
 from bisect import bisect_left
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,46 +12,54 @@ from .loss import learned_positions
 Sample = dict[str, list[int] | np.ndarray]
 
 
-@dataclass
-class SampleBatch:
-    """A batch that no library walks through or moves. Its numbers are arrays, which processes hand on at once."""
+class Layout(Protocol):
+    """How a batch of samples goes through the model. Where `takes_updates`, a batch is all of an update's samples, of
+    which every rank has about as many tokens; else it is `per_device_train_batch_size` of them."""
 
-    samples: list[Sample]
+    takes_updates: bool
+
+    def lay_out(self, samples: list[Sample]) -> list[dict]:
+        """The parts in which a batch goes through the model, one after another."""
 
 
 class SFTDataCollator:
-    """Pads on the right to the longest sample of the batch, and cuts at `max_seq_length`.
+    """Batches of samples, padded on the right to the longest of them and cut at `max_seq_length`.
 
-    Returns `input_ids` (padded with the tokenizer's padding token), `attention_mask` and `target_mask` (padded with
-    0), int64 tensors of (batch, length).
+    A batch holds `input_ids` (padded with the tokenizer's padding token), `attention_mask` and `target_mask` (padded
+    with 0), int64 tensors of (batch, length).
     """
+
+    takes_updates = False
 
     def __init__(self, tokenizer, max_seq_length: int):
         self.max_seq_length = max_seq_length
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.padding = {"input_ids": padding, "attention_mask": 0, "target_mask": 0}
 
+    def lay_out(self, samples: list[Sample]) -> list[dict[str, torch.Tensor]]:
+        return [self(samples)]
+
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         length = min(max(len(sample["input_ids"]) for sample in samples), self.max_seq_length)
-        return {
-            key: torch.tensor([(sample[key] + [padding] * (length - len(sample[key])))[:length] for sample in samples])
-            for key, padding in self.padding.items()
-        }
+        batch = {key: torch.full((len(samples), length), value) for key, value in self.padding.items()}
+        for number, sample in enumerate(samples):
+            ids, mask = (torch.as_tensor(sample[key][:length]) for key in ("input_ids", "target_mask"))
+            batch["input_ids"][number, : len(ids)] = ids
+            batch["target_mask"][number, : len(ids)] = mask
+            batch["attention_mask"][number, : len(ids)] = 1
+        return batch
 
 
 class PackingCollator:
-    """Hands a batch's samples on as they are (SampleBatch); `lay_out` takes all samples of an update at once."""
+    """Rows of at most `tokens` tokens, in which whole samples lie one after another."""
 
-    KEYS = ("input_ids", "target_mask")
+    takes_updates = True
 
     def __init__(self, tokens: int):
         self.tokens = tokens
 
-    def __call__(self, samples: list[Sample]) -> SampleBatch:
-        return SampleBatch([{key: np.asarray(sample[key], np.int32) for key in self.KEYS} for sample in samples])
-
     def lay_out(self, samples: list[Sample]) -> list[dict]:
-        """Whole samples one after another in as few rows of at most `tokens` as hold them, about equally full.
+        """As few rows as hold the samples, about equally full.
 
         A row is flat: `input_ids` and `position_ids` (length,), which restart with each sample; `ends` (samples + 1,)
         int32, where samples end, from 0; `longest`, of a sample; `learned` (n,), positions that predict a learned
@@ -62,7 +70,8 @@ class PackingCollator:
 
     def lay_out_row(self, samples: list[Sample]) -> dict[str, torch.Tensor | int]:
         input_ids, target_mask = (
-            torch.from_numpy(np.concatenate([sample[key] for sample in samples]).astype(np.int64)) for key in self.KEYS
+            torch.from_numpy(np.concatenate([sample[key] for sample in samples]).astype(np.int64))
+            for key in ("input_ids", "target_mask")
         )
         lengths = [len(sample["input_ids"]) for sample in samples]
         ends = torch.tensor([0, *lengths]).cumsum(0)

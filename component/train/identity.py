@@ -8,16 +8,17 @@ from pathlib import Path
 from ..data.reader import find_files
 from ..run.files import fingerprint
 from ..settings.legacy import rows_of_pack_to
+from ..settings.optimization import FOLLOWING_EVALUATIONS
 from ..trust import find_model_file, find_weights
 
 # Settings that no trained number depends on, by name or by the beginning of the name.
 WITHOUT_EFFECT = {
     "batch_eval_metrics",
     "cache_dir",
+    "dataloader_num_workers",
     "dataloader_multiprocessing_context",
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
-    "ddp_timeout",
     "debug",
     "disable_tqdm",
     "greater_is_better",
@@ -42,9 +43,8 @@ WITHOUT_EFFECT = {
     "skip_memory_metrics",
     "torch_empty_cache_steps",
 }
-BEGINNINGS = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
+BEGINNINGS = ("ddp_", "logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
 ELSEWHERE = {"train_file", "model_name_or_path", "data_format"}  # by content, below
-FOLLOWING_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate depends on them
 WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # a file of weights above WHOLE bytes counts by samples of it
 
 
@@ -57,9 +57,8 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
     """
     settings = training_args.to_dict() | dataclasses.asdict(args)
     settings["fused_layers"] = args.packing and args.fused_layers  # padded batches know none
+    settings["stream_order"] = "blocks" if args.streaming else None
     skipped, beginnings = WITHOUT_EFFECT | ELSEWHERE, BEGINNINGS
-    if not args.streaming:
-        skipped |= {"dataloader_num_workers"}  # a stream's order depends on it
     follows = training_args.lr_scheduler_type in FOLLOWING_EVALUATIONS or training_args.load_best_model_at_end
     if args.eval_file and follows:
         skipped -= {"metric_for_best_model", "greater_is_better"}
@@ -81,6 +80,7 @@ def renew_identity(identity: dict) -> dict:
     if "pack_to" in settings:
         settings |= rows_of_pack_to(settings.pop("pack_to"))
         settings["fused_layers"] = settings["packing"]
+    settings.setdefault("stream_order", "a buffer" if settings.get("streaming") else None)
     return identity | {"settings": settings}
 
 

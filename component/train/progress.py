@@ -5,10 +5,13 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 from loguru import logger
 from tqdm import tqdm
 from transformers import TrainerCallback
+
+from .report import plot_loss
 
 LONG = 600  # seconds, of which a run speaks after its first update
 
@@ -105,3 +108,18 @@ class ProgressReport(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
+
+
+class LossPicture(TrainerCallback):
+    """Draws the losses so far, on rank 0, after every evaluation and every checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.drawn_at = 0  # step
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step != self.drawn_at:
+            self.drawn_at = state.global_step
+            plot_loss(state.log_history, self.path)
+
+    on_save = on_evaluate

@@ -6,10 +6,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from loguru import logger
 from torch import nn
 
-from ..run.errors import ArgumentError
 from ..run.files import write_atomically
+from .updates import count_steps, count_updates
 
 LEARNED, PLAIN = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
 
@@ -60,26 +61,6 @@ def describe_schedule(rows: int | None, training_args) -> str:
     return f"{length}; the learning rate {rise} {SCHEDULES[schedule]} ({schedule})"
 
 
-def count_steps(rows: int | None, training_args) -> int:
-    """Updates of the whole run, as the Trainer counts them. Raises ArgumentError where no batch can be made."""
-    updates = rows and count_updates(rows, training_args)
-    if training_args.max_steps > 0:
-        return training_args.max_steps
-    return math.ceil(training_args.num_train_epochs * updates)
-
-
-def count_updates(rows: int, training_args) -> int:
-    """Updates of an epoch."""
-    batch = training_args.train_batch_size * training_args.world_size
-    batches = rows // batch if training_args.dataloader_drop_last else math.ceil(rows / batch)
-    if not batches:
-        raise ArgumentError(
-            f"dataloader_drop_last: no batch is left, as there are {rows} samples to learn from and a batch takes "
-            f"{batch}; lower per_device_train_batch_size, or set dataloader_drop_last to false"
-        )
-    return max(math.ceil(batches / training_args.gradient_accumulation_steps), 1)
-
-
 def explain_memory(checkpointing: str) -> str:
     """What the estimates of kernel.memory.table are of, for a run with this activation_checkpointing."""
     choice = (
@@ -121,7 +102,19 @@ def render_sample(sample: dict[str, list[int]], tokenizer) -> str:
 
 
 def plot_loss(history: list[dict], path: str | Path) -> None:
-    """Training loss by step, and evaluation loss where there is any, from `trainer.state.log_history`, as a PNG."""
+    """Draw training loss by step, and evaluation loss where there is any, as a PNG. A picture that cannot be drawn is
+    no reason to lose a run: why it could not is logged.
+
+    Args:
+        history: `trainer.state.log_history`.
+    """
+    try:
+        write_atomically(path, draw_loss(history))
+    except Exception as error:
+        logger.warning(f"{path} could not be drawn: {error}")
+
+
+def draw_loss(history: list[dict]) -> bytes:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,4 +132,4 @@ def plot_loss(history: list[dict], path: str | Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
-    write_atomically(path, picture.getvalue())
+    return picture.getvalue()

@@ -81,13 +81,14 @@ def run(load):
     def run(**settings) -> Run:
         _, training_args = load(**BASE | settings)
         recorder, batches, model = Recorder(), [], TinyModel()
-        pad = SFTDataCollator(SimpleNamespace(pad_token_id=0), 64)
 
-        def collate(rows):
-            batches.append([LENGTHS.index(row["input_ids"][0]) for row in rows])
-            return pad(rows)
+        class Layout(SFTDataCollator):
+            def lay_out(self, rows):
+                batches.append([LENGTHS.index(row["input_ids"][0]) for row in rows])
+                return super().lay_out(rows)
 
-        data = {"train_dataset": ROWS, "eval_dataset": ROWS[:4], "data_collator": collate}
+        layout = Layout(SimpleNamespace(pad_token_id=0), 64)
+        data = {"train_dataset": ROWS, "eval_dataset": ROWS[:4], "data_collator": layout}
         trainer = LoRATrainer(model=model, args=training_args, loss=TargetLMLoss(), callbacks=[recorder], **data)
         loader = trainer.get_train_dataloader()
         before = model.head.weight.clone()
@@ -177,21 +178,6 @@ SEEN_IN_A_RUN = {
         {"train_sampling_strategy": "sequential"},
         lambda run: run.batches,
         [[0, 1], [2, 3], [4, 5], [6, 7]],
-    ),
-    "ddp_find_unused_parameters": (
-        {"ddp_find_unused_parameters": True},
-        lambda run: run.trainer.accelerator.ddp_handler.find_unused_parameters,
-        True,
-    ),
-    "ddp_bucket_cap_mb": (
-        {"ddp_bucket_cap_mb": 3},
-        lambda run: run.trainer.accelerator.ddp_handler.bucket_cap_mb,
-        3,
-    ),
-    "ddp_broadcast_buffers": (
-        {"ddp_broadcast_buffers": False},
-        lambda run: run.trainer.accelerator.ddp_handler.broadcast_buffers,
-        False,
     ),
 }
 
@@ -321,7 +307,7 @@ def test_pages_of_batches_are_pinned_as_is_set(run):
 
 def test_the_cache_is_emptied_every_so_many_steps(run, monkeypatch):
     emptied = []
-    monkeypatch.setattr(transformers.trainer, "clear_device_cache", lambda: emptied.append(None))
+    monkeypatch.setattr("component.train.trainer.clear_device_cache", lambda: emptied.append(None))
     run()
     assert len(emptied) == 0
     run(torch_empty_cache_steps=2)

@@ -1,5 +1,3 @@
-import itertools
-import random
 import time
 
 import pytest
@@ -49,25 +47,3 @@ def test_thousands_of_samples_of_which_two_never_fit_one_row_are_packed_at_once(
 def test_a_sample_above_the_limit_is_named():
     with pytest.raises(ValueError, match="a sample of 9 tokens does not fit rows of 8; raise packing_length"):
         pack([9], 8)
-
-
-def test_ranks_share_the_samples_of_an_update_by_tokens(monkeypatch):
-    from types import SimpleNamespace
-
-    from component.train import trainer
-
-    draw = random.Random(0)
-    parts = [[{"input_ids": [rank] * draw.randint(1, 900)} for _ in range(64)] for rank in range(4)]
-    monkeypatch.setattr(trainer, "gather", lambda own: parts)
-    shares = [
-        trainer.LoRATrainer.own_samples(
-            SimpleNamespace(args=SimpleNamespace(world_size=4, process_index=rank)), parts[rank]
-        )
-        for rank in range(4)
-    ]
-    assert sorted(map(id, itertools.chain(*shares))) == sorted(map(id, itertools.chain(*parts)))
-    before, after = ([sum(len(s["input_ids"]) for s in part) for part in whole] for whole in (parts, shares))
-    assert max(before) / min(before) > 1.05
-    assert max(after) / min(after) < 1.01
-    alone = SimpleNamespace(args=SimpleNamespace(world_size=1, process_index=0))
-    assert trainer.LoRATrainer.own_samples(alone, parts[0]) is parts[0]

@@ -1,0 +1,270 @@
+"""What a checkpoint holds beside its adapter, and how it is written: whole or absent, by all ranks together."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from loguru import logger
+from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals
+
+from ..kernel.memory import optimizer_bytes
+from ..run.errors import StorageError
+from ..run.folder import RunFolder
+from ..run.manifest import Damaged, verify
+from ..run.ranks import known_to_all, on_every_rank, on_rank_zero
+from ..run.resume import FINAL, find_checkpoints
+
+STATE, STREAM = "trainer_state.json", "stream.json"
+HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "alpha")  # of an optimizer's groups
+
+
+class Counters:
+    """What a rank has counted. `loss` is its part of the losses of `updates` updates, those since the last log line;
+    `norm` and `rate` are the gradient norm and the learning rate of the last update."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.norm, self.rate = torch.zeros(()), 0.0
+        self.updates = self.skipped = 0
+        self.epoch_has_ended = True  # what is due at the end of an epoch has been done, if this is one
+
+    def add(self, losses: list[torch.Tensor]) -> None:
+        """Count an update, by what each batch of this rank adds to its loss."""
+        for loss in losses:
+            self.loss += loss
+        self.updates += 1
+
+    def begin_line(self) -> None:
+        self.loss.zero_()
+        self.updates = 0
+
+    def state_dict(self) -> dict:
+        return {
+            "loss_since_log": self.loss.item(),
+            "updates_since_log": self.updates,
+            "grad_norm": self.norm.item() if math.isfinite(self.norm) else None,
+            "learning_rate": self.rate,
+            "tokens_seen": self.tokens.item(),
+            "skipped": self.skipped,
+            "epoch_has_ended": self.epoch_has_ended,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.loss.fill_(state["loss_since_log"])
+        self.tokens.fill_(state["tokens_seen"])
+        self.norm, self.rate = torch.tensor(state.get("grad_norm") or math.nan), state.get("learning_rate", 0.0)
+        self.updates, self.skipped = state["updates_since_log"], state["skipped"]
+        self.epoch_has_ended = state.get("epoch_has_ended", True)
+
+
+class RandomNumbers:
+    """The state of this process's random numbers: Python's, numpy's, torch's, and those of its card."""
+
+    def state_dict(self) -> dict:
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+        return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+    def load_state_dict(self, state: dict) -> None:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["cpu"])
+        if torch.cuda.is_available() and "cuda" in state:
+            of_card = state["cuda"]  # earlier versions wrote those of all cards of the machine
+            torch.cuda.set_rng_state(of_card[torch.cuda.current_device()] if isinstance(of_card, list) else of_card)
+
+
+class Checkpoints:
+    """The checkpoints of a trainer's run in its folder, or none where there is no folder.
+
+    A checkpoint holds adapter and tokenizer; the states of optimizer, schedule and scaler; for each rank its random
+    numbers and counters; the place in a stream; and transformers' TrainerState.
+    """
+
+    def __init__(self, trainer, folder: RunFolder | None):
+        self.trainer, self.folder, self.args = trainer, folder, trainer.args
+        self.random = RandomNumbers()
+        self.saved_step = 0
+
+    def shared_parts(self) -> dict:
+        """What all ranks have alike, by the file that rank 0 keeps it in."""
+        trainer = self.trainer
+        parts = {"optimizer.pt": trainer.optimizer, "scheduler.pt": trainer.lr_scheduler}
+        return parts | ({"scaler.pt": trainer.accelerator.scaler} if trainer.accelerator.scaler else {})
+
+    def own_files(self) -> tuple[str, str]:
+        """The files that this rank keeps its random numbers and its counters in."""
+        rank = self.args.process_index
+        return "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{rank}.pth", f"progress_{rank}.json"
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one. All ranks write to a temporary folder, which rank 0
+        seals and renames; then the oldest are deleted."""
+        state = self.trainer.state
+        if self.folder is None or state.global_step == self.saved_step:
+            return
+        name = f"checkpoint-{state.global_step}"
+        before, state.best_model_checkpoint = state.best_model_checkpoint, self.best(about_to_be_written=name)
+        on_every_rank(self.trainer.health.check_weights)
+        self.fill(name, self.write)
+        self.publish(name)
+        self.saved_step = state.global_step
+        # A run that falls back to an older checkpoint needs the one that was the best at that time.
+        best = [Path(path) for path in (before, state.best_model_checkpoint) if path]
+        on_rank_zero(lambda: self.folder.rotate(self.args.save_total_limit, best))
+
+    def save_final(self) -> str:
+        """Publish adapter and tokenizer as FINAL: the mark of a run that is done."""
+        on_every_rank(self.trainer.health.check_weights)
+        self.fill(FINAL, lambda folder: self.trainer.save_model(str(folder)))
+        self.trainer.leave_if_asked()
+        self.publish(FINAL)
+        return str(self.folder.path / FINAL)
+
+    def fill(self, name: str, write: Callable[[Path], None]) -> None:
+        """Have every rank write to the temporary folder of `name`; StorageError on all where one could not."""
+
+        def work() -> None:
+            try:
+                write(temporary)
+            except (RuntimeError, SafetensorError) as error:  # what libraries make of a full disk
+                raise OSError(str(error)) from error
+
+        try:
+            temporary = on_rank_zero(lambda: self.folder.begin(name))
+            on_every_rank(work)
+        except OSError as error:
+            self.fail(name, error)
+
+    def publish(self, name: str) -> None:
+        try:
+            on_rank_zero(lambda: self.folder.finish(name, self.trainer.state.global_step, self.args.world_size))
+        except OSError as error:
+            self.fail(name, error)
+
+    def fail(self, name: str, error: OSError) -> None:
+        raise known_to_all(on_rank_zero(lambda: self.folder.failed(name, error))) from error
+
+    def write(self, folder: Path) -> None:
+        """Write this rank's files of a checkpoint."""
+        trainer = self.trainer
+        trainer.save_model(str(folder))
+        numbers, counters = self.own_files()
+        torch.save(self.random.state_dict(), folder / numbers)
+        write_json(folder / counters, trainer.counters.state_dict() | {"evaluate": trainer.control.should_evaluate})
+        if self.args.process_index == 0:
+            for name, part in self.shared_parts().items():
+                torch.save(part.state_dict(), folder / name)
+            write_json(folder / STREAM, trainer.updates.state_dict())
+            trainer.state.save_to_json(str(folder / STATE))
+
+    def load(self, checkpoint: str) -> None:
+        """Put everything back to where it was, and give optimizer and schedule the settings of now."""
+        trainer, folder = self.trainer, Path(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(folder / STATE))
+        self.saved_step = trainer.state.global_step
+        if best := trainer.state.best_model_checkpoint:
+            self.check_best(str(self.folder.path / Path(best).name))
+        self.load_adapter(folder)
+        fresh = [dict(group) for group in trainer.optimizer.param_groups]
+        for name, part in self.shared_parts().items():
+            if (folder / name).is_file():  # of a damaged checkpoint that is used on request, one may be gone
+                part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
+        self.renew_optimizer(fresh)
+        numbers, counters = (folder / name for name in self.own_files())
+        if numbers.is_file():  # else the checkpoint is of another number of processes, and the log has said so
+            with safe_globals():
+                self.random.load_state_dict(torch.load(numbers, weights_only=True))
+        if counters.is_file():
+            progress = json.loads(counters.read_text(encoding="utf-8"))
+            if "last_log" in progress:  # of an earlier version
+                progress["updates_since_log"] = trainer.state.global_step - progress["last_log"]
+            trainer.counters.load_state_dict(progress)
+            trainer.control.should_evaluate = progress.get("evaluate", False)
+        if (folder / STREAM).is_file() and not self.args.ignore_data_skip:
+            trainer.updates.load_state_dict(json.loads((folder / STREAM).read_text(encoding="utf-8")))
+
+    def load_adapter(self, folder: Path) -> None:
+        """Load the weights that the manifest vouches for, whatever else lies there."""
+        set_peft_model_state_dict(self.trainer.model, load_file(folder / "adapter_model.safetensors"))
+
+    def renew_optimizer(self, fresh: list[dict]) -> None:
+        """Set what `fresh`, the optimizer's groups by the settings of now, say; they may be others than the run's."""
+        groups, schedule = self.trainer.optimizer.param_groups, self.trainer.lr_scheduler
+        was = groups[0]["lr"]
+        for group, new in zip(groups, fresh, strict=True):
+            group.update({key: new[key] for key in HYPERPARAMETERS if key in new})
+        if isinstance(schedule, LambdaLR):  # its rate follows from the step; any other's from the rate before
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, rate in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * rate(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
+        if groups[0]["lr"] != was:
+            logger.warning(f"learning rate {was:.2e} until now, {groups[0]['lr']:.2e} at the next update")
+
+    def scores(self) -> dict[str, float]:
+        """Scores of the evaluated steps, by the name of the checkpoint that the step has if it was saved."""
+        key = "eval_" + (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        history = self.trainer.state.log_history
+        return {f"checkpoint-{entry['step']}": entry[key] for entry in history if key in entry}
+
+    def best(self, about_to_be_written: str = "") -> str | None:
+        """Path of the saved checkpoint with the best score."""
+
+        def choose() -> str | None:
+            known = {about_to_be_written, *(path.name for path in find_checkpoints(self.folder.path))}
+            scores = {name: score for name, score in self.scores().items() if name in known}
+            pick = max if self.args.greater_is_better else min
+            return str(self.folder.path / pick(scores, key=scores.get)) if scores else None
+
+        return on_rank_zero(choose) if self.folder and self.args.metric_for_best_model else None
+
+    def check_best(self, path: str) -> None:
+        """Raise StorageError if the model of this checkpoint is to be the final one, and it is not whole."""
+
+        def check() -> None:
+            try:
+                verify(Path(path), Path(path).name)
+            except Damaged as damage:
+                raise StorageError(
+                    f"{path} has the best model, and {damage}; put it back, or go on without it by "
+                    "load_best_model_at_end=false and resume_despite_changes=true"
+                ) from None
+
+        if self.args.load_best_model_at_end:
+            on_rank_zero(check)
+
+    def load_best(self) -> None:
+        """Load the adapter of the best checkpoint that was saved."""
+        best = self.trainer.state.best_model_checkpoint
+        self.check_best(best)
+        self.load_adapter(Path(best))
+        name = Path(best).name
+        score = f"{self.args.metric_for_best_model} {self.scores()[name]:.4f}"
+        logger.info(f"the final adapter is that of {name}, the best that was saved: {score}")
+        self.saved_step = self.trainer.state.global_step  # no checkpoint of this step may have these weights
+
+    def tell_how_to_go_on(self) -> None:
+        """Log what continues a run that a signal ends."""
+        state, folder = self.trainer.state, self.folder.path if self.folder else "nowhere"
+        never = str(self.args.resume_from_checkpoint).lower() == "false"
+        command = "the same command without resume_from_checkpoint=false" if never else "the same command"
+        logger.info(f"stopped at step {state.global_step} of {state.max_steps}; {command} continues from {folder}")
+
+    def size(self) -> int:
+        """Bytes of a checkpoint, about: the adapter, and its optimizer's state."""
+        state = optimizer_bytes(self.args.optim, on_card=False)
+        return sum(weight.numel() * (weight.element_size() + state) for weight in self.trainer.trained_weights())
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")

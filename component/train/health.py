@@ -1,0 +1,96 @@
+"""Figures that are not finite: what is done with an update that has them, and which rows are the cause."""
+
+from itertools import chain
+
+import numpy as np
+import torch
+from loguru import logger
+
+from ..run.errors import NumericError
+from ..run.ranks import gather, known_to_all
+from .batch import Sample
+from .updates import Update
+
+SHOWN_ROWS = 20  # of an update that has to be named
+OVERFLOWS = 20  # float16 updates in a row that may overflow: its loss scale halves at each
+
+
+class Health:
+    """Decides whether a trainer's updates may be used, and its weights be written.
+
+    Args:
+        max_skipped: how many updates that are not finite may be left out in a run.
+    """
+
+    def __init__(self, trainer, max_skipped: int):
+        self.trainer, self.max_skipped = trainer, max_skipped
+        self.overflows = 0
+
+    def accepts(self, update: Update, bad_loss: int, bad_gradient: int) -> bool:
+        """Whether an update may be used. All ranks ask together, with the same facts.
+
+        A gradient that overflows float16 is the business of its loss scale, which also leaves the update out.
+
+        Raises:
+            NumericError: the update is not finite, and `max_skipped` have been left out before.
+        """
+        overflowed = bad_gradient and not bad_loss and self.trainer.accelerator.scaler is not None
+        self.overflows = self.overflows + 1 if overflowed else 0
+        is_bad = bad_loss or self.overflows > OVERFLOWS or (bad_gradient and not overflowed)
+        if is_bad:
+            self.refuse(update, "loss" if bad_loss else "gradient")
+        return not is_bad
+
+    def refuse(self, update: Update, what: str) -> None:
+        """Count an update that is left out, or raise NumericError where none may be. Rank 0 names its rows."""
+        trainer = self.trainer
+        rows = "\n  ".join(chain.from_iterable(gather(self.suspects(update))))
+        message = f"step {trainer.state.global_step + 1}: the {what} is not finite. Rows of this update:\n  {rows}"
+        trainer.counters.skipped += 1
+        if trainer.counters.skipped > self.max_skipped:
+            saved = trainer.checkpoints.saved_step
+            whole = f"checkpoint-{saved} is as it was" if saved else "there is no checkpoint yet"
+            raise known_to_all(
+                NumericError(
+                    f"{message}\nNothing of it was used; {whole}. Look at these rows (script/inspect_data.py); "
+                    "set max_skipped_updates to leave such updates out, or begin anew with a lower learning_rate"
+                )
+            )
+        logger.warning(f"{message}\nleft out, {trainer.counters.skipped} of max_skipped_updates={self.max_skipped}")
+
+    @torch.no_grad()
+    def suspects(self, update: Update) -> list[str]:
+        """`file:line` of the update's samples whose loss is not finite; of all its samples where none or all are so."""
+        self.trainer.model.eval()
+        bad = [not torch.isfinite(self.loss_of(sample)) for sample in update.samples]
+        self.trainer.model.train()
+        some = any(bad) and not all(bad)
+        named = [s for s, is_bad in zip(update.samples, bad, strict=True) if is_bad] if some else update.samples
+        names = [place_of(self.trainer.train_dataset, sample) for sample in named[:SHOWN_ROWS]]
+        return [*names, f"and {len(named) - SHOWN_ROWS} more"] if len(named) > SHOWN_ROWS else names
+
+    def loss_of(self, sample: Sample) -> torch.Tensor:
+        (part,) = self.trainer.data_collator.lay_out([sample])
+        return self.trainer.summed_loss(self.trainer.on_device(part))
+
+    def check_weights(self) -> None:
+        """Raise NumericError rather than write a weight or an optimizer's figure that is not finite."""
+        trainer = self.trainer
+        states = chain.from_iterable(state.items() for state in trainer.optimizer.state.values())
+        tensors = chain(
+            ((name, weight) for name, weight in trainer.model.named_parameters() if weight.requires_grad),
+            ((f"the optimizer's {name}", value) for name, value in states if isinstance(value, torch.Tensor)),
+        )
+        bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if bad:
+            raise NumericError(
+                f"step {trainer.state.global_step}: {bad[0]} and {len(bad) - 1} others are not finite, so nothing is "
+                "written; lower learning_rate"
+            )
+
+
+def place_of(dataset, sample: Sample) -> str:
+    """`file:line` of a sample, where it or its dataset knows that."""
+    ids: np.ndarray = sample["input_ids"]
+    place = sample.get("place") or (dataset.find_place(ids) if hasattr(dataset, "find_place") else None)
+    return place or f"a sample of {len(ids)} tokens that begins with {ids[:10].tolist()}"

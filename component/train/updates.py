@@ -1,0 +1,226 @@
+"""The samples of each update: which they are, and which of them a rank learns from.
+
+They follow from the seed, the epoch and the step alone, so that any number of ranks learns from the same samples, and a
+run that goes on takes the next ones without passing over those before.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from ..run.errors import ArgumentError
+from ..run.process import outlive_signals
+from ..run.ranks import on_every_rank
+from .batch import Layout, Sample, spread
+
+STRETCH = 50  # updates whose samples are sorted by length together
+
+
+class Update(NamedTuple):
+    """What a rank has of an update: its samples, and the batches that they are laid out in, each a list of the parts
+    (component.train.batch) in which it goes through the model."""
+
+    samples: list[Sample]
+    batches: list[list[dict]]
+
+
+def make_updates(dataset, layout: Layout, args) -> "FileUpdates | StreamUpdates":
+    """The updates of a dataset, by its kind.
+
+    Args:
+        args: transformers.TrainingArguments.
+    """
+    return (StreamUpdates if isinstance(dataset, IterableDataset) else FileUpdates)(dataset, layout, args)
+
+
+class FileUpdates(Sampler[list[int]]):
+    """Updates of a dataset whose samples are known beforehand.
+
+    Args:
+        dataset: has a length, and `lengths`, the tokens of each sample, where updates are shared or grouped by tokens.
+        args: transformers.TrainingArguments.
+    """
+
+    def __init__(self, dataset, layout: Layout, args):
+        self.dataset, self.layout, self.args = dataset, layout, args
+        self.epoch = self.first = 0
+        self.batches = count_batches(len(dataset), args)
+        self.per_epoch, self.steps = count_updates(len(dataset), args), count_steps(len(dataset), args)
+        self.size = size_of_update(args)
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=self,
+            collate_fn=partial(make_update, layout, args.train_batch_size),
+            **loader_settings(args),
+        )
+
+    def of_epoch(self, epoch: int, first: int) -> Iterator[Update]:
+        """This rank's part of an epoch's updates, from number `first` on."""
+        self.epoch, self.first = epoch, first
+        # An iterator draws a seed of the run's random numbers. A run that goes on within an epoch has drawn it before.
+        with torch.random.fork_rng(devices=[], enabled=first > 0):
+            return iter(self.loader)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order(self.epoch)[: self.batches * self.args.train_batch_size * self.args.world_size]
+        for start in range(self.first * self.size, len(order), self.size):
+            samples = order[start : start + self.size]
+            lengths = self.lengths(samples) if self.layout.takes_updates and self.args.world_size > 1 else None
+            yield [samples[place] for place in share(len(samples), lengths, self.args)]
+
+    def order(self, epoch: int) -> list[int]:
+        """The samples of an epoch, by their numbers in the dataset."""
+        count, strategy = len(self.dataset), self.args.train_sampling_strategy
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if strategy == "sequential":
+            return list(range(count))
+        if strategy == "group_by_length":
+            return grouped_by_length(self.lengths(range(count)), self.size, seed, epoch)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+    def lengths(self, samples: Sequence[int]) -> list[int]:
+        if hasattr(self.dataset, "lengths"):
+            return [self.dataset.lengths[number] for number in samples]
+        return [len(self.dataset[number]["input_ids"]) for number in samples]
+
+    def state_dict(self) -> dict:
+        return {}  # the step says all
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class StreamUpdates:
+    """Updates of a component.data.stream.StreamingSFTDataset: one epoch of as many as the run has.
+
+    Each rank renders its part of the next rows. Since bad and too long rows give no sample, ranks exchange what they
+    have rendered until the samples of an update are there, and share those.
+    """
+
+    def __init__(self, dataset, layout: Layout, args):
+        self.dataset, self.layout, self.args = dataset, layout, args
+        self.per_epoch = self.steps = args.max_steps
+        self.batches = args.max_steps * args.gradient_accumulation_steps
+        dataset.rank, dataset.ranks = args.process_index, args.world_size
+        self.loader = DataLoader(dataset, batch_size=None, **loader_settings(args))
+
+    def of_epoch(self, epoch: int, first: int) -> Iterator[Update]:
+        """This rank's part of all updates that come, from where the dataset stands."""
+        with torch.random.fork_rng(devices=[]):  # an iterator draws a seed, on which no row depends
+            rows = iter(self.loader)
+        taken, ranks = 0, self.args.world_size
+        while True:
+            samples: list[Sample] = []
+            while missing := size_of_update(self.args) - len(samples):
+                numbers = range(taken, taken + missing)
+                own = [number for number in numbers if number % ranks == self.args.process_index]
+                rendered = map(iter, on_every_rank(lambda own=own: [next(rows) for _ in own]))
+                by_rank = list(rendered)
+                next_rows = [next(by_rank[number % ranks]) for number in numbers]
+                self.dataset.take(next_rows)
+                samples += [row.sample for row in next_rows if row.sample]
+                taken += missing
+            lengths = [len(sample["input_ids"]) for sample in samples] if self.layout.takes_updates else None
+            places = share(len(samples), lengths, self.args)
+            yield make_update(self.layout, self.args.train_batch_size, [samples[place] for place in places])
+
+    def state_dict(self) -> dict:
+        return self.dataset.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.dataset.load_state_dict(state)
+
+
+def make_update(layout: Layout, batch: int, samples: list[Sample]) -> Update:
+    """Lay samples out, `batch` at a time or all together. They are kept as arrays, which a loader's processes hand on
+    at once."""
+    keys = ("input_ids", "target_mask")
+    samples = [sample | {key: np.asarray(sample[key], np.int32) for key in keys} for sample in samples]
+    size = max(len(samples), 1) if layout.takes_updates else batch
+    starts = range(0, len(samples), size)
+    return Update(samples, [layout.lay_out(samples[start : start + size]) for start in starts])
+
+
+def loader_settings(args) -> dict:
+    """What a DataLoader is told by TrainingArguments. Its workers leave signals to this process."""
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "pin_memory": args.dataloader_pin_memory,
+        "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None),
+        "worker_init_fn": begin_worker,
+    }
+
+
+def begin_worker(worker: int) -> None:
+    outlive_signals()
+
+
+def size_of_update(args) -> int:
+    """Samples of an update, over all ranks."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def count_batches(rows: int, args) -> int:
+    """Batches that each rank has in an epoch. Raises ArgumentError where there is none."""
+    batch = args.train_batch_size * args.world_size
+    batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
+    if not batches:
+        raise ArgumentError(
+            f"dataloader_drop_last leaves no batch: there are {rows} samples to learn from and a batch takes "
+            f"{batch}; lower per_device_train_batch_size, or set dataloader_drop_last to false"
+        )
+    return batches
+
+
+def count_updates(rows: int, args) -> int:
+    """Updates of an epoch."""
+    return math.ceil(count_batches(rows, args) / args.gradient_accumulation_steps)
+
+
+def count_steps(rows: int | None, args) -> int:
+    """Updates of the whole run, over so many rows (None: a stream)."""
+    updates = rows and count_updates(rows, args)
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+
+
+def share(count: int, lengths: Sequence[int] | None, args) -> list[int]:
+    """Places, among the `count` samples of an update, of those that this rank learns from.
+
+    Batches go round the ranks. With `lengths`, in tokens, each rank has about as many tokens instead, since ranks wait
+    for the slowest. A rank may have none.
+    """
+    batch, ranks, rank = args.train_batch_size, args.world_size, args.process_index
+    batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    dealt = [list(chain.from_iterable(batches[number::ranks])) for number in range(ranks)]
+    if lengths is None or ranks == 1:
+        return dealt[rank]
+    places = list(chain.from_iterable(dealt))
+    tokens = [lengths[place] for place in places]
+    return [places[i] for i in sorted(spread(tokens, sum(tokens), ranks)[rank])]
+
+
+def grouped_by_length(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[int]:
+    """An order in which the samples of an update are of like lengths, the longest first of all, so that memory runs
+    out at once or never. Stretches of a random order are sorted, and their updates shuffled; a short one stays last.
+
+    Args:
+        size: samples of an update.
+    """
+    draw = random.Random(f"{seed} {epoch}")
+    order = draw.sample(range(len(lengths)), len(lengths))
+    stretches = [order[start : start + STRETCH * size] for start in range(0, len(order), STRETCH * size)]
+    groups = [sorted(stretch, key=lambda i: -lengths[i]) for stretch in stretches]
+    updates = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+    last = updates.pop() if len(updates[-1]) < size and len(updates) > 1 else []
+    draw.shuffle(updates)
+    first = max(range(len(updates)), key=lambda i: max(lengths[j] for j in updates[i]))
+    updates[0], updates[first] = updates[first], updates[0]
+    return [*chain.from_iterable(updates), *last]

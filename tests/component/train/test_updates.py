@@ -1,0 +1,114 @@
+import itertools
+import random
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from component.run.errors import ArgumentError
+from component.train.batch import PackingCollator, SFTDataCollator
+from component.train.updates import FileUpdates, count_steps, grouped_by_length, share
+
+PADDED = SFTDataCollator(SimpleNamespace(pad_token_id=0), 64)
+
+
+def arguments(rank: int = 0, ranks: int = 1, batch: int = 4, accumulation: int = 1, **others) -> SimpleNamespace:
+    settings = {
+        "process_index": rank,
+        "world_size": ranks,
+        "train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_sampling_strategy": "random",
+        "seed": 1,
+        "data_seed": None,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+        "dataloader_drop_last": False,
+        "dataloader_num_workers": 0,
+        "dataloader_prefetch_factor": None,
+        "dataloader_pin_memory": False,
+    }
+    return SimpleNamespace(**settings | others)
+
+
+class Rows(list):
+    """Samples that are known by their first token."""
+
+    def __init__(self, count: int):
+        lengths = [random.Random(number).randint(2, 40) for number in range(count)]
+        super().__init__({"input_ids": [i] * n, "target_mask": [0] + [1] * (n - 1)} for i, n in enumerate(lengths))
+        self.lengths = lengths
+
+
+def drawn(rows: Rows, layout, epoch: int = 0, first: int = 0, **settings) -> list[list[int]]:
+    """The samples of each update, of one rank."""
+    updates = FileUpdates(rows, layout, arguments(**settings)).of_epoch(epoch, first)
+    return [[int(sample["input_ids"][0]) for sample in update.samples] for update in updates]
+
+
+def test_an_update_that_comes_later_is_drawn_without_those_before_it():
+    whole = drawn(Rows(22), PADDED, epoch=3)
+    assert list(map(len, whole)) == [4, 4, 4, 4, 4, 2]
+    assert drawn(Rows(22), PADDED, epoch=3, first=4) == whole[4:]
+    assert drawn(Rows(22), PADDED, epoch=4) != whole
+
+
+@given(
+    rows=st.integers(1, 60),
+    batch=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    ranks=st.integers(1, 5),
+    packed=st.booleans(),
+    strategy=st.sampled_from(["random", "sequential", "group_by_length"]),
+)
+def test_the_ranks_of_an_update_have_its_samples_once_and_together_those_of_one_process(
+    rows, batch, accumulation, ranks, packed, strategy
+):
+    layout, rows = PackingCollator(64) if packed else PADDED, Rows(rows)
+    settings = {"batch": batch, "accumulation": accumulation, "train_sampling_strategy": strategy}
+    shares = [drawn(rows, layout, rank=rank, ranks=ranks, **settings) for rank in range(ranks)]
+    together = [sorted(itertools.chain(*update)) for update in zip(*shares, strict=True)]
+    alone = drawn(rows, layout, **settings | {"batch": batch * ranks})
+    assert together == [sorted(update) for update in alone]
+    assert sorted(itertools.chain(*together)) == list(range(len(rows)))
+
+
+def test_batches_of_an_update_go_round_the_ranks():
+    ranks = [share(7, None, arguments(rank, ranks=3, batch=2)) for rank in range(3)]
+    assert ranks == [[0, 1, 6], [2, 3], [4, 5]]
+
+
+def test_ranks_share_the_tokens_of_an_update_evenly():
+    draw = random.Random(0)
+    lengths = [draw.randint(1, 900) for _ in range(256)]
+    shares = [share(256, lengths, arguments(rank, ranks=4, batch=64)) for rank in range(4)]
+    assert sorted(itertools.chain(*shares)) == list(range(256))
+    tokens = [sum(lengths[place] for place in part) for part in shares]
+    assert max(tokens) / min(tokens) < 1.01
+    by_samples = [share(256, None, arguments(rank, ranks=4, batch=64)) for rank in range(4)]
+    tokens = [sum(lengths[place] for place in part) for part in by_samples]
+    assert max(tokens) / min(tokens) > 1.05
+
+
+def test_grouping_puts_the_longest_sample_first_and_changes_with_the_epoch():
+    lengths = [random.Random(number).randint(1, 500) for number in range(41)]
+    first, second = (grouped_by_length(lengths, 4, seed=1, epoch=epoch) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(41))
+    assert first != second
+    assert max(lengths) in [lengths[i] for i in first[:4]]
+
+
+def test_a_last_batch_that_is_dropped_is_dropped_on_all_ranks():
+    settings = {"dataloader_drop_last": True}
+    assert drawn(Rows(11), PADDED, **settings) == drawn(Rows(11), PADDED)[:2]
+    one, other = (drawn(Rows(11), PADDED, rank=rank, ranks=2, batch=2, **settings) for rank in (0, 1))
+    assert [mine + theirs for mine, theirs in zip(one, other, strict=True)] == drawn(Rows(11), PADDED)[:2]
+    with pytest.raises(ArgumentError, match="dataloader_drop_last leaves no batch: there are 3 samples"):
+        count_steps(3, arguments(dataloader_drop_last=True))
+
+
+def test_steps_are_those_of_the_epochs_rounded_up():
+    assert count_steps(13, arguments(num_train_epochs=2.5)) == 10
+    assert count_steps(13, arguments(num_train_epochs=2.5, max_steps=3)) == 3
+    assert count_steps(None, arguments(max_steps=3)) == 3
