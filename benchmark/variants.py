@@ -181,8 +181,8 @@ def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, packin
     trainer.add_callback(clock)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    batches = [batch.samples for batch in trainer.get_train_dataloader()]
-    learned = sum(trainer.count_learned(row) for samples in batches for row in trainer.data_collator.lay_out(samples))
+    updates = trainer.get_train_dataloader()
+    learned = sum(trainer.count_learned(row) for update in updates for batch in update.batches for row in batch)
     return figures(run, clock, losses, learned, checkpointing in ("full", "offload"))
 
 
