@@ -1,22 +1,22 @@
-"""What becomes of those fields of TrainingArguments that are not simply handed on. Standard library only.
+"""Fields of TrainingArguments that are fixed, refused, ignored or narrowed here. Standard library only.
 
-A field that stands in no table here, nor in `legacy`, takes effect: tests/component/settings/test_fields.py says for
-each how that is seen, and fails for one that a new release brings.
+Every field outside these tables and those of `legacy` takes effect. tests/component/settings/test_fields.py shows the
+effect of each, and fails for a field that a new release adds.
 """
 
 from typing import Literal
 
-# What the dataset, the loss, the trainer and an exact continuation rely on.
+# Values that the dataset, the loss, the trainer and an exact continuation rely on.
 FIXED = {
-    "average_tokens_across_devices": True,  # the loss is over the learned tokens of all processes
+    "average_tokens_across_devices": True,  # the loss is the mean over the learned tokens of all processes
     "dataloader_in_order": True,
     "dataloader_persistent_workers": False,  # every epoch has its own order
     "label_names": ["target_mask"],
     "label_smoothing_factor": 0.0,
-    "logging_nan_inf_filter": False,  # it hides what stops a run here
+    "logging_nan_inf_filter": False,  # the filter hides losses that are not finite, which stop a run
     "prediction_loss_only": True,
     "remove_unused_columns": False,
-    "restore_callback_states_from_checkpoint": False,  # the checkpoint's other files hold what is restored
+    "restore_callback_states_from_checkpoint": False,  # other files of the checkpoint hold these states
     "skip_memory_metrics": True,
     "use_cache": False,
 }
@@ -26,7 +26,7 @@ COMPILED = "the fused layers do its work, and it cannot trace them or 4-bit weig
 EVALUATED = "evaluation computes in compute_dtype, as training does; remove it"
 PUBLISHED = "nothing is uploaded; publish final/ yourself when the run is done, by `hf upload`"
 
-# Fields that ask for what is not done here, and why. They may stand there with a value that asks for nothing.
+# Fields that are refused, and why. A value that asks for nothing (false, null, empty) is accepted.
 REFUSED = {
     "accelerator_config": "the order of samples and the loss rely on accelerate's defaults; remove it",
     "auto_find_batch_size": "the layout of rows is fitted to the card's memory without it; remove it",
@@ -36,7 +36,7 @@ REFUSED = {
     "fp16_full_eval": EVALUATED,
     "liger_kernel_config": "packed rows go through fused layers of our own; see fused_layers",
     "neftune_noise_alpha": "packed rows do not pass the embedding that it adds noise to; remove it",
-    "optim_target_modules": "it is of optimizers for full weights; see target_modules for what the adapter adapts",
+    "optim_target_modules": "only optimizers of full weights use it; target_modules names the layers to adapt",
     "parallelism_config": SHARDED,
     "push_to_hub": PUBLISHED,
     "save_on_each_node": "output_dir is one folder, which all machines share; remove it",
@@ -51,7 +51,7 @@ SUMMED = "the adapter's gradients are summed over processes once an update, with
 EVALUATES = "evaluation computes the loss alone and keeps no predictions"
 UNPUSHED = "nothing is uploaded"
 
-# Fields that no number depends on here, and why.
+# Fields that are ignored because they change nothing here, and why.
 WITHOUT_EFFECT = {
     "activation_checkpointing_kwargs": "see activation_checkpointing",
     "batch_eval_metrics": EVALUATES,
@@ -76,10 +76,10 @@ WITHOUT_EFFECT = {
     "include_for_metrics": EVALUATES,
     "include_num_input_tokens_seen": "tokens are always counted",
     "length_column_name": "the lengths of samples are known",
-    "local_rank": "torchrun says it",
+    "local_rank": "torchrun sets it",
 }
 
-# Fields of which fewer values are possible than their type has.
+# Fields that take fewer values here than their type allows.
 NARROWED = {
     "metric_for_best_model": Literal["loss", "eval_loss", None],  # all that an evaluation computes
     "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],  # packed rows are balanced anyway

@@ -1,11 +1,11 @@
-"""Keys of Firefly, LLaMA-Factory, ms-swift, axolotl and TRL, to what they are here. Standard library only."""
+"""Translation of keys of Firefly, LLaMA-Factory, ms-swift, axolotl and TRL. Standard library only."""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 EVERY_LINEAR = (["all"], ["all-linear"], ["all_linear"])
 
-# Keys that mean the same, values included.
+# Keys that only have another name here.
 RENAMED = {
     "model": "model_name_or_path",
     "base_model": "model_name_or_path",
@@ -33,17 +33,17 @@ RENAMED = {
 
 
 def to_data_format(template: str) -> dict[str, Any]:
-    """The data format that stands for another program's template: ChatGLM's own, else the tokenizer's chat template."""
+    """Choose the data format for another program's template: ChatGLM's own, else the tokenizer's chat template."""
     if template.lower() in ("", "default"):
         raise ValueError(
-            f"a template {template!r} is none of ours; set data_format to firefly or chat_template instead"
+            f"a template {template!r} does not exist here; set data_format to firefly or chat_template instead"
         )
     ours = {"chatglm2": "chatglm2", "chatglm3": "chatglm3"}
     return {"data_format": ours.get(template.lower(), "chat_template")}
 
 
 def to_target_modules(names: str | list[str]) -> dict[str, Any]:
-    """Names of layers, written with commas or as a list; any program's word for all is null."""
+    """Take layers' names from a list or from text with commas; any program's word for all layers becomes null."""
     split = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     return {"target_modules": None if split in EVERY_LINEAR else split}
 
@@ -64,11 +64,11 @@ def to_too_long(strategy: str) -> dict[str, Any]:
 
 
 def when(**settings: Any) -> Callable[[bool], dict[str, Any]]:
-    """A switch that, where it is on, is these settings, and else has no effect."""
+    """Make the converter of a switch: true becomes these settings, false has no effect."""
     return lambda on: settings if on else {}
 
 
-# Keys whose values are written differently: their type, and the function to what they are here.
+# Keys whose values are written differently here: the value's type there, and the function that makes settings of it.
 CONVERTED: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
     "template_name": (str, to_data_format),
     "template": (str, to_data_format),
@@ -93,12 +93,12 @@ CONVERTED: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
 }
 
 FOUR_BITS = "the base is always in 4 bits, NF4 with double quantisation"
-ADAPTER = "a LoRA adapter beside a base in 4 bits is what is trained, which is called qlora"
-TASK = "supervised fine-tuning on conversations is what is done"
-LEARNED = "the answers and calls alone are learned; see loss_on"
+ADAPTER = "only a LoRA adapter beside a base in 4 bits is trained, which is called qlora"
+TASK = "only supervised fine-tuning on conversations is done"
+LEARNED = "only answers and calls are learned; see loss_on"
 PLAIN_LORA = "the adapter is plain LoRA, scaled by lora_alpha / lora_rank"
 
-# Keys that may say what is always so, by these values, and why another is refused.
+# Keys for what never changes here: the values that agree with it, and why any other is refused.
 ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "train_mode": (("qlora",), ADAPTER),
     "adapter": (("qlora",), ADAPTER),
@@ -146,7 +146,8 @@ TRACKED = "give run_name, and the rest by the tracker's environment variables, s
 SHARES = "give eval_steps or save_steps below 1, a share of all steps"
 PREFERENCE = f"{TASK}, not preference learning"
 
-# Keys of what is not here under any name, and what to do instead. They may stand there with a value that asks nothing.
+# Keys for what does not exist here, and what to do instead. A value that asks for nothing (false, null, empty) is
+# accepted.
 ELSEWHERE = {
     **dict.fromkeys(("dataset", "datasets", "dataset_name", "dataset_dir", "dataset_config", "data_path"), DATA),
     **dict.fromkeys(("dataset_train_split", "dataset_text_field", "media_dir", "pretraining_dataset"), DATA),
@@ -176,11 +177,11 @@ ELSEWHERE = {
     "freeze_trainable_layers": ADAPTER,
 }
 
-ATTENTION = "the fastest attention that there is, is used"
-CACHED = "rendered data is kept in cache_dir, and made anew when anything that decides it has changed"
-QUIET = "it decides nothing that is trained"
+ATTENTION = "the fastest attention that is available is always used"
+CACHED = "rendered data is kept in cache_dir, and rendered again when anything that decides it has changed"
+QUIET = "it does not change what is learned"
 
-# Keys that no number depends on here.
+# Keys that are ignored because they change nothing here, and why.
 WITHOUT_EFFECT = {
     **dict.fromkeys(("use_unsloth", "use_unsloth_gc", "enable_liger_kernel"), "fused layers of our own are used"),
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Keys of transformers' earlier releases, of our own earlier versions and of other programs, to what they are now."""
+"""Translation of older transformers' keys, of our own older keys and of other programs' keys to today's settings."""
 
 import json
 import math
@@ -11,14 +11,14 @@ from ..run.errors import ArgumentError
 from . import fields, foreign
 from .schema import is_a, name_type, show
 
-# Keys of older transformers that only have another name now. A name in capitals is an environment variable's.
+# Keys of older transformers that only have another name now. A name in capitals is an environment variable.
 RENAMED_KEYS = {
     "evaluation_strategy": "eval_strategy",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "no_cuda": "use_cpu",
     "logging_dir": "TENSORBOARD_LOGGING_DIR",
-    "hub_token": "HF_TOKEN",  # which no settings are saved or shown with
+    "hub_token": "HF_TOKEN",  # a variable, since settings are saved and shown
 }
 GONE = "transformers has no such setting any more"
 WITHOUT_EFFECT = {
@@ -34,11 +34,11 @@ WITHOUT_EFFECT = {
     "save_safetensors": "weights are always saved as safetensors",
 }
 REFUSED = fields.REFUSED | foreign.ELSEWHERE | {"torchdynamo": fields.COMPILED}
-ALL_STEPS = math.nextafter(1, 0)  # a fraction of the steps that is rounded up to all of them; 1 itself is one step
+ALL_STEPS = math.nextafter(1, 0)  # a share of the steps that rounds up to all of them; 1 would mean one step
 
 
 def to_warmup_steps(ratio: float) -> dict[str, Any]:
-    """A share of all steps as `warmup_steps`, which is one where it is below 1."""
+    """Turn a share of all steps into `warmup_steps`, which below 1 means such a share."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"warmup_ratio must be from 0 to 1, got {show(ratio)}; give a number of steps as warmup_steps")
     return {"warmup_steps": ALL_STEPS if ratio == 1 else ratio}
@@ -49,12 +49,12 @@ def to_checkpointing(on: bool) -> dict[str, Any]:
 
 
 def rows_of_pack_to(value: int) -> dict[str, Any]:
-    """The settings that `pack_to` of earlier versions is: its 0 meant padded batches, any other value a length."""
+    """Translate `pack_to` of earlier versions, where 0 meant padded batches and any other value a row's length."""
     return {"packing": value != 0, "packing_length": value or None}
 
 
-# Keys whose value is written differently now: the type that it has then, and the function to what it is. A value of
-# another type is that of today's key, where there is one.
+# Keys whose values are written differently now: the old value's type, and the function that makes settings of it. If
+# the key exists today too, a value of another type is taken for today's.
 CONVERTED: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
     **foreign.CONVERTED,
     "activation_checkpointing": (bool, to_checkpointing),
@@ -67,13 +67,13 @@ CONVERTED: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
 
 
 def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Keys of before and of elsewhere to what they are now, each said in a line.
+    """Translate older and foreign keys to today's settings, and log a line for each.
 
     Returns:
-        (settings, environment variables that the keys stand for now).
+        (settings, environment variables to set).
 
     Raises:
-        ArgumentError: a key asks for what is not here, or two keys say different things of one setting.
+        ArgumentError: a key asks for something that is not supported, or two keys give one setting different values.
     """
     origins: dict[str, str] = {}
     translated: dict[str, Any] = {}
@@ -100,17 +100,17 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> tup
 
 
 def hint_of(key: str, known: dict[str, Any]) -> Any:
-    """The type of a key's value, also of one that has another name now; Any where it is not known."""
+    """Type hint of the value of a key, be it today's, older or foreign; Any for an unknown key."""
     if key in known:
         return known[key]
     return CONVERTED[key][0] if key in CONVERTED else known.get((RENAMED_KEYS | foreign.RENAMED).get(key), Any)
 
 
 def translate_key(key: str, value: Any, known: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What a key is now, and a remark, or none where it is what it was.
+    """Translate one key: (today's settings, a remark for the log, empty where nothing changed).
 
     Raises:
-        ValueError: the key asks for what is not here. The text says why, and what there is instead.
+        ValueError: the key asks for something that is not supported. The text says why, and what to use instead.
     """
     if key in REFUSED:
         if value:
@@ -136,7 +136,7 @@ def translate_key(key: str, value: Any, known: dict[str, Any]) -> tuple[dict[str
 
 
 def convert(key: str, value: Any) -> tuple[dict[str, Any], str]:
-    """What CONVERTED makes of a key, and a remark."""
+    """Translate a key of CONVERTED: (today's settings, a remark for the log, empty where nothing changed)."""
     hint, to_settings = CONVERTED[key]
     if value is None:
         return {}, ""

@@ -1,4 +1,4 @@
-"""One JSON file, and key=value overrides, to checked arguments. transformers is imported only when they are loaded."""
+"""Loading of one JSON file and key=value overrides. transformers is imported only when arguments are loaded."""
 
 import difflib
 import glob
@@ -27,7 +27,7 @@ def load_arguments(
     """Read, translate, check and adapt the settings of a run.
 
     Args:
-        train_args_file: a JSON object of TrainingArguments and QLoRAArguments; None: there are overrides alone.
+        train_args_file: a JSON object of TrainingArguments and QLoRAArguments; None if all settings are overrides.
         overrides: `key=value` each, the value JSON or else plain text; they win over the file.
 
     Returns:
@@ -58,12 +58,12 @@ def load_arguments(
         check_optimization(training_args, values)
     except (ValueError, ImportError, OSError) as error:
         raise ArgumentError(f"{source}: {error}") from error
-    training_args._n_gpu = min(training_args.n_gpu, 1)  # one process, one GPU; more of them through torchrun
+    training_args._n_gpu = min(training_args.n_gpu, 1)  # one GPU a process; torchrun starts several
     return args, training_args
 
 
 def known_settings() -> dict[str, Any]:
-    """The type of every setting by its name; of those with a list of choices, a Literal."""
+    """Type hints of all settings by name; a list of choices becomes a Literal."""
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
@@ -76,7 +76,7 @@ def known_settings() -> dict[str, Any]:
 
 
 def read_json_object(source: str) -> dict:
-    """A file's one JSON object. Raises ArgumentError for anything else, and for what `load_json` refuses."""
+    """Read a file's one JSON object. Raises ArgumentError for anything else, and for what `load_json` refuses."""
     try:
         values = load_json(Path(source).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -91,12 +91,12 @@ def read_json_object(source: str) -> dict:
 
 
 def load_json(text: str) -> Any:
-    """JSON to a value. Raises ValueError for a key that stands twice, and for numbers that are not finite."""
+    """Parse JSON. Raises ValueError for a key that is given twice, and for a number that is not finite."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
         keys = [key for key, _ in pairs]
         if duplicates := {key for key in keys if keys.count(key) > 1}:
-            raise ValueError(f"{', '.join(map(repr, duplicates))} stands there twice; keep one")
+            raise ValueError(f"{', '.join(map(repr, duplicates))} is given twice; keep one")
         return dict(pairs)
 
     def finite(number: str) -> float:
@@ -108,7 +108,7 @@ def load_json(text: str) -> Any:
 
 
 def parse_overrides(overrides: typing.Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
-    """`key=value` each to a value of the key's type, as strictly as in a file."""
+    """Parse `key=value` texts to values of the keys' types, as strictly as a file. Raises ArgumentError for a fault."""
     values = {}
     for override in overrides:
         written, equals, text = override.partition("=")
@@ -116,7 +116,7 @@ def parse_overrides(overrides: typing.Sequence[str], known: dict[str, Any]) -> d
         if not equals:
             raise ArgumentError(f"{override!r}: an override is key=value")
         if key in values:
-            raise ArgumentError(f"{COMMAND_LINE}: {key!r} stands there twice; keep one")
+            raise ArgumentError(f"{COMMAND_LINE}: {key!r} is given twice; keep one")
         try:
             values[key] = parse_value(text, hint_of(key, known))
         except ValueError as error:
@@ -125,12 +125,12 @@ def parse_overrides(overrides: typing.Sequence[str], known: dict[str, Any]) -> d
 
 
 def parse_value(text: str, hint: Any) -> Any:
-    """JSON where its value fits the type, else plain text where that does, such as `2024` for a folder's name.
+    """Parse an override's value: as JSON if that fits the type, else as plain text, such as `2024` for a folder's name.
 
     Raises:
-        ValueError: neither fits, and the JSON is such as no file may hold.
+        ValueError: the text is JSON that `load_json` refuses, and as plain text it does not fit the type.
     """
-    has_parts = text.startswith(("[", "{")) and (is_a([], hint) or is_a({}, hint))  # which is not meant as plain text
+    has_parts = text.startswith(("[", "{")) and (is_a([], hint) or is_a({}, hint))  # not plain text
     fits = is_a(text, hint) and not has_parts
     try:
         value = load_json(text)
@@ -144,7 +144,7 @@ def parse_value(text: str, hint: Any) -> Any:
 
 
 def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
-    """Raise ValueError for a file or folder that is missing, or is not what its key asks for."""
+    """Raise ValueError for a missing or unsuitable file or folder, and for a setting that lacks another it needs."""
     if not values.get("output_dir"):
         raise ValueError("output_dir must be given: the folder for checkpoints and the final adapter")
     data = [(key, path) for key in ("train_file", "eval_file") for path in as_list(getattr(args, key))]
@@ -154,7 +154,7 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
         for written, folder in (("output_dir", values["output_dir"]), ("cache_dir", args.cache_dir)):
             if folder and Path(path).is_dir() and lies_in(folder, path):
                 raise ValueError(
-                    f"{written}: {folder} lies in {key} {path}, all files below which are data, also those that a run "
+                    f"{written}: {folder} lies in {key} {path}, where every file is data, also those that a run "
                     f"writes; choose another {written}, or name the files, such as {Path(path, '*.jsonl')}"
                 )
     if args.overwrite_output_dir:
@@ -197,9 +197,9 @@ def check_trackers(names: list[str]) -> None:
 
 
 def missing_folder(name: str) -> str | None:
-    """What is wrong with a model's name that means a folder which is not there; None for a folder or a hub's name.
+    """Error text for a model's name that means a folder which does not exist; None for a folder or a hub's name.
 
-    The hub, which is asked for what is no folder, would be tried for minutes where there is no network.
+    Otherwise the hub would be asked for such a name, which takes minutes without a network.
     """
     parent, last = os.path.split(name.rstrip("/"))
     if "\0" in name or len(os.fsencode(last)) > 255:
@@ -215,7 +215,7 @@ def missing_folder(name: str) -> str | None:
         fault += f"; did you mean {os.path.join(parent, close[0])}?"
     if folders:
         fault += f" (in {parent or os.getcwd()}: {', '.join(folders[:10])}{' …' * (len(folders) > 10)})"
-    return fault if means_folder else f"{fault}; if you mean the hub's, start from a folder without {parent!r}"
+    return fault if means_folder else f"{fault}; if you mean the hub, start from a folder without {parent!r}"
 
 
 def as_list(paths: str | list[str] | dict[str, float] | None) -> list[str]:
@@ -223,6 +223,6 @@ def as_list(paths: str | list[str] | dict[str, float] | None) -> list[str]:
 
 
 def lies_in(path: str, folder: str) -> bool:
-    """Whether a path is a folder or below it, by whatever links and `~` each is named."""
+    """Whether `path` is `folder` or lies below it, once links and `~` are resolved."""
     inner, outer = (Path(os.path.expanduser(name)).resolve() for name in (path, folder))
     return inner.is_relative_to(outer)

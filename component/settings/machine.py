@@ -1,4 +1,4 @@
-"""Settings that follow from the hardware, from one another, and from parts that are ours."""
+"""Adaptation of settings to the hardware, to one another and to our own parts."""
 
 import os
 from typing import Any
@@ -12,7 +12,10 @@ NEEDS_CUDA = ("paged", "bnb", "8bit", "lion", "ademamix")  # parts of the names 
 
 
 def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, Any]:
-    """Settings that follow from the hardware and from our own parts; whatever overrules the file is logged."""
+    """Return TrainingArguments' settings adapted to the hardware and to `args`, and log whatever overrules the file.
+
+    `args.compute_dtype` is set, too.
+    """
     import torch
 
     has_cuda = torch.cuda.is_available() and not values.get("use_cpu", False)
@@ -28,7 +31,7 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
     )
     for key, value in FIXED.items():
         if values.get(key, value) != value:
-            logger.warning(f"{key}={values[key]} is not possible here; it is {value}")
+            logger.warning(f"{key}={values[key]} is not possible here; using {value}")
     adapted.setdefault("optim", "paged_adamw_32bit")
     if not has_cuda and any(part in adapted["optim"] for part in NEEDS_CUDA):
         if "optim" in values:
@@ -41,7 +44,7 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
         logger.info("save_total_limit: 1 is raised to 2, since a run keeps a whole checkpoint while it writes another")
         adapted["save_total_limit"] = 2
     if args.streaming and (order := values.get("train_sampling_strategy", "random")) != "random":
-        logger.warning(f"train_sampling_strategy={order} is of rows that are known beforehand; a stream is shuffled")
+        logger.warning(f"train_sampling_strategy={order} needs rows that are known beforehand; a stream is shuffled")
     if args.early_stopping_patience:
         if values.get("load_best_model_at_end") is False:
             raise ValueError(
@@ -61,11 +64,11 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
 
 
 def choose_evaluation(values: dict[str, Any]) -> dict[str, Any]:
-    """When a run with an eval_file evaluates: every `eval_steps` where they are given, else after each epoch, or with
-    `load_best_model_at_end` wherever it saves.
+    """Choose when a run with an eval_file evaluates: every `eval_steps` if they are given, else after each epoch, or
+    with `load_best_model_at_end` at each save.
 
     Raises:
-        ValueError: with `load_best_model_at_end`, checkpoints would be saved that no evaluation tells the worth of.
+        ValueError: `load_best_model_at_end` is set, and a checkpoint would be saved without an evaluation.
     """
     saves, every = values.get("save_strategy", "steps"), values.get("eval_steps")
     best = values.get("load_best_model_at_end")
@@ -80,7 +83,7 @@ def choose_evaluation(values: dict[str, Any]) -> dict[str, Any]:
         )
     if saves != "steps":
         return {"eval_strategy": evaluates}
-    save_steps = values.get("save_steps", 500)  # transformers' own
+    save_steps = values.get("save_steps", 500)  # transformers' default
     every = save_steps if every is None else every
     times = save_steps / every
     if (save_steps < 1) != (every < 1) or abs(times - max(round(times), 1)) > 1e-9:
@@ -92,10 +95,10 @@ def choose_evaluation(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_compute_dtype(requested: str, values: dict[str, Any], has_cuda: bool) -> str:
-    """bfloat16, float16 or float32, from `compute_dtype`, the file's `bf16` and `fp16`, and what the card can do.
+    """Choose bfloat16, float16 or float32 by `compute_dtype`, the file's `bf16` and `fp16`, and what the card can do.
 
     Raises:
-        ValueError: bfloat16 is asked of a card without it, or `bf16` and `fp16` are both true.
+        ValueError: bfloat16 is asked for on a card without it, or `bf16` and `fp16` are both true.
     """
     import torch
 

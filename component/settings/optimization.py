@@ -1,5 +1,5 @@
-"""The optimizer and the schedule of the learning rate, built once over one weight, so that their faults are said before
-anything expensive starts."""
+"""Trial of the optimizer and the learning rate's schedule over one weight, so that faults of their settings are found
+before anything expensive starts."""
 
 import math
 from copy import copy
@@ -7,26 +7,26 @@ from typing import Any
 
 from loguru import logger
 
-TRIED = 50  # steps of a schedule that are looked at, and its length where the data decides it
+TRIED = 50  # steps of a schedule that are checked; also its assumed length where the data decides it
 FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, ImportError)
 
-# Beginnings of optimizers' names that transformers knows and that do not go with an adapter, and why.
+# Prefixes of the names of transformers' optimizers that do not work with an adapter, and why.
 REFUSED_OPTIMIZERS = {
     ("galore", "apollo"): "it projects the gradients of full weights, and an adapter's are of low rank already",
     ("lomo", "adalomo"): "it changes weights during the backward, before the gradients of an update are complete",
     ("schedule_free",): "it has other weights for training than for evaluation and checkpoints",
 }
 WITHOUT_KWARGS = ("constant", "constant_with_warmup")
-FOLLOWING_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate depends on them
+FOLLOWING_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate depends on evaluations
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 def check_optimization(training_args, asked: dict[str, Any]) -> None:
-    """Build what will step, as it is asked for, and go through the schedule. Needs no CUDA.
+    """Build the optimizer and the schedule as the settings ask for them, and check the schedule. Needs no CUDA.
 
     Args:
         training_args: transformers.TrainingArguments, whose `optim` may be adapted to the machine.
-        asked: the settings before that.
+        asked: the settings before they were adapted.
 
     Raises:
         ValueError: `optim`, `optim_args`, `lr_scheduler_type` and `lr_scheduler_kwargs` do not go together.
@@ -40,10 +40,10 @@ def check_optimization(training_args, asked: dict[str, Any]) -> None:
 
 
 def build_optimizer(training_args):
-    """The optimizer of `optim` and `optim_args`, over one weight on the CPU.
+    """Build the optimizer of `optim` and `optim_args` over one weight on the CPU.
 
     Raises:
-        ValueError: there is none, or it takes no such arguments.
+        ValueError: it is refused or cannot be built, or it does not take these arguments.
     """
     import torch
 
@@ -64,7 +64,7 @@ def build_optimizer(training_args):
 
 
 def parts_of(training_args, optim_args: str) -> tuple[type, dict[str, Any]]:
-    """The optimizer's class and keywords, as the Trainer will have them."""
+    """The optimizer's class and keyword arguments, as Trainer will choose them."""
     from transformers import Trainer
 
     changed = copy(training_args)
@@ -73,16 +73,16 @@ def parts_of(training_args, optim_args: str) -> tuple[type, dict[str, Any]]:
 
 
 def reads(training_args, item: str) -> bool:
-    """Whether the optimizer depends on a `key=value` of optim_args; the value may be the one that it has anyway."""
+    """Whether the optimizer takes a `key=value` of optim_args. `key=1` is tried too: the value may be the default."""
     without = parts_of(training_args, "")
     return any(parts_of(training_args, tried) != without for tried in (item, f"{item.partition('=')[0]}=1"))
 
 
 def check_schedule(training_args, optimizer) -> None:
-    """Go through the learning rates of a run.
+    """Build a run's schedule and check its learning rates.
 
     Raises:
-        ValueError: the schedule cannot be built of its keywords, or a rate is none.
+        ValueError: the schedule cannot be built from its keywords, or a rate is negative or not finite.
     """
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import get_scheduler
@@ -94,7 +94,7 @@ def check_schedule(training_args, optimizer) -> None:
         logger.warning(f"warmup_steps has no effect: lr_scheduler_type {name} has no warm-up")
     try:
         if kwargs and name in WITHOUT_KWARGS:
-            raise ValueError("it takes none")
+            raise ValueError("it takes no keywords")
         schedule = get_scheduler(name, optimizer, warmup, steps, kwargs)
         if isinstance(schedule, LambdaLR):
             places = {*range(0, steps + 1, math.ceil(steps / TRIED)), warmup, warmup + 1}

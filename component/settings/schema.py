@@ -1,4 +1,4 @@
-"""Settings of our own, and whether a value fits its key. Standard library only."""
+"""Our own settings, and the check that a value fits its key. Standard library only."""
 
 import difflib
 import enum
@@ -29,12 +29,12 @@ def is_not_negative(value: float) -> bool:
 
 @dataclass
 class QLoRAArguments:
-    """Settings of our own, beside those of Hugging Face TrainingArguments, in the same JSON file."""
+    """Settings that the JSON file may hold beside those of Hugging Face's TrainingArguments."""
 
     model_name_or_path: str = setting("", "Folder or hub name of the model. Required.", bool, "given")
     train_file: str | list[str] | dict[str, float] = setting(
         "",
-        "Data to train on: a file, a folder, a glob, a list of these, or an object of these to their weights in the "
+        "Data to train on: a file, a folder, a glob, a list of these, or an object that gives each its weight in the "
         "mixture. Required.",
         lambda value: bool(value) and (not isinstance(value, dict) or all(map(is_positive, value.values()))),
         "given, and every weight positive",
@@ -45,14 +45,14 @@ class QLoRAArguments:
     data_format: str | None = setting(
         None,
         "How conversations become tokens: chatglm2, chatglm3, firefly, or chat_template for the tokenizer's own "
-        "template. Default: read off model_name_or_path.",
+        "template. Default: chatglm2 or chatglm3 where the model's name contains it, else firefly.",
         *one_of(None, "chatglm2", "chatglm3", "firefly", "chat_template"),
     )
     max_seq_length: int = setting(1024, "Longest sample, in tokens.", lambda value: value > 1, "an integer above 1")
     on_too_long: str = setting(
         "truncate",
-        "What is done with a longer one: truncate (cut its end), truncate_left_turns (leave out early rounds, never "
-        "the system prompt and tools, and cut only the last), or drop.",
+        "What to do with a sample longer than max_seq_length: truncate (cut its end), truncate_left_turns (leave out "
+        "early rounds, never the system prompt and tools; cut the last round if it alone is too long), or drop.",
         *one_of("truncate", "truncate_left_turns", "drop"),
     )
     loss_on: str = setting(
@@ -62,51 +62,53 @@ class QLoRAArguments:
     )
     on_bad_row: str = setting(
         "stop",
-        "stop: list the bad rows by kind and exit. skip: write them to rejected.jsonl in output_dir and go on.",
+        "What to do about bad rows: stop (list them by kind and exit), or skip (write them to rejected.jsonl in "
+        "output_dir and go on).",
         *one_of("stop", "skip"),
     )
     max_bad_share: float = setting(
         0.1,
-        "The run stops where more than this share of the rows is bad or too long to learn from.",
+        "Largest share of the rows that may be bad or too long to learn from. With more, the run stops.",
         lambda value: 0 <= value <= 1,
         "a number from 0 to 1",
     )
     strict_roles: bool = setting(
-        False, "Unusual rows, such as one that ends on a user turn, count as bad and not only as a warning."
+        False, "Count unusual rows, such as one that ends on a user turn, as bad instead of only warning of them."
     )
     streaming: bool = setting(
-        False, "Read and render rows while training instead of beforehand; needs max_steps. For data above disk size."
+        False, "Read and render rows while training, for data too large to render beforehand; needs max_steps."
     )
     cache_dir: str | None = setting(
-        None, "Folder of rendered data. Default: $XDG_CACHE_HOME/luciole or ~/.cache/luciole."
+        None, "Folder to keep rendered data in. Default: $XDG_CACHE_HOME/luciole or ~/.cache/luciole."
     )
     preprocessing_workers: int | None = setting(
         None,
-        "Processes that render the data. Default: one for each core.",
+        "Number of processes that render the data. Default: one for each core.",
         lambda value: value is None or value > 0,
         "a positive integer",
     )
     packing: bool = setting(
         True,
-        "Whole samples lie one after another in rows, none of which sees another. false: batches are padded instead, "
-        "and go through the model's own layers.",
+        "Put whole samples one after another into rows; no sample sees another. false: pad the batches instead, and "
+        "use the model's own layers.",
     )
     packing_length: int | None = setting(
         None,
-        "Tokens of a packed row. Default: 8192, or less where the card's memory asks for it, 2048 without fused "
-        "layers; at least max_seq_length.",
+        "Length of a packed row in tokens, at least max_seq_length. Default: 8192, or less if the card's memory asks "
+        "for it; 2048 without fused layers.",
         lambda value: value is None or value > 0,
         "a positive integer",
     )
     fused_layers: bool = setting(
         True,
-        "Packed rows go through fused layers where there are such for the model's family. false: through the model's "
-        "own, which are slower, for comparison.",
+        "Use fused layers for packed rows if the model's family has them. false: use the model's own layers, which are "
+        "slower, for comparison.",
     )
     activation_checkpointing: str = setting(
         "auto",
-        "What layers keep for their backward: none (all that is dear to make anew), selective (not the MLP's wide "
-        "activations), full (their input alone), offload (that in the host's memory). auto: the fastest that fits.",
+        "What to recompute in the backward pass, to save memory: none (only what is cheap), selective (also the MLP's "
+        "wide activations), full (all but each layer's input), offload (as full, with the inputs in the host's "
+        "memory), or auto (the fastest of these that fits).",
         *one_of("auto", "none", "selective", "full", "offload"),
     )
     lora_rank: int = setting(64, "Rank of the low-rank update.", is_positive, "a positive integer")
@@ -114,7 +116,7 @@ class QLoRAArguments:
         16, "Scale of the update, which is multiplied by lora_alpha / lora_rank.", is_positive, "a positive number"
     )
     lora_dropout: float = setting(
-        0.05, "Dropout on the input of the update.", lambda value: 0 <= value < 1, "at least 0 and below 1"
+        0.05, "Dropout on the low-rank update's input.", lambda value: 0 <= value < 1, "at least 0 and below 1"
     )
     target_modules: list[str] | None = setting(
         None,
@@ -124,36 +126,36 @@ class QLoRAArguments:
     )
     compute_dtype: str = setting(
         "auto",
-        "Type of the 4-bit layers' arithmetic: auto, bfloat16, float16 or float32. auto: bfloat16 where the card has "
-        "it, else float16; float32 without CUDA.",
+        "Type of the numbers that the 4-bit layers compute with: auto, bfloat16, float16 or float32. auto: bfloat16 "
+        "where the card has it, else float16; float32 without CUDA.",
         *one_of("auto", "bfloat16", "float16", "float32"),
     )
     overwrite_output_dir: bool = setting(
         False,
-        "Start anew in an output_dir that holds another run, or this one, done; what is there is moved aside. This "
-        "run unfinished is continued, unless resume_from_checkpoint is false.",
+        "Start anew in an output_dir that holds another run or this run finished; what is there is moved aside. If "
+        "this run is there unfinished, it is continued, unless resume_from_checkpoint is false.",
     )
     resume_despite_changes: bool = setting(
         False,
-        "Continue a run whose settings, data, format, base model or number of processes are not those that it began "
-        "with, or from a damaged checkpoint that resume_from_checkpoint names.",
+        "Continue a run although its settings, data, format, base model or number of processes have changed, or "
+        "although the checkpoint that resume_from_checkpoint names is damaged.",
     )
     early_stopping_patience: int | None = setting(
         None,
-        "Stop after so many evaluations in a row that bring no better loss; the best checkpoint becomes final. "
-        "Default: train to the end.",
+        "Number of evaluations in a row without a better loss after which the run stops; the best checkpoint becomes "
+        "final. Default: train to the end.",
         lambda value: value is None or value > 0,
         "a positive integer",
     )
     early_stopping_threshold: float = setting(
         0.0,
-        "How much lower the loss of an evaluation must be than the lowest before, to count as better.",
+        "Smallest amount by which an evaluation's loss must fall below the lowest before it, to count as better.",
         is_not_negative,
         "0 or a positive number",
     )
     max_skipped_updates: int = setting(
         0,
-        "Updates with a loss or gradient that is not finite that are left out before the run stops.",
+        "Number of updates that may be skipped because a loss or gradient is not finite. One more stops the run.",
         is_not_negative,
         "0 or a positive integer",
     )
@@ -166,7 +168,7 @@ class QLoRAArguments:
         if self.early_stopping_threshold and not self.early_stopping_patience:
             raise ValueError("early_stopping_threshold has no effect without early_stopping_patience; give both")
         if self.packing_length and not self.packing:
-            raise ValueError("packing_length is of packed rows, but packing is false; remove one of them")
+            raise ValueError("packing_length needs packing, which is false; remove one of them")
         if self.packing_length and self.packing_length < self.max_seq_length:
             raise ValueError(
                 f"packing_length must be at least max_seq_length={self.max_seq_length}, so that every sample fits a "
@@ -204,7 +206,7 @@ def check_setting(key: str, value: Any, known: dict[str, Any], source: str) -> N
 
 
 def is_a(value: Any, hint: Any) -> bool:
-    """Whether a JSON value fits a type hint. An int fits float; true is no number; enums take their text."""
+    """Whether a JSON value fits a type hint. An int fits float, true fits bool alone, a member's text fits its enum."""
     if hint is Any:
         return True
     origin = typing.get_origin(hint)
@@ -247,7 +249,7 @@ def is_enum(hint: Any) -> bool:
 
 
 def suggest(key: str, value: Any, known: dict[str, Any]) -> str:
-    """The key that is meant: close in spelling, and one that the value fits."""
+    """Hint for an unknown key: a known one of close spelling that the value fits, else where the keys are listed."""
     fitting = [name for name, hint in known.items() if is_a(value, hint)]
     close = difflib.get_close_matches(key.lower(), fitting, n=1, cutoff=0.75)
     return f"; did you mean {close[0]!r}?" if close else "; see docs/configuration.md for the keys"

@@ -86,11 +86,11 @@ def test_every_shipped_file_parses_and_routes(file, monkeypatch):
         ({"report_to": "json"}, "report_to: no tracker is called 'json'; there are azure_ml,"),
         ({"save_strategy": "best"}, "save_strategy 'best' needs eval_file"),
         ({"eval_on_start": True}, "give eval_file, or set eval_strategy to 'no'"),
-        ({"text": '{"seed": 1,\n "seed": 2}'}, "'seed' stands there twice; keep one"),
+        ({"text": '{"seed": 1,\n "seed": 2}'}, "'seed' is given twice; keep one"),
         ({"text": '{"seed": 1,\n "seed" 2}'}, "args.json:2:9: not JSON"),
         ({"text": '{"learning_rate": NaN}'}, "NaN is no JSON number"),
         ({"text": '{"learning_rate": 1e999}'}, "1e999 is no JSON number, or too large a one"),
-        ({"text": '{"train_file": {"a": 1, "a": 2}}'}, "'a' stands there twice; keep one"),
+        ({"text": '{"train_file": {"a": 1, "a": 2}}'}, "'a' is given twice; keep one"),
         ({"text": "[]"}, "must hold one JSON object"),
     ],
 )
@@ -110,7 +110,7 @@ def test_what_a_run_writes_does_not_lie_in_a_folder_of_data(load, tmp_path, monk
     (data / "rows.jsonl").touch()
     (tmp_path / "link").symlink_to(data / "deep")
     for inside in (data, data / "new/run", tmp_path / "link/run", "~/data/run"):
-        with pytest.raises(ArgumentError, match=rf"args\.json: {written}: {inside} lies in train_file {data}, all"):
+        with pytest.raises(ArgumentError, match=rf"args\.json: {written}: {inside} lies in train_file {data}, where"):
             load(train_file=wrap(str(data)), **{written: str(inside)})
     load(train_file=wrap(str(data / "*.jsonl")), **{written: str(data / "run")})
     load(train_file=wrap(str(data)), **{written: str(tmp_path / "data2")})
@@ -133,7 +133,7 @@ def test_a_folder_of_models_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
         (tmp_path / "models" / name).mkdir(parents=True)
     (tmp_path / "models/weights.safetensors").touch()
     (tmp_path / "THUDM/chatglm2-6b").mkdir(parents=True)
-    there, hub = "(in models: a, b, chatglm3-tiny)", "; if you mean the hub's, start from a folder without 'THUDM'"
+    there, hub = "(in models: a, b, chatglm3-tiny)", "; if you mean the hub, start from a folder without 'THUDM'"
     for name, fault in {
         "models/chatglm3-tyni": f" in {tmp_path}; did you mean models/chatglm3-tiny? {there}",
         "models/chatglm3-tyni/": f" in {tmp_path}; did you mean models/chatglm3-tiny? {there}",
@@ -299,7 +299,7 @@ def test_a_token_in_the_file_goes_to_the_environment_and_into_no_settings(load, 
         ({"pack_to": 0}, ["packing_length=4096"], (True, 4096, True)),
         ({"packing_length": 4096}, ["packing=false"], (False, None, True)),
         ({"packing_length": 4096}, ["fused_layers=false"], (True, 4096, False)),
-        ({"packing_length": 4096, "packing": False}, [], "packing_length is of packed rows, but packing is false"),
+        ({"packing_length": 4096, "packing": False}, [], "packing_length needs packing, which is false"),
         ({"packing": False, "pack_to": 4096}, [], "packing and pack_to are one setting"),
         ({"packing_length": 512}, [], "packing_length must be at least max_seq_length=1024"),
         ({"packing_length": 0}, [], "packing_length must be a positive integer, got 0"),
@@ -317,4 +317,4 @@ def test_rows_are_laid_out_as_file_and_overrides_say_also_under_the_older_name(l
 
 def test_an_order_of_rows_that_a_stream_cannot_have_is_said(load, log):
     load(streaming=True, max_steps=5, group_by_length=True)
-    assert "train_sampling_strategy=group_by_length is of rows that are known beforehand" in "".join(log)
+    assert "train_sampling_strategy=group_by_length needs rows that are known beforehand" in "".join(log)
