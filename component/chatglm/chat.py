@@ -16,7 +16,7 @@ from .versions import CACHE
 
 
 def parse_reply(output: str, history: list[dict]) -> tuple[str | dict, list[dict]]:
-    """ChatGLM3's generated text to what its `chat` returns.
+    """Turn ChatGLM3's generated text into what its `chat` returns.
 
     Args:
         output: one or more messages, `metadata` up to the first newline and content after it, with `<|assistant|>`
@@ -49,7 +49,7 @@ def parse_reply(output: str, history: list[dict]) -> tuple[str | dict, list[dict
 
 
 class TokenQueue(BaseStreamer):
-    """Hands the tokens of a `generate` in another thread over, and its end or its exception."""
+    """Queue from a `generate` in another thread: its tokens, then its end or its exception."""
 
     def __init__(self):
         self.queue = Queue()
@@ -85,7 +85,7 @@ class ChatMixin:
     """`chat` and `stream_chat` of ChatGLM3, whose history is a list of messages, and of ChatGLM2, a list of pairs."""
 
     def process_response(self, output: str, history: list[dict] | None = None):
-        """ChatGLM3: (content, new history), see `parse_reply`. ChatGLM2, without a history: the text."""
+        """Parse generated text as `parse_reply` does (ChatGLM3), or without a history to the text alone (ChatGLM2)."""
         if history is None:
             return output.strip().replace("[[训练时间]]", "2023年")
         return parse_reply(output, history)
@@ -96,7 +96,7 @@ class ChatMixin:
         Args:
             history: messages `{"role", "content", …}` (ChatGLM3) or pairs `(question, answer)` (ChatGLM2); not edited.
             role: `user`, or `observation` for the result of a function.
-            settings: of `generate`; the official defaults are max_length 8192, sampling, top_p 0.8, temperature 0.8.
+            settings: for `generate`; the official defaults are max_length 8192, sampling, top_p 0.8, temperature 0.8.
 
         Returns:
             (answer, new history). A ChatGLM3 answer is text, or a dict for a function call.
@@ -115,9 +115,9 @@ class ChatMixin:
         return_past_key_values: bool = False,
         **settings,
     ) -> Iterator[tuple]:
-        """`chat`, yielding (answer so far, history) after each token.
+        """Answer as `chat` does, and yield (answer so far, history) after each token.
 
-        With `return_past_key_values` the cache comes third; handed to the next call, earlier turns are not read again.
+        With `return_past_key_values` the cache comes third; a call that is given it does not read earlier turns again.
         """
         turn = Question(self, tokenizer, query, history, role, past_key_values)
         cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
@@ -134,7 +134,7 @@ class ChatMixin:
                 waiting = tokenizer.decode(ids[:-1]).endswith("\N{REPLACEMENT CHARACTER}")  # half a character
                 if not waiting:
                     yield turn.close(ids) + rest
-            if waiting:  # no more will come: the end is that of `chat`, whole or not
+            if waiting:  # no more tokens come: end as `chat` does, even with half a character
                 yield turn.close(ids) + rest
         finally:
             tokens.closed.set()
@@ -160,7 +160,7 @@ class Question:
         self.inputs = self.inputs.to(model.device)
 
     def _continue(self, seen: int, speaks_pairs: bool):
-        """Inputs for the new message alone; padding ids stand where the `seen` cached tokens are."""
+        """Inputs for the new message alone; padding ids take the places of the `seen` cached tokens."""
         if speaks_pairs:
             prompt = "\n\n" + round_prompt(len(self.history) + 1, self.query)
             ids = self.tokenizer.encode(prompt, add_special_tokens=False)[1:]  # without the dummy space
@@ -191,7 +191,7 @@ def generation_settings(
     temperature: float = 0.8,
     **rest,
 ) -> dict:
-    """Arguments of `generate` with the official defaults; sampling values only where there is sampling."""
+    """Arguments of `generate` with the official defaults; sampling values only with `do_sample`."""
     settings = {"do_sample": do_sample, "eos_token_id": stop_ids, **rest}
     if do_sample:
         settings |= {"top_p": top_p, "temperature": temperature}

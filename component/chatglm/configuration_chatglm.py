@@ -12,7 +12,7 @@ class ChatGLMConfig(PreTrainedConfig):
     (`apply_query_key_layer_scaling`, `attention_softmax_in_fp32`, `bias_dropout_fusion`) are kept and ignored.
 
     Args beyond the official ones:
-        chatglm_version: 2 or 3, which conversation `model.chat` speaks. Absent, it follows the checkpoint's name.
+        chatglm_version: 2 or 3, the format of `model.chat`. Where it is absent, the checkpoint's name decides, else 3.
 
     Raises:
         ValueError: for `pre_seq_len`, `quantization_bit`, `fp32_residual_connection` and the first ChatGLM-6B.

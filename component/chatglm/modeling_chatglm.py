@@ -22,9 +22,10 @@ from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .versions import CACHE, check_generation
 
-KEYWORDS = {  # of forward, beside its own parameters
+# Keywords that forward takes beside its own parameters, by who passes or reads them.
+KEYWORDS = {
     *("output_attentions", "output_hidden_states", "return_dict"),  # transformers' decorators
-    *("num_items_in_batch", "shift_labels"),  # its loss
+    *("num_items_in_batch", "shift_labels"),  # its loss functions
     *("is_causal", "cache_position", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"),  # generate and attention functions
     *("max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k"),
     *("cache", "read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),  # generate_batch
@@ -98,7 +99,7 @@ class SelfAttention(nn.Module):
         if self.config.multi_query_attention:  # all queries, all keys, all values
             mixed = mixed.unflatten(-1, (-1, self.head_dim))
             parts = mixed.split((self.num_heads, self.num_groups, self.num_groups), dim=2)
-        else:  # head by head, each its query, key and value
+        else:  # for each head its query, key and value
             parts = mixed.unflatten(-1, (self.num_heads, 3 * self.head_dim)).chunk(3, dim=-1)
         return [part.transpose(1, 2) for part in parts]
 
@@ -213,10 +214,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """Hidden states (batch, length, hidden_size) after the final norm, from ids (batch, length) or embeddings.
 
         Raises:
-            TypeError: for a keyword that is not known, which might be one on which the result depends.
+            TypeError: for an unknown keyword, on which the result might depend.
         """
         cache = past_key_values
-        if CACHE == "cache" or isinstance(kwargs.get("cache"), Cache):  # until 5.23, a paged one is for the attention
+        # Until transformers 5.23, `cache` can also be a paged cache, which is left to the attention function.
+        if CACHE == "cache" or isinstance(kwargs.get("cache"), Cache):
             cache = kwargs.pop("cache", past_key_values)
         if unknown := kwargs.keys() - KEYWORDS:
             raise TypeError(f"ChatGLM's forward() got an unexpected keyword argument {min(unknown)!r}")
@@ -263,7 +265,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         self.transformer.output_layer = value
 
     def generate(self, *args, **kwargs):
-        """GenerationMixin's, after `check_generation`."""
+        """Generate as GenerationMixin does, after `check_generation`."""
         check_generation(ChatGLMForConditionalGeneration)
         return super().generate(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What ChatGLM reads, as text: the one place where it is written, for training, the tokenizer and `chat`."""
+"""ChatGLM's prompts as text. Training, the tokenizer and `chat` all take them from here."""
 
 import ast
 import json
@@ -18,14 +18,14 @@ def tools_message(tools: Any, prompt: str = TOOLS_PROMPT) -> str:
 
 
 def tool_call(parameters: dict[str, Any]) -> str:
-    """ChatGLM3's text of a call, whose keywords must be identifiers. The function's name is the message's metadata."""
+    """ChatGLM3's text of a call; parameters' names must be identifiers. The function's name goes into the metadata."""
     keywords = [ast.keyword(name, ast.Constant(value)) for name, value in parameters.items()]
     text = ast.unparse(ast.Call(ast.Name("tool_call"), [], keywords))
     return f"```python\n{text}\n```"
 
 
 def parse_tool_call(code: str) -> dict | None:
-    """Keyword arguments of a call such as `tool_call(city='北京', days=2)`, or None where it is anything else.
+    """Keyword arguments of a call such as `tool_call(city='北京', days=2)`, or None for any other code.
 
     Values must be Python literals. Nothing is executed.
     """

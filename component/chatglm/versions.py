@@ -1,4 +1,4 @@
-"""Versions of transformers: those that the tests ran on, what differs between them, and a check of any other."""
+"""Tested versions of transformers, what differs between them, and a check that generation works on any version."""
 
 from functools import cache
 
@@ -10,10 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..run.errors import ArgumentError
 
-# The line is read by `make test-versions` too.
+# `make test-versions` reads this line, too.
 TESTED = ("5.17.0", "5.23.0", "5.24.0")
 
-# What transformers calls the keys and values of earlier tokens, as an argument and in outputs: until 5.23, and since.
+# Name of the cache in arguments and outputs of transformers: the first until 5.23, the second since.
 CACHE = next(name for name in ("past_key_values", "cache") if name in BaseModelOutputWithPast.__dataclass_fields__)
 
 SHAPE = {"padded_vocab_size": 16, "hidden_size": 8, "ffn_hidden_size": 8, "num_layers": 1, "num_attention_heads": 2}
@@ -32,10 +32,10 @@ def warn_if_untested() -> None:
 
 @cache
 def check_generation(model_class: type[PreTrainedModel]) -> None:
-    """Make two greedy steps with and without a cache on a model of a few hundred weights, once a process.
+    """Compare two greedy steps with and without a cache, on a model of a few hundred weights, once a process.
 
     Raises:
-        ArgumentError: they differ, or cannot be made: this transformers hands models their cache in a way unknown here.
+        ArgumentError: they differ or fail, so this version of transformers passes the cache in an unknown way.
     """
     warn_if_untested()
     try:
@@ -52,7 +52,7 @@ def check_generation(model_class: type[PreTrainedModel]) -> None:
 
 
 def greedy_logits(model: PreTrainedModel, use_cache: bool) -> torch.Tensor:
-    """Logits (2, vocab) of two steps, from the inputs that `chat` gives."""
+    """Logits (2, vocab) of two greedy steps, from the inputs that `chat` would give."""
     places = torch.arange(5)[None]
     inputs = {"inputs": places + 3, "attention_mask": torch.ones_like(places), "position_ids": places}
     settings = {"do_sample": False, "max_new_tokens": 2, "min_new_tokens": 2, "use_cache": use_cache}
