@@ -1,1 +1,1 @@
-"""What makes a training step fast: packed rows through fused layers, each with a plain twin (docs/architecture.md)."""
+"""Fast training steps: packed rows through fused layers. Every operation has a plain twin (docs/architecture.md)."""

@@ -11,7 +11,7 @@ Saved = tuple[torch.Tensor, ...]
 
 
 class Bounds(NamedTuple):
-    """Where the samples of a row begin and end: `ends` (samples + 1,) int32 from 0, and the longest one's length."""
+    """Bounds of the samples in a row: `ends` (samples + 1,), int32, with 0 first, and the length of the longest."""
 
     ends: torch.Tensor
     longest: int
@@ -19,7 +19,7 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class Attention:
-    """One way to compute it.
+    """One way to compute attention.
 
     forward(query, key, value, bounds, scale) -> (context, saved); backward(grad, query, key, value, context, saved,
     bounds, scale) -> the gradients of query, key and value. query and context: (tokens, heads, head_dim); key and
@@ -75,7 +75,7 @@ SAMPLE_BY_SAMPLE = Attention("sample by sample", sample_by_sample_forward, sampl
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
-    """Torch's own variable-length flash attention where the card, the type and the head's size allow it."""
+    """Choose torch's variable-length flash attention if card, type and head size allow it, else SAMPLE_BY_SAMPLE."""
     fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and head_dim % 8 == 0
     if (
         fits

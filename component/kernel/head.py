@@ -1,4 +1,4 @@
-"""The loss of learned tokens alone, without the logits of a whole row ever existing."""
+"""Cross-entropy of the learned tokens, in chunks, so that the logits of a whole row never exist."""
 
 from types import ModuleType
 
@@ -8,12 +8,12 @@ LOGITS = 1 << 27  # elements of logits that exist at a time
 
 
 class HeadLoss(torch.autograd.Function):
-    """(hidden, learned, targets, norm, eps, head, ops, trains) to the summed cross-entropy, a float64 scalar.
+    """Summed cross-entropy, a float64 scalar, of (hidden, learned, targets, norm, eps, head, ops, trains).
 
     Args:
         hidden: (tokens, hidden_size), before the final norm.
         learned: (n,) positions that predict a learned token.
-        targets: (n,) those tokens.
+        targets: (n,) the tokens to predict there.
         norm: the final norm's weight, or None.
         head: (vocab, hidden_size), frozen.
         trains: whether a backward will come. The gradient is computed in the forward, chunk by chunk.

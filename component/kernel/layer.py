@@ -9,32 +9,32 @@ import torch
 from .attention import Attention, Bounds
 from .projection import Projection
 
-# What is kept of a layer for its backward, from fastest to smallest.
+# Choices of what a layer keeps for its backward, from fastest to smallest.
 NONE, SELECTIVE, FULL, OFFLOAD = "none", "selective", "full", "offload"
 CHECKPOINTING = (NONE, SELECTIVE, FULL, OFFLOAD)
 
 
 class RowContext(NamedTuple):
-    """What all layers are told of a packed row."""
+    """Facts of a packed row that every layer needs."""
 
     bounds: Bounds
     cos: torch.Tensor  # float32 (tokens, angles)
     sin: torch.Tensor
-    seed: int | None  # of dropout; None: none
+    seed: int | None  # of dropout; None for no dropout
 
 
 @dataclass
 class Activations:
-    """What a layer's backward needs. Norms' outputs and the activated MLP are made anew, at the cost of their bytes."""
+    """Tensors that a layer's backward needs. Outputs of norms and of SwiGLU are cheap, and computed again instead."""
 
     hidden: torch.Tensor  # (tokens, hidden_size)
-    raw: torch.Tensor | None = None  # queries and keys before their norms, where the model has such
+    raw: torch.Tensor | None = None  # queries and keys before their norms, if the model has these
     qkv: torch.Tensor | None = None  # (tokens, heads + 2 * groups, head_dim), rotated
     context: torch.Tensor | None = None  # (tokens, heads * head_dim)
     attention: tuple = ()
     middle: torch.Tensor | None = None  # (tokens, hidden_size), after attention
     gate_up: torch.Tensor | None = None  # (tokens, 2 * intermediate_size)
-    low: tuple = ()  # of each projection
+    low: tuple = ()  # (tokens, rank) of each projection, between the halves of its low-rank paths
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Layer:
         return out.add_(kept.middle), kept
 
     def up_to_gate(self, hidden: torch.Tensor, row: RowContext) -> Activations:
-        """The layer without its last projection, which is all that a backward needs."""
+        """Run the layer as far as a backward needs it: without SwiGLU and the `down` projection."""
         ops = self.ops
         normed, _ = ops.rms_norm(hidden, self.norm, self.eps, room=self.qkv.room)
         qkv, low_qkv = self.qkv.forward(normed, row.seed)
@@ -201,7 +201,7 @@ class HostMemory:
         hidden.record_stream(self.stream)
 
     def take(self, number: int) -> torch.Tensor:
-        """Layer `number`'s input; the one of the layer before it is fetched meanwhile."""
+        """Return layer `number`'s input, and start to fetch the input of the layer before it."""
         if number not in self.coming:
             self.fetch(number)
         hidden, ready = self.coming.pop(number)

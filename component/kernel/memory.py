@@ -1,4 +1,4 @@
-"""GPU memory of a step: estimated beforehand, chosen by, and proven on the largest row before the first step."""
+"""GPU memory of a step: an estimate, the choice of a plan by it, and the proof of that plan on the largest row."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,10 @@ from .layer import CHECKPOINTING, FULL, NONE, OFFLOAD, SELECTIVE, Layer
 from .model import PackedForward
 
 GIB = 2**30
-FOUR_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a value: itself, and its shares of an 8-bit scale and of that one's
-SPARE = 0.92  # of the card's memory that may be planned with; fragments and libraries take the rest
-# (tokens of a row, what layers keep), fastest first. Measured are 8,192 and the offloaded 2,048 (benchmark/README.md).
+# Bytes per value: 4 bits, its part of the 8-bit scale of 64 values, and that scale's part of the float32 of 256 scales.
+FOUR_BIT = 0.5 + 1 / 64 + 4 / 64 / 256
+SPARE = 0.92  # share of the free memory that a plan may use; fragments and libraries take the rest
+# (tokens of a row, what layers keep), fastest first. benchmark/README.md has figures of 8,192 and the offloaded 2,048.
 PLANS = (
     (8192, NONE),
     (4096, NONE),
@@ -26,13 +27,13 @@ PLANS = (
     (2048, OFFLOAD),
     (1024, OFFLOAD),
 )
-PADDED = 0  # tokens of a row where there is none
-UNFUSED_TOKENS = 2048  # of a row whose attention needs a mask of tokens x tokens
+PADDED = 0  # instead of the tokens of a row where batches are padded
+UNFUSED_TOKENS = 2048  # of a row in a model's own layers, whose attention needs a mask of tokens x tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    tokens: int  # of a packed row, at most, or PADDED
+    tokens: int  # of a packed row at most, or PADDED
     checkpointing: str
 
     def __str__(self) -> str:
@@ -41,17 +42,17 @@ class Plan:
 
 
 def estimate(layers: list[Layer], vocab: int, fixed: int, plan: Plan) -> int:
-    """Bytes at the peak of a step.
+    """Estimate the bytes at the peak of a step.
 
     Args:
         layers: of a PackedForward.
-        fixed: bytes of weights, adapters, their gradients and what of the optimizer stays on the card.
+        fixed: bytes of weights, adapters, gradients and the optimizer's state on the card.
     """
     layer = layers[0]
     size = layer.norm.element_size()
     hidden, intermediate = layer.out.width, layer.down.in_features
     low = sum(projection.rank for projection in layer.projections)
-    inside = layer.qkv.width + layer.out.in_features + hidden + low  # kept of a layer beside its input and its MLP
+    inside = layer.qkv.width + layer.out.in_features + hidden + low  # kept beside the input and the MLP's
     if layer.head_norms:
         inside += (layer.heads + layer.groups) * layer.head_dim
     wide = 2 * intermediate
@@ -64,9 +65,9 @@ def estimate(layers: list[Layer], vocab: int, fixed: int, plan: Plan) -> int:
 
 
 def fixed_bytes(forward: PackedForward, optimizer_bytes: int) -> int:
-    """Of weights, and for each trainable value its gradient and `optimizer_bytes`.
+    """Bytes of all weights, and of a gradient and `optimizer_bytes` for each trainable value.
 
-    The linear layers of a model that is still on the meta device count as the 4 bits that they will have.
+    Linear layers on the meta device count with the 4 bits that they will have.
     """
     bases = {base.weight for layer in forward.layers for part in layer.projections for base in part.bases}
     total = 0
@@ -78,7 +79,7 @@ def fixed_bytes(forward: PackedForward, optimizer_bytes: int) -> int:
 
 
 def table(forward: PackedForward, tokens: int, optimizer_bytes: int) -> str:
-    """What each way of checkpointing is estimated to need, for a person."""
+    """Line for the user: the estimated memory of each way of checkpointing."""
     fixed = fixed_bytes(forward, optimizer_bytes)
     sizes = (
         f"{kept} {estimate(forward.layers, forward.vocab, fixed, Plan(tokens, kept)) / GIB:.1f}"
@@ -88,9 +89,9 @@ def table(forward: PackedForward, tokens: int, optimizer_bytes: int) -> str:
 
 
 def optimizer_bytes(optim: str, on_card: bool) -> int:
-    """Bytes of an optimizer's state for each trainable value: two moments.
+    """Bytes of an optimizer's state, two moments, for each trainable value.
 
-    Paged ones lie in memory that the host can take back, so that none of them counts `on_card`.
+    Paged moments can move to the host's memory, so they do not count `on_card`.
     """
     if "sgd" in optim or (on_card and "paged" in optim):
         return 0
@@ -105,14 +106,14 @@ def choose_plan(
     optimizer_bytes: int,
     packing: bool = True,
 ) -> Plan:
-    """Choose what was left open, prove it, and set the forward to it.
+    """Choose the parts of a plan that were left open, prove the plan, and set `forward` to it.
 
     Args:
-        tokens: of a packed row; None: to be chosen.
-        checkpointing: of layer.CHECKPOINTING, or auto.
+        tokens: of a packed row; None to have them chosen.
+        checkpointing: one of layer.CHECKPOINTING, or auto.
         longest: tokens that the longest sample may have.
         optimizer_bytes: for each trainable value, on the card.
-        packing: False: batches are padded, and nothing is to be chosen but what layers keep.
+        packing: False if batches are padded; then only the checkpointing is chosen.
 
     Raises:
         DoesNotFit: nothing fits.
@@ -128,7 +129,7 @@ def choose_plan(
         for size, kept in PLANS
         if checkpointing in ("auto", kept) and (tokens is None or size == PLANS[0][0])
     ]
-    # Of all ranks' cards the fullest, so that all try the same plans.
+    # Free memory of the fullest card, so that all ranks try the same plans.
     free = least(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), device)
     optimizer_bytes += 4 * dist.is_initialized()  # DistributedDataParallel has a copy of the gradients
     fixed = fixed_bytes(forward, optimizer_bytes)
@@ -148,7 +149,7 @@ def choose_plan(
 
 
 def unproven_plan(forward: PackedForward, tokens: int | None, checkpointing: str, longest: int, packing: bool) -> Plan:
-    """Where there is nothing to estimate with (a model's own layers) or nothing to run out of (a CPU)."""
+    """Choose without a proof: for a model's own layers, which have no estimate, or a CPU, which has no card to fill."""
     if checkpointing == "auto":
         checkpointing = FULL if forward.on_cuda else NONE
     size = PLANS[0][0]

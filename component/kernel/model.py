@@ -17,15 +17,15 @@ from .head import HeadLoss
 from .layer import NONE, OFFLOAD, HostMemory, Layer, LayerFunction, RowContext
 from .projection import Projection
 
-ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the batch
+ROPES = ("default", "linear", "llama3", "yarn")  # rotary embeddings whose angles do not depend on the batch
 
 
 class Unfused(ValueError):
-    """Why a model has no fused layers."""
+    """Raised where a model has no fused layers; the text says why."""
 
 
 class PackedForward:
-    """Replaces a model's forward for packed rows; a call without `targets` is the model's own.
+    """Replaces a model's forward for packed rows; a call without `targets` goes to the model's own forward.
 
     A call returns the summed cross-entropy of a row's learned tokens, a float64 scalar, and takes what
     component.train.batch.PackingCollator makes: input_ids, position_ids (tokens,), ends (samples + 1,), longest,
@@ -33,8 +33,8 @@ class PackedForward:
 
     Args:
         model: with its adapter. Its causal LM's `forward` is replaced on the instance.
-        max_length: of a sample.
-        fuses: False: use the model's own layers, for comparison.
+        max_length: tokens of the longest sample.
+        fuses: False to use the model's own layers, for comparison.
     """
 
     def __init__(self, model: PeftModel, max_length: int, fuses: bool = True):
@@ -57,7 +57,7 @@ class PackedForward:
         return len(self.model.get_output_embeddings().weight)
 
     def use(self, checkpointing: str) -> None:
-        """Have layers keep what layer.CHECKPOINTING says; a model's own layers know all or nothing."""
+        """Set what layers keep, one of layer.CHECKPOINTING; a model's own layers keep all, or their input alone."""
         if not self.layers and checkpointing != NONE:
             name = "activation_checkpointing_enable"  # its name from transformers 5.2x on
             enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
@@ -71,8 +71,8 @@ class PackedForward:
         return self.model.device.type == "cuda"
 
     def probe(self, tokens: int, beside: int = 0) -> bool:
-        """Whether a row of so many tokens, in samples as long as may be, goes forward and backward without running out
-        of memory, `beside` so many bytes that are still to come."""
+        """Whether a row of `tokens`, in samples of the greatest length, goes forward and backward within the memory,
+        while `beside` bytes are reserved for what is still to come."""
         device = self.model.device
         places = torch.arange(tokens, device=device)
         ids, longest = places % self.vocab, min(tokens, self.max_length)
@@ -93,8 +93,11 @@ class PackedForward:
 
     @torch.no_grad()
     def isolates(self) -> bool:
-        """Whether samples of a row do not see each other in the model's own layers: some know no positions that restart
-        (Bloom, Falcon and OPT of transformers 5). Other first samples must not change what is said of the second."""
+        """Whether samples of a row do not see each other in the model's own layers.
+
+        Some models ignore that positions restart (Bloom, Falcon and OPT of transformers 5). So two rows with different
+        first samples are compared: the logits of the same second sample must be equal.
+        """
         device, training = self.model.device, self.model.training
         places = torch.arange(8, device=device)
         ids = torch.stack([torch.cat((places * factor + 8, places + 8)) for factor in (1, 3)]) % self.vocab
@@ -127,7 +130,7 @@ class PackedForward:
         return HeadLoss.apply(hidden, learned, targets, norm, eps, head, ops, torch.is_grad_enabled())
 
     def plain(self, targets, *, input_ids, position_ids, learned, **_) -> torch.Tensor:
-        """By the model's own modules: positions that restart tell its attention where samples end."""
+        """Compute the loss by the model's own modules, whose attention tells samples apart by restarting positions."""
         logits = self.own_forward(
             input_ids=input_ids[None], position_ids=position_ids[None], logits_to_keep=learned, use_cache=False
         ).logits[0]
@@ -135,17 +138,17 @@ class PackedForward:
 
 
 def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
-    """The fused layers of a model.
+    """Build the fused layers of a model.
 
     Raises:
-        Unfused: it is of no family that is known, or uses something that fused layers do not have.
+        Unfused: its family is not known, or it uses something that fused layers do not have.
     """
     config, name = model.config, type(model).__name__
     if name not in FAMILIES:
         raise Unfused(f"{name} is not one of {', '.join(FAMILIES)}")
     check_fusable(config, max_length)
     device, dtype = model.device, model.get_input_embeddings().weight.dtype
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 says none
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 has none
     attention, ops = choose_attention(device, dtype, head_dim), choose_ops(device)
     if device.type == "cuda" and attention is not FLASH:
         logger.warning(
@@ -200,7 +203,7 @@ def check_fusable(config, max_length: int) -> None:
 
 
 def choose_ops(device: torch.device) -> ModuleType:
-    """Triton's kernels on CUDA, if Triton is there, knows the card and can build one."""
+    """Choose Triton's kernels on CUDA if Triton is there, knows the card and can build one, else plain operations."""
     if device.type == "cuda":
         try:
             if torch.cuda.get_device_capability(device) < (7, 5):
@@ -209,7 +212,7 @@ def choose_ops(device: torch.device) -> ModuleType:
 
             triton_kernels.swiglu(torch.ones(1, 2, device=device))
             return triton_kernels
-        except Exception as error:  # Triton has its own for a missing compiler, header or folder
+        except Exception as error:  # Triton has errors of its own for a missing compiler or header
             logger.warning(f"plain operations, which are slower: {type(error).__name__}: {error}")
     return plain
 

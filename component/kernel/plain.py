@@ -1,8 +1,8 @@
-"""Every operation of a fused layer in plain torch: what runs without Triton, and what the Triton kernels must equal.
+"""Every operation of a fused layer in plain torch. They run where Triton cannot, and Triton's kernels must equal them.
 
 `tokens` is the length of a packed row. Operations whose name ends in `_` overwrite their first argument. Gradients of
-adapters are float32, everything else has its input's dtype; norms and rotations are computed in float32. `room` asks
-for an output that is a view of a wider matrix, with that many columns to spare after each row.
+adapters are float32, everything else has its input's dtype; norms and rotations are computed in float32. `room`
+asks for an output with that many spare columns after each row, as a view of a wider matrix.
 """
 
 import torch
@@ -112,7 +112,7 @@ def threshold(dropout: float) -> int:
 
 
 def dropped(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    """Dropout: what is kept of `x`, scaled so that its mean stays."""
+    """Apply dropout to `x`: the elements that are kept are scaled so that the mean stays."""
     return masked(x, dropout, seed) / (1 - dropout) if dropout else x
 
 
@@ -128,7 +128,7 @@ def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: 
 def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     """The gradient of `down`: grad.T @ dropout(x), float32 (rank, width), from grad (tokens, rank).
 
-    Scaled when summed, so that nothing is rounded to half precision in between.
+    It is scaled after the sum, so that nothing is rounded to half precision in between.
     """
     return matmul_float32(grad.t(), masked(x, dropout, seed)) / (1 - dropout)
 
@@ -136,7 +136,7 @@ def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: in
 def lora_input_grad_(
     total: torch.Tensor, grad: torch.Tensor, down: torch.Tensor, dropout: float, seed: int
 ) -> torch.Tensor:
-    """Add the low-rank path's share, dropout's gradient of grad @ down, to `total` (tokens, width)."""
+    """Add the low-rank path's input gradient, grad @ down through dropout, to `total` (tokens, width)."""
     if not dropout:
         return total.addmm_(grad, down)
     return total.add_(dropped(grad @ down, dropout, seed))

@@ -15,17 +15,18 @@ class LowRankPath(NamedTuple):
     up: nn.Parameter  # (out_features, rank), float32
     scaling: float
     columns: slice  # of the output
-    ranks: slice  # of all the paths' ranks
+    ranks: slice  # this path's part of all paths' ranks
 
 
 class Projection:
-    """Layers of one input, their outputs side by side. `width` is that of all, `number` tells dropouts apart.
+    """Linear layers of one input as one layer, their outputs side by side.
 
-    The dropout before the low-rank paths is one mask for all layers of a projection.
+    `width` is the width of all outputs together. All low-rank paths of a projection share one dropout mask; `number`
+    makes it differ from other projections' masks.
 
     Args:
         layers: nn.Linear, bitsandbytes' Linear4bit, or peft's LoRA layer around one.
-        dtype: of the arithmetic; adapters are kept in float32 and rounded to it.
+        dtype: of the arithmetic; adapters are kept in float32 and rounded to this type.
         ops: plain or triton_kernels.
     """
 
@@ -59,16 +60,16 @@ class Projection:
 
     @property
     def rank(self) -> int:
-        """Of all low-rank paths together."""
+        """Rank of all low-rank paths together."""
         return self.paths[-1].ranks.stop if self.paths else 0
 
     @property
     def room(self) -> int:
-        """Columns to spare that `forward` can use: `rank`, where rows of that width stay aligned."""
+        """Spare columns of an input that `forward` can use: `rank`, or 0 where rows would not stay aligned."""
         return self.rank if self.rank % 16 == 0 else 0
 
     def weight(self, room: int = 0) -> torch.Tensor:
-        """The bases as one matrix (width, in_features + room), whose last columns are not filled."""
+        """The bases as one matrix (width, in_features + room), whose last `room` columns are not filled."""
         if not room and len(self.bases) == 1 and not isinstance(self.bases[0], Linear4bit):
             return self.bases[0].weight
         device = self.bases[0].weight.device
@@ -88,11 +89,11 @@ class Projection:
     def forward(self, x: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(output (tokens, width), what the low-rank paths hold between their halves (tokens, rank)).
 
-        An input with `room` columns to spare takes the low-rank paths there, and their second halves stand beside the
-        bases, so that one product makes the whole output.
+        If the input has `room` spare columns, the low-rank paths' first halves write there. Their second halves stand
+        beside the bases, so that one product makes the whole output.
 
         Args:
-            seed: of the row's dropout; None: none.
+            seed: of the row's dropout; None for no dropout.
         """
         low = self.low(x, seed)
         if x.stride(0) == self.in_features:
@@ -103,12 +104,12 @@ class Projection:
             return out, low
         weight = self.weight(self.room)
         ups = weight[:, self.in_features :]
-        if len(self.bases) > 1:  # a path is only in its own columns and ranks
+        if len(self.bases) > 1:  # a path fills only its own columns and ranks
             ups.zero_()
         for path in self.paths:
             torch.mul(path.up.detach(), path.scaling, out=ups[path.columns, path.ranks])
         wide = x.as_strided((len(x), weight.shape[1]), (x.stride(0), 1))
-        return self.product(wide, weight), low.clone()  # the wide input need not live on
+        return self.product(wide, weight), low.clone()  # a copy, so that the wide input can be freed
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x @ weight.t() if self.bias is None else torch.addmm(self.bias, x, weight.t())
@@ -152,7 +153,7 @@ class Projection:
         return grads
 
     def drop(self, seed: int | None) -> tuple[float, int]:
-        """Share that is dropped, and the seed of this projection's mask."""
+        """(share of the elements that is dropped, seed of this projection's mask)."""
         return (0.0, 0) if seed is None else (self.dropout, (seed + 0x9E3779B9 * self.number) & 0xFFFFFFFF)
 
 

@@ -1,5 +1,6 @@
-"""The operations of plain.py as Triton kernels, for CUDA: same names, same arguments, same results up to rounding, so
-that what they are is said there. A kernel says what one of its programs does.
+"""The operations of plain.py as Triton kernels for CUDA, with the same names, arguments and, up to rounding, results.
+
+plain.py describes them. A kernel's docstring names the part of the output that one of its programs computes.
 """
 
 import torch
@@ -29,7 +30,7 @@ def dequantize_kernel(
     packed_ptr, absmax_ptr, scales_ptr, steps_ptr, offset_ptr, code_ptr, out_ptr, width, stride,
     GROUP: tl.constexpr, OUTER: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """2 * SIZE values of one row, which are SIZE bytes."""
+    """2 * SIZE values of one row, from SIZE bytes."""
     row = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1) * SIZE + tl.arange(0, SIZE)  # a byte is two values of one group
     inside = pair < width // 2
@@ -68,7 +69,7 @@ def rms_norm_kernel(
     inside = columns < width
     x = tl.load(x_ptr + row + columns, inside, 0.0)
     if ADDS:
-        # Rounded as the sum that is kept, so that the norm is of just that.
+        # Rounded like the sum that is stored, so that the norm is computed from the same values.
         x = (x.to(tl.float32) + tl.load(update_ptr + row + columns, inside, 0.0).to(tl.float32)).to(x.dtype)
         tl.store(total_ptr + row + columns, x, inside)
     wide = x.to(tl.float32)
@@ -214,7 +215,7 @@ def swiglu_backward_kernel(grad_ptr, gate_up_ptr, width, SIZE: tl.constexpr):
 
 @triton.jit
 def kept(rows, columns, width, seed, limit):
-    """plain.dropout_mask at these places."""
+    """Elements of plain.dropout_mask at these places."""
     x = (rows * width + columns).to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
