@@ -29,18 +29,19 @@ from .run.errors import ArgumentError, unusable
 from .settings.schema import QLoRAArguments
 from .trust import check_adapter, check_model, check_weights, find_model_file, find_weights, read_adapter_shapes
 
-DRIVER = "/proc/driver/nvidia/version"  # is there where NVIDIA's driver is loaded
-# By values, shapes and files of a model that are not what libraries expect, and by memory.
+DRIVER = "/proc/driver/nvidia/version"  # exists where NVIDIA's driver is loaded
+# Raised by libraries for values, shapes and files of a model that they do not expect, and for want of memory.
 UNLOADABLE = (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 UNLOADABLE += (SafetensorError,)
 
 
 def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer; where it names no padding token, or one that the embedding has no row for, EOS pads
-    (padding is never learned or attended). `embedding_rows` says how many rows there are.
+    """Load the model's own tokenizer, and set its `embedding_rows` to the number of rows in the model's embedding.
+
+    If it names no padding token, or one without a row in the embedding, EOS pads: padding is never learned or attended.
 
     Raises:
-        ArgumentError: no such model, or one that needs Python of its own.
+        ArgumentError: there is no such model, or it needs Python of its own.
     """
     tokenizer = from_pretrained(AutoTokenizer, args.model_name_or_path)
     tokenizer.embedding_rows = math.inf
@@ -52,7 +53,7 @@ def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
 
 
 def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTrainedModel:
-    """The base model, quantised while it loads: NF4 with double quantisation, on this process's device.
+    """Load the base model, quantised while it loads: NF4 with double quantisation, on this process's device.
 
     Embeddings, norms and the output head stay in `compute_dtype`.
     """
@@ -64,7 +65,7 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
         dtype=compute_dtype,
         device_map={"": training_args.device},
     )
-    model.config.use_cache = False  # of generation; training has no use for it
+    model.config.use_cache = False  # training does not use the cache of generation
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             # In eval mode on some CPUs, bitsandbytes repacks a weight into a form that has no gradient (0.50.2), so
@@ -105,7 +106,7 @@ def warn_of_cpu(args: QLoRAArguments) -> None:
 
 
 def cuda_fault() -> str:
-    """Why torch does not begin to use CUDA, in its first sentence."""
+    """First sentence of torch's reason for not using CUDA."""
     try:
         torch.cuda.init()
     except RuntimeError as error:
@@ -123,14 +124,16 @@ def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def from_pretrained(auto_class: type, name_or_path: str, **kwargs):
-    """`auto_class.from_pretrained`, after `check_model`, without Python of the model's own, from the very weights that
-    were checked: safetensors, or torch's archives by torch.load(weights_only=True, mmap=True).
+    """Call `auto_class.from_pretrained` after `check_model`, without running Python of the model's own.
+
+    Weights are loaded from the files that were checked: safetensors, or torch's archives by
+    torch.load(weights_only=True, mmap=True).
 
     Raises:
-        ArgumentError: no such model, or one that needs more than that.
+        ArgumentError: there is no such model, or it needs more than that.
     """
     warn_if_untested()
-    # Else transformers may take what a robot made of a hub's weights.
+    # Else transformers may load safetensors that the hub's robot converted, instead of the checked weights.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with faults_of(name_or_path):
         check_model(name_or_path)
@@ -140,7 +143,7 @@ def from_pretrained(auto_class: type, name_or_path: str, **kwargs):
 
 @contextmanager
 def faults_of(name_or_path: str) -> Iterator[None]:
-    """Within it, whatever a model's files make a library raise becomes a Fault."""
+    """Turn whatever libraries raise over a model's files, within the block, into a Fault."""
     try:
         yield
     except ArgumentError:
@@ -157,7 +160,7 @@ def faults_of(name_or_path: str) -> Iterator[None]:
 
 
 def find_linear_names(model: PreTrainedModel) -> list[str]:
-    """Last names of every linear layer of the body, such as `query_key_value`. The output head is left out."""
+    """Last parts of the names of all linear layers, such as `query_key_value`, without the output head."""
     head = model.get_output_embeddings()
     linear = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head)
     return sorted({name.rpartition(".")[2] for name in linear})
@@ -189,10 +192,10 @@ def attach_lora(model: PreTrainedModel, args: QLoRAArguments) -> PeftModel:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """The model with a trained adapter, every tensor of which has found its layer.
+    """Add a trained adapter to the model, and see that each of its tensors found a layer.
 
     Raises:
-        ArgumentError: no adapter that `check_adapter` lets pass, or one of another model.
+        ArgumentError: `check_adapter` refuses the adapter, or it belongs to another model.
     """
     check_adapter(Path(folder))
     _, saved = read_adapter_shapes(Path(folder))

@@ -1,4 +1,4 @@
-"""Weights in torch's archives (`.bin`): tensors by its restricted unpickler alone, or a refusal (docs/security.md)."""
+"""Safe opening of torch's archives (`.bin`), by its restricted unpickler and after checks (docs/security.md)."""
 
 import itertools
 import pickletools
@@ -9,30 +9,30 @@ import torch
 
 from .run.errors import ArgumentError
 
-SAFE_SINCE = "2.10"  # of torch: CVE-2026-24747 and, before 2.6, CVE-2025-32434 lead past weights_only
-LARGEST_PICKLE = 2**26  # bytes; it holds names and shapes, those of a 7B model in 100 KB
+SAFE_SINCE = "2.10"  # torch's version; earlier, CVE-2026-24747 and, before 2.6, CVE-2025-32434 lead past weights_only
+LARGEST_PICKLE = 2**26  # bytes of names and shapes; those of a 7B model take 100 KB
 DTYPES = ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")
-# What tensors are made of. The unpickler knows more, such as bytearray, which can fill the memory.
+# Names that a pickle of tensors imports. torch's unpickler allows more, such as bytearray, which can fill the memory.
 GLOBALS = {f"torch.{dtype}Storage" for dtype in DTYPES}
 GLOBALS |= {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
 
 
 def open_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.bin` file, memory-mapped: their values are read when they are used.
+    """Open the tensors of a `.bin` file, memory-mapped: their values are read when they are used.
 
     Raises:
-        ArgumentError: it is no zip archive of plain tensors that lie in it side by side, each by its name.
+        ArgumentError: the file is anything but a zip archive of named plain tensors that do not overlap.
     """
     if torch.__version__ < SAFE_SINCE:
         raise ArgumentError(
-            f"{file}: torch {torch.__version__} has holes in what it opens weights by; update it to {SAFE_SINCE}, or "
-            "take a *.safetensors"
+            f"{file}: torch {torch.__version__} has security holes where it opens weights; update it to {SAFE_SINCE}, "
+            "or take a *.safetensors"
         )
     if fault := find_fault_of_archive(file):
         raise refusal(file, fault)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of whatever kind a damaged archive makes torch raise
+    except Exception as error:  # a damaged archive can make torch raise any kind
         raise refusal(file, f"torch's restricted unpickler refuses it ({str(error).strip().splitlines()[0]})") from None
     if fault := find_fault_of_tensors(tensors, file.stat().st_size):
         raise refusal(file, fault)
@@ -44,7 +44,7 @@ def refusal(file: Path, fault: str) -> ArgumentError:
 
 
 def find_fault_of_archive(file: Path) -> str | None:
-    """What is wrong with an archive, as far as that is told without unpickling."""
+    """Fault of an archive, as far as it shows without unpickling; None if there is none."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -64,7 +64,7 @@ def find_fault_of_archive(file: Path) -> str | None:
 
 
 def find_foreign_global(pickled: bytes) -> str | None:
-    """The first name that a pickle imports beside GLOBALS. Raises ValueError where it is not well formed."""
+    """First name that a pickle imports beside GLOBALS, or None. Raises ValueError where it is not well formed."""
     texts = ["?", "?"]
     for operation, value, _ in pickletools.genops(pickled):
         texts += [value] * isinstance(value, str)
@@ -82,7 +82,7 @@ def find_foreign_global(pickled: bytes) -> str | None:
 
 
 def find_fault_of_tensors(tensors: object, file_size: int) -> str | None:
-    """Whether tensors are more than names and plain values, or claim more bytes than their file has."""
+    """Fault of tensors that are more than names and plain values, overlap or claim more bytes than the file has."""
     if not isinstance(tensors, dict):
         return f"it holds a {type(tensors).__name__}, expected tensors by their names"
     parts = set()  # of the file: (start, bytes)

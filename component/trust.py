@@ -1,4 +1,4 @@
-"""What is refused in a folder that somebody else made, before anything of it is loaded (docs/security.md)."""
+"""Checks of a folder that somebody else made, before anything in it is loaded (docs/security.md)."""
 
 import json
 import math
@@ -17,14 +17,15 @@ from .run.files import POINTER
 from .run.hub import require_hub_or_cache
 from .settings.load import missing_folder, read_json_object
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their shards, by an index; the first that are there are used
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their shards by an index; the first that exists is used
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-UNOPENED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")  # kinds of weights, of which WEIGHTS alone are opened
+# Kinds of weights that are not opened, unless a file is of WEIGHTS, a shard of these, or of ADAPTER.
+UNOPENED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 FULL = "take the full checkpoint, which is quantised to 4 bits while it loads"
 
 
 def check_model(name_or_path: str) -> None:
-    """Refuse a base model, a folder or a hub name, whose files ask for more than to be read, or are not all there.
+    """Refuse a base model (folder or hub name) if its files ask for more than to be read, or are not all there.
 
     Raises:
         ArgumentError: it is an absent folder or an adapter, needs Python of its own, is quantised other than by
@@ -38,7 +39,7 @@ def check_model(name_or_path: str) -> None:
         raise ArgumentError(f"{found}: this is an adapter, which would load another model; give its base model")
     if found := find_model_file(name_or_path, "config.json"):
         check_config(found)
-    if Path(name_or_path).is_dir():  # a hub's weights are fetched, and checked, when they are to be loaded
+    if Path(name_or_path).is_dir():  # a hub's weights are checked when they are fetched for loading
         weights = find_weights(name_or_path)
         refuse_pointers(Path(name_or_path), weights)
         check_weights(weights)
@@ -72,10 +73,10 @@ def check_config(file: Path) -> None:
 
 
 def find_weights(name_or_path: str) -> list[Path]:
-    """The files that a model's weights are loaded from, of a hub's name after fetching them; none where none is there.
+    """Find the files that a model's weights are loaded from; those of a hub's model are fetched. The list may be empty.
 
     Raises:
-        ArgumentError: some of them are missing, or an index names what is no file of weights beside it.
+        ArgumentError: some of them are missing, or an index names something else than a file of weights beside it.
     """
     for whole in WEIGHTS:
         index = find_model_file(name_or_path, f"{whole}.index.json")
@@ -95,7 +96,7 @@ def find_weights(name_or_path: str) -> list[Path]:
 
 
 def require_weights(name_or_path: str) -> None:
-    """Raise ArgumentError for a folder without weights, where looking at data needs none and training does."""
+    """Raise ArgumentError for a folder without weights, which will do for looking at data but not for training."""
     if Path(name_or_path).is_dir() and not find_weights(name_or_path):
         raise ArgumentError(
             f"{name_or_path}: there are no weights, neither {WEIGHTS[0]} nor {WEIGHTS[1]} nor all shards of one; "
@@ -104,7 +105,7 @@ def require_weights(name_or_path: str) -> None:
 
 
 def read_index(index: Path, suffix: str) -> list[str]:
-    """The files that an index names, each a plain name that ends with `suffix`."""
+    """Files that an index names. Raises ArgumentError unless each is a plain name that ends with `suffix`."""
     files = read_model_json(index).get("weight_map")
     files = list(files.values()) if isinstance(files, dict) else [files]
     for file in files:
@@ -114,7 +115,7 @@ def read_index(index: Path, suffix: str) -> list[str]:
 
 
 def check_weights(files: list[Path]) -> bool:
-    """Whether weights are torch's archives, each of which has then been found to hold plain tensors alone."""
+    """Check that each file of weights can be opened and holds plain tensors alone; return whether any is a `.bin`."""
     for file in files:
         if file.suffix == ".safetensors":
             try:
@@ -139,7 +140,7 @@ def refuse_pointers(folder: Path, weights: list[Path]) -> None:
 
 
 def refuse_unopened(folder: Path) -> None:
-    """For a folder whose weights are not to be found: say which of other kinds lie there."""
+    """Raise ArgumentError if a folder without WEIGHTS holds weights of a kind that is not opened."""
     unopened = sorted(path.name for path in folder.glob("*") if path.suffix in UNOPENED)
     if unopened and unopened[0].endswith(".gguf"):
         raise ArgumentError(f"{folder}: its weights are {unopened[0]}, made for llama.cpp; {FULL}")
@@ -151,7 +152,7 @@ def refuse_unopened(folder: Path) -> None:
 
 
 def find_model_file(name_or_path: str, file: str) -> Path | None:
-    """A file of a folder or of a hub's repository, None where it has none."""
+    """Path of one of a model's files, in its folder or fetched from the hub; None where the model has no such file."""
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)
@@ -170,7 +171,7 @@ def read_model_json(file: Path) -> dict:
 
 
 def find_kernel(config: dict) -> str | None:
-    """The hub's repository that a configuration, or one within it, has attention or experts computed by."""
+    """Hub repository whose code a configuration, or one within it, names for attention or experts; None without one."""
     for key, value in config.items():
         if isinstance(value, dict) and (kernel := find_kernel(value)):
             return kernel
@@ -183,7 +184,8 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# Every other key must have peft's default, so that none which computes, imports or matches patterns is honoured.
+# Keys of an adapter's settings: the check of the value, and what is expected. Every other key must have peft's default,
+# so that no key can make peft compute, import or match patterns.
 ADAPTER_KEYS = {
     "peft_type": (lambda value: value == "LORA", "'LORA'"),
     "task_type": (lambda value: value in ("CAUSAL_LM", None), "'CAUSAL_LM'"),
@@ -200,16 +202,16 @@ ADAPTER_KEYS = {
     ),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
     "use_dora": (lambda value: isinstance(value, bool), "true or false"),
-    # The weights are in the file; what else can stand here would change the base model.
+    # The weights come from the file; other values would change the base model.
     "init_lora_weights": (lambda value: isinstance(value, bool) or value == "gaussian", "true, false or 'gaussian'"),
 }
 
 
 def check_adapter(folder: Path) -> dict:
-    """The adapter's settings, after they and the shapes of its tensors were checked; no tensor is read.
+    """Check an adapter's settings and its tensors' shapes, and return the settings; no tensor is read.
 
     Raises:
-        ArgumentError: no LoRA adapter for a causal language model, or one that asks for more than its tensors.
+        ArgumentError: it is no LoRA adapter for a causal language model, or asks for more than its tensors.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
@@ -233,10 +235,10 @@ def check_adapter(folder: Path) -> dict:
 
 
 def read_adapter_shapes(folder: Path) -> tuple[Path, dict[str, list[int]]]:
-    """The file that an adapter's weights are loaded from, and the shapes of its tensors by name; no tensor is read."""
+    """(file of an adapter's weights, shapes of its tensors by name); no tensor is read. Raises ArgumentError."""
     weights = next((folder / name for name in ADAPTER if (folder / name).is_file()), None)
     if not weights:
-        raise ArgumentError(f"{folder}: no {' or '.join(ADAPTER)} there; the adapter's weights must be")
+        raise ArgumentError(f"{folder}: no {' or '.join(ADAPTER)} there; the adapter's weights must be in one of them")
     refuse_pointers(folder, [weights])
     if weights.suffix == ".bin":
         return weights, {name: list(tensor.shape) for name, tensor in open_pickle(weights).items()}

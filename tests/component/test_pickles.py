@@ -115,5 +115,5 @@ def test_a_torch_with_holes_opens_none(tmp_path, monkeypatch, version):
     torch.save({"a": WEIGHT}, tmp_path / "weights.bin")
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     monkeypatch.setattr(pickles.torch, "load", lambda *_, **__: pytest.fail("opened"))
-    with pytest.raises(ArgumentError, match=f"torch {version} has holes"):
+    with pytest.raises(ArgumentError, match=f"torch {version} has security holes"):
         open_pickle(tmp_path / "weights.bin")
