@@ -11,18 +11,18 @@ from .conversation import Conversation
 from .messages import chat_messages, with_think_text
 from .render import TokenizedSample
 
-# Characters of the last plane, for private use, stand for those of control tokens written in text.
+# First of the private-use characters that stand for the characters of control tokens written in text.
 SHIELD = 0x100000
 MARKER = "\U0010fffe"
 
 
 def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSample:
-    """The text of the tokenizer's chat template; of every learned message what the model writes, and the end token.
+    """Render the text of the tokenizer's chat template.
 
-    A message begins where the generation prompt ends and ends with the control token that stops inference: the last
-    one that the template writes for it, else the next message's first (GLM-4), else the tokenizer's EOS, which is
-    added. Control tokens written in a text are text. Reasoning goes to a template that reads `reasoning_content` as
-    that, to any other as `<think>` text.
+    A learned message teaches what the model writes of it: from the end of the generation prompt to the control token
+    that stops inference. That token is the last one that the template writes for the message, else the next message's
+    first (GLM-4), else the tokenizer's EOS, which is added. Control tokens written in a text are text. Reasoning is
+    given as `reasoning_content` to a template that reads it, to any other as `<think>` text.
 
     Raises:
         DataError: the template refuses the conversation, or writes nothing that can end an answer.
@@ -37,16 +37,16 @@ def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSamp
     def write(messages: list[dict], ask: bool = False) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # a template's raise_exception, and whatever it does to a row that it did not expect
+        except Exception as error:  # raise_exception of the template, or any error over an unforeseen row
             raise DataError(f"the tokenizer's chat template refuses the row: {error}") from None
 
     def body_of(i: int) -> int:
-        """Where message i's own words (of calls: the last one's name) begin in `text`."""
+        """Where in `text` the own words of message i begin; for calls, the last call's name."""
         return common_prefix(text, write([*messages[:i], marked(messages[i]), *messages[i + 1 :]]))
 
     try:
         text = write(messages)
-    except DataError:  # Mistral's refuses other services' ids
+    except DataError:  # Mistral's template refuses other services' ids
         messages = with_short_ids(messages)
         text = write(messages)
     left_out = [what for message in messages for what in missing_of(message, text)]
@@ -89,19 +89,19 @@ def answer_begin(text: str, body: int, starts: list[int], whole: str, before: li
     prompt = write(before, ask=True)
     if text.startswith(prompt):
         return len(prompt)
-    if whole.startswith(prompt):  # Mistral's, which shows the tools before the last question alone
+    if whole.startswith(prompt):  # Mistral's template shows tools only before the last question
         answer = whole[len(prompt) :]
         at = text.find(answer, max(body - len(answer), 0), body + len(answer))
         if 0 <= at <= body:
             return at
-    if text.startswith(write(before)):  # Qwen3.5's, whose prompt opens a thought that earlier answers do not show
+    if text.startswith(write(before)):  # Qwen3.5's prompt opens a thought, which earlier answers do not show
         shared = common_prefix(text, prompt)
         return max(start for start in starts if start <= shared)
     return body
 
 
 def missing_of(message: dict, text: str) -> Iterator[str]:
-    """What of a message the template has not written. (Some remove an answer's reasoning, and quote results.)"""
+    """Parts of a message that the template left out. (Some rightly remove an answer's reasoning, and quote results.)"""
     content, calls = message["content"].split("</think>")[-1].strip(), message.get("tool_calls", ())
     if any(call["function"]["name"] not in text for call in calls):
         yield "a call"
@@ -126,7 +126,7 @@ def with_short_ids(messages: list[dict]) -> list[dict]:
 
 
 def marked(message: dict) -> dict:
-    """The message with its last part written otherwise."""
+    """The message with MARKER instead of its last part: its text, or the name of its last call."""
     if "tool_calls" not in message:
         return message | {key: MARKER for key in ("content", "reasoning_content") if key in message}
     *others, last = message["tool_calls"]
@@ -150,7 +150,11 @@ def control_tokens(tokenizer) -> tuple[re.Pattern, frozenset[int]]:
 
 
 def shield(value: Any, pattern: re.Pattern) -> Any:
-    """`value` with every control token in a text replaced by one character of its own for each of its characters."""
+    """Replace every character of a control token in the texts of `value` by a private-use character.
+
+    Raises:
+        DataError: a text already holds a private-use character.
+    """
     if isinstance(value, str):
         if value and ord(max(value)) >= SHIELD:
             raise DataError(f"holds U+{ord(max(value)):X}, a character of private use; remove it")

@@ -1,4 +1,4 @@
-"""What every data format becomes: a Conversation of Turns. Standard library only."""
+"""Conversation and its Turns, which the rows of every format become. Standard library only."""
 
 import itertools
 import json
@@ -13,18 +13,18 @@ from .tools import misfits, names_of
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a row. `learned` says that the model is to learn to write it (of a tool turn: the call)."""
+    """One turn of a conversation. `learned`: the model learns to write it (of a tool turn, the call alone)."""
 
     role: str  # system, user, assistant or tool
     content: str = ""
     learned: bool = False
-    name: str = ""  # the function that a tool turn calls, …
-    parameters: dict[str, Any] = field(default_factory=dict)  # … its keyword arguments, …
-    observation: Any = None  # … and its result, …
-    observed: bool = False  # … if there is one (it may be null)
-    id: str = ""  # the call's, where the source has one
+    name: str = ""  # the function that a tool turn calls
+    parameters: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the call
+    observation: Any = None  # result of the call
+    observed: bool = False  # whether there is a result (which may be null)
+    id: str = ""  # of the call, if the source has one
     joined: bool = False  # written in one message with the turn before: text and its calls, or parallel calls
-    reasoning: str = ""  # what an assistant's turn thinks before its content
+    reasoning: str = ""  # thoughts of an assistant's turn, before its content
 
 
 CALL_AS_TEXT = re.compile(r"<tool_call>|\[TOOL_CALLS\]|<functioncall>|^Action: .*\nAction Input:", re.MULTILINE)
@@ -37,7 +37,7 @@ class Conversation:
 
 
 def oddities(conversation: Conversation) -> Iterator[str]:
-    """What is unusual in a row but legal, each kind once."""
+    """Legal but unusual things in a conversation, each kind once."""
     turns = [turn for turn in conversation.turns if turn.role != "system"]
     if turns[0].role != "user":
         yield "the assistant speaks first"
@@ -65,8 +65,8 @@ def oddities(conversation: Conversation) -> Iterator[str]:
 
 
 def choose_learned(conversation: Conversation, loss_on: str) -> Conversation:
-    """Whose tokens are learned. `flagged`: as the row says. `all`: every answer and call. `last`: the last message that
-    the model writes. Raises DataError where nothing is."""
+    """Mark the turns that are learned. `flagged`: as the row says. `all`: every answer and call. `last`: the last
+    message that the model writes. Raises DataError where no turn is learned."""
     turns = conversation.turns
     written = [i for i, turn in enumerate(turns) if turn.role in ("assistant", "tool")]
     if loss_on == "last":
@@ -80,12 +80,12 @@ def choose_learned(conversation: Conversation, loss_on: str) -> Conversation:
 
 
 def count_rounds(conversation: Conversation) -> int:
-    """How many times the user speaks after another has, and the beginning."""
+    """Number of rounds. One begins with the conversation, and one wherever the user speaks after somebody else."""
     return len(round_starts(conversation.turns))
 
 
 def without_first_rounds(conversation: Conversation, rounds: int) -> Conversation:
-    """The conversation from its `rounds`-th round on, with all its system turns and tools."""
+    """The conversation without its first `rounds` rounds, but with all system turns and tools."""
     if not rounds:
         return conversation
     start = round_starts(conversation.turns)[rounds]
@@ -100,7 +100,7 @@ def round_starts(turns: tuple[Turn, ...]) -> list[int]:
 
 
 def take(holder: dict, key: str, kind: type, place: str = "") -> Any:
-    """`holder[key]` if it is of that kind, else a DataError that says what stands there."""
+    """Return `holder[key]`, which must be of type `kind`. Raises DataError that says what is there instead."""
     path = f"{place}.{key}" if place else key
     names = {str: "text", list: "a list", dict: "an object", bool: "true or false"}
     if key not in holder:

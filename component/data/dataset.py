@@ -27,12 +27,12 @@ from .rules import DataRules, judge
 from .store import TokenStore
 
 Source = str | Path | list[str] | list[Path]
-PROGRAM = [*sorted(Path(__file__).parent.glob("*.py")), Path(prompt.__file__)]  # whatever has a part in rendering
-FIRST_ROWS = 20  # of a file, which tell what kind its rows are
+PROGRAM = [*sorted(Path(__file__).parent.glob("*.py")), Path(prompt.__file__)]  # the code that renders rows
+FIRST_ROWS = 20  # of a file, by which its format is detected
 
 
 class SFTDataset(Dataset):
-    """Firefly's format. All rows are read, checked and rendered when the dataset is made, or found in the cache.
+    """Samples in Firefly's format. All rows are read, checked and rendered when the dataset is made, unless cached.
 
     An item is a dict of int lists of one length, at most `max_seq_length`: `input_ids`, `attention_mask` (ones) and
     `target_mask` (1: this token is learned). Items are made anew at each access.
@@ -43,7 +43,7 @@ class SFTDataset(Dataset):
         max_seq_length: in tokens.
         cache_dir: folder of rendered data; by default `$XDG_CACHE_HOME/luciole` or `~/.cache/luciole`.
         workers: processes that render; by default one for each core.
-        judged: raise where too many rows are bad; else `judge` is left to the caller.
+        judged: whether to raise if too many rows are bad; if false, the caller calls `judge`.
         rules: the other fields of DataRules.
 
     Raises:
@@ -96,7 +96,7 @@ class SFTDataset(Dataset):
         return f"{self.files[number]}:{line}"
 
     def find_place(self, input_ids: list[int]) -> str | None:
-        """`file:line` of the first sample of these tokens."""
+        """`file:line` of the first sample with these tokens; None if there is none."""
         for index in np.flatnonzero(self.lengths == len(input_ids)).tolist():
             if np.array_equal(self.store[index][0], input_ids):
                 return self.place(index)
@@ -111,19 +111,19 @@ class SFTDataset(Dataset):
 
 
 class ChatGLM2SFTDataset(SFTDataset):
-    """Firefly's rows as ChatGLM2's rounds."""
+    """Samples of Firefly's rows as ChatGLM2's rounds."""
 
     render = staticmethod(render_chatglm2)
 
 
 class ChatGLM3SFTDataset(SFTDataset):
-    """ChatGLM3's messages, with system prompts, `tools` and function calls."""
+    """Samples of ChatGLM3's messages, with system prompts, `tools` and function calls."""
 
     render = staticmethod(render_chatglm3)
 
 
 class ChatTemplateSFTDataset(SFTDataset):
-    """The text of the tokenizer's own chat template."""
+    """Samples as the tokenizer's own chat template writes them."""
 
     render = staticmethod(render_chat_template)
 
@@ -137,8 +137,8 @@ DATA_FORMATS: dict[str, type[SFTDataset]] = {
 
 
 def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:
-    """All that decides how a row is rendered: the rules that do, the embedding's rows, the tokenizer as it would be
-    saved, this program and the libraries."""
+    """Everything that decides how a row is rendered: rules, the size of the vocabulary's embedding, the tokenizer as it
+    would be saved, this program and the libraries."""
     with tempfile.TemporaryDirectory() as folder:
         renderer.tokenizer.save_pretrained(folder)
         files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
@@ -151,10 +151,10 @@ def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:
 
 
 def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:
-    """Which of DATA_FORMATS to train with, and why.
+    """Choose which of DATA_FORMATS to train with: (format, reason).
 
     `data_format` decides if given; else `chatglm2` or `chatglm3` in the last part of the name (any case), else
-    Firefly's. The folders above it say nothing: `chatglm3_project/Qwen2.5-7B` is no ChatGLM.
+    Firefly's. The folders above do not count: `chatglm3_project/Qwen2.5-7B` is no ChatGLM.
 
     Raises:
         DataError: an unknown `data_format`, or a folder whose config.json says something else than its name.
@@ -187,7 +187,7 @@ def select_format(model_name_or_path: str, data_format: str | None = None) -> tu
 
 
 def last_part(model_name_or_path: str) -> str:
-    """What a model is called: the last part of its path or hub name, in the hub's cache that of the repository."""
+    """A model's name: the last part of its path or hub name, or the repository's name if it lies in the hub's cache."""
     parts = Path(os.path.abspath(model_name_or_path)).parts
     if len(parts) > 2 and parts[-2] == "snapshots":  # …/models--THUDM--chatglm3-6b/snapshots/<commit>
         return parts[-3].rpartition("--")[2]
@@ -195,7 +195,7 @@ def last_part(model_name_or_path: str) -> str:
 
 
 def read_model_type(config: Path) -> str | None:
-    """A config.json's model_type; None where it cannot be had, which loading the model says better."""
+    """A config.json's model_type; None where it cannot be read, which loading the model reports better."""
     try:
         return json.loads(config.read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
@@ -203,7 +203,7 @@ def read_model_type(config: Path) -> str | None:
 
 
 def read_chatglm_version(config: Path) -> str | None:
-    """2 or 3, where a config.json says so, by itself or by the name that the model had."""
+    """ChatGLM's version, 2 or 3, by a config.json's own key or the name that it gives the model; else None."""
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -213,9 +213,9 @@ def read_chatglm_version(config: Path) -> str | None:
 
 
 def check_choice(args, data_format: str, tokenizer) -> None:
-    """See that a model with a chat template of its own is not trained in Firefly's format unasked.
+    """Refuse to train a model with a chat template of its own in Firefly's format, unless that was asked for.
 
-    Rows of Firefly's own mean its format, with a warning; any others may mean either.
+    Rows in Firefly's own format are trained in it, with a warning. Any other rows could mean either format.
 
     Args:
         args: QLoRAArguments.
@@ -245,7 +245,7 @@ def check_choice(args, data_format: str, tokenizer) -> None:
 
 
 def kind_of_rows(file: Path) -> str | None:
-    """Which of ROW_FORMATS a file's first readable row is in; None where its beginning has none."""
+    """Which of ROW_FORMATS a file's first readable row is in; None if none of its FIRST_ROWS is in any."""
     for _, row in islice(read_rows(file), FIRST_ROWS):
         with suppress(DataError):
             if not isinstance(row, DataError):

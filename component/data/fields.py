@@ -1,4 +1,4 @@
-"""What the parsers of rows share: fields and their faults, flags of learning, reasoning, tools, calls that are text."""
+"""Helpers of the parsers of rows: fields and their faults, flags of learning, reasoning, tools, calls that are text."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from .keys import says_something
 from .reader import load_json
 from .tools import unwrap_tools
 
-LEARNING = ("loss", "loss_weight", "loss_scale", "weight", "train", "training")  # names for one flag, by many tools
+LEARNING = ("loss", "loss_weight", "loss_scale", "weight", "train", "training")  # names of one flag in different tools
 REASONING = ("reasoning_content", "reasoning", "thinking")
 FENCED = re.compile(r"```(?:python|json)?\s*(.*?)\s*```", re.DOTALL)
 
@@ -24,7 +24,7 @@ def require_object(value: Any, place: str, keys: str) -> None:
 
 
 def given(holder: dict, key: str) -> bool:
-    """Whether there is something to take: null and an empty text say that there is not, 0 and false are wrong."""
+    """Whether a key has a value to `take`: null and empty text count as none, 0 and false as values of a wrong type."""
     return holder.get(key) not in (None, "")
 
 
@@ -46,7 +46,7 @@ def from_json(text: str, place: str) -> Any:
 
 
 def learning_flag(message: dict, place: str) -> bool | None:
-    """What a turn says about being learned, by any of LEARNING, as true or false or as 1 or 0; None: nothing."""
+    """A turn's own word on being learned, by any key of LEARNING (true, false, 1 or 0); None if it has none."""
     found: dict[str, bool] = {}
     for key in LEARNING:
         value = message.get(key)
@@ -59,7 +59,7 @@ def learning_flag(message: dict, place: str) -> bool | None:
 
 
 def one_of(found: dict[str, Any], place: str) -> Any:
-    """What several keys say alike, or None where none stands there. Raises DataError where they differ."""
+    """The one value of several keys, or None if there is no key. Raises DataError where values differ."""
     values = list(found.values())
     if any(value != values[0] for value in values):
         raise DataError(f"{place}: {' and '.join(found)} say different things; keep one")
@@ -78,14 +78,14 @@ def refuse_learning(message: dict, place: str) -> None:
 
 
 def reasoning_of(message: dict, place: str) -> str:
-    """What an assistant thinks before it answers, by any of REASONING."""
+    """An assistant's thoughts before its answer, by any key of REASONING; empty if there are none."""
     return (
         one_of({key: take(message, key, str, place).strip() for key in REASONING if given(message, key)}, place) or ""
     )
 
 
 def content_of(message: dict, place: str, optional: bool = False) -> str:
-    """A message's text, whole or in parts."""
+    """A message's text, which may be given in parts. Raises DataError for a part that is no text."""
     content = message.get("content")
     if content is None and optional:
         return ""
@@ -100,7 +100,7 @@ def content_of(message: dict, place: str, optional: bool = False) -> str:
 
 
 def begin_with_system(row: dict, turns: list[Turn]) -> tuple[Turn, ...]:
-    """The turns, after the system prompt that the row itself may give."""
+    """Put the row's own system prompt, if any, before the turns. Raises DataError where the first turn has another."""
     if not given(row, "system"):
         return tuple(turns)
     system = Turn("system", take(row, "system", str))
@@ -114,7 +114,7 @@ def begin_with_system(row: dict, turns: list[Turn]) -> tuple[Turn, ...]:
 
 
 def parse_tools(tools: Any, place: str) -> list | None:
-    """A list of functions' descriptions or its JSON, as the bare ones that ChatGLM3 shows."""
+    """Parse a list of functions' descriptions, or its JSON, to the bare ones that ChatGLM3 shows."""
     if isinstance(tools, str):
         tools = from_json(tools, place) if tools.strip() else None
     if tools is None or tools == []:
@@ -122,7 +122,7 @@ def parse_tools(tools: Any, place: str) -> list | None:
     if not isinstance(tools, list):
         raise DataError(f"{place} must be a list of functions, got {describe(tools)}")
     for i, tool in enumerate(tools):
-        if isinstance(tool, str) and tool.lstrip().startswith("{"):  # each described by its JSON
+        if isinstance(tool, str) and tool.lstrip().startswith("{"):  # one description as JSON
             tools = [*tools[:i], from_json(tool, f"{place}[{i}]"), *tools[i + 1 :]]
     return unwrap_tools(tools)
 
@@ -145,7 +145,7 @@ def offered_tools(row: dict, turns: list, place: str, key: str = "tools") -> Any
 
 
 def empty_but_for_tools(turn: dict, tools: Any) -> bool:
-    """Whether a system turn holds the row's tools alone, perhaps under the sentence that introduces them anyway."""
+    """Whether a system turn holds nothing but the row's tools, or also the sentence that introduces tools anyway."""
     if turn["role"] not in ("system", "developer") or tools is None:
         return False
     if turn.get("content") in (None, ""):
@@ -156,13 +156,13 @@ def empty_but_for_tools(turn: dict, tools: Any) -> bool:
 
 
 def text_call(message: dict, turn: Turn, place: str, offered: Set[str]) -> list[Turn]:
-    """An assistant's turn, or the call that its text is.
+    """Parse an assistant's turn that may be a call by its text: to the call, else to the turn itself.
 
     ChatGLM3 and GLM-4 write the function's name, as `metadata` or in the first line, and then its arguments, as a
     Python call of literals or as JSON. Nothing is evaluated.
 
     Raises:
-        DataError: what should be a call is none.
+        DataError: the text should be a call, and is not.
     """
     name, text = message.get("metadata"), turn.content.strip()
     if not isinstance(name, str) or not name.strip():
@@ -177,7 +177,7 @@ def text_call(message: dict, turn: Turn, place: str, offered: Set[str]) -> list[
 
 
 def literal_arguments(text: str, name: str, place: str) -> dict:
-    """The arguments of a call, written as a Python call of literals or as a JSON object."""
+    """Parse the arguments of a call, written as a Python call of literals or as a JSON object."""
     if fenced := FENCED.fullmatch(text):
         text = fenced[1]
     if text.startswith("{"):

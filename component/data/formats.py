@@ -1,7 +1,7 @@
-"""The rows that exist in the world, to a Conversation and back: Firefly, ChatGLM3, OpenAI, ShareGPT, Alpaca, Glaive.
+"""Parsers and writers of rows, from and to a Conversation: Firefly, ChatGLM3, OpenAI, ShareGPT, Alpaca, Glaive.
 
 A parser raises DataError naming the field. A writer calls `lost(what)` for everything that its format has no place for,
-and raises DataError where the row would say something else. Every format is described in docs/data_format.md.
+and raises DataError where the written row would mean something else. Every format is described in docs/data_format.md.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def as_pairs(conversation: Conversation, name: str, lost: Lost) -> tuple[list[tu
 
 
 def thinking_aloud(conversation: Conversation, lost: Lost) -> Conversation:
-    """For a format whose rows have no field for reasoning."""
+    """The conversation with reasoning as text, for a format without a field for it; calls `lost` if there is any."""
     written = with_think_text(conversation)
     if written is not conversation:
         lost("that reasoning is no part of the answer: written as <think> text")
@@ -87,7 +87,7 @@ def thinking_aloud(conversation: Conversation, lost: Lost) -> Conversation:
 
 
 def parse_chatglm3(row: dict) -> Conversation:
-    """ChatGLM3's turns, with calls as `tool` turns, or as its own code writes them: an assistant's text with the
+    """Parse ChatGLM3's turns. A call is a `tool` turn, or what ChatGLM3's own code writes: an assistant's text with the
     function's name as `metadata`, then an `observation`. Raises DataError for the first fault."""
     listed = take(row, "conversations", list)
     tools = offered_tools(row, listed, "conversations")
@@ -109,7 +109,7 @@ def parse_chatglm3(row: dict) -> Conversation:
 
 
 def parse_turn(turn: dict, place: str, offered: Set[str] = frozenset()) -> list[Turn]:
-    """A turn of ChatGLM3's rows, or two where reasoning stands before a call. Raises DataError for the first fault.
+    """Parse one turn of ChatGLM3's, to two where reasoning stands before a call. Raises DataError for the first fault.
 
     Args:
         offered: names of the functions that may be called by text.
@@ -143,7 +143,7 @@ def parse_turn(turn: dict, place: str, offered: Set[str] = frozenset()) -> list[
 
 
 def write_chatglm3(conversation: Conversation, lost: Lost) -> dict:
-    """A row of ChatGLM3: a call and its result are one turn of the role `tool`."""
+    """Write a row of ChatGLM3: a call and its result are one turn of the role `tool`."""
     turns = []
     for turn in conversation.turns:
         if turn.role == "tool":
@@ -174,18 +174,18 @@ OPENAI_ROLES = {
     "tool": "result",
     "function": "result",
     "observation": "result",
-    "tool_call": "call",  # ms-swift's: the JSON of one call, several after one another at once
+    "tool_call": "call",  # ms-swift's: the JSON of one call; consecutive ones are parallel
     "tool_response": "result",
 }
 
 
 def parse_openai(row: dict) -> Conversation:
-    """Messages of OpenAI's chat API, `tool_calls` and `tool_call_id` included. Raises DataError for the first fault."""
+    """Parse messages of OpenAI's chat API, with calls and their results. Raises DataError for the first fault."""
     listed = take(row, "messages", list)
     key = "tools" if says_something(row.get("tools")) else "functions"  # the older name
     tools = parse_tools(offered_tools(row, listed, "messages", key), key)
     turns: list[Turn] = []
-    pending: dict[int, str] = {}  # calls without a result yet: place in turns to id
+    pending: dict[int, str] = {}  # calls without a result yet: index in turns to id
     for i, message in enumerate(listed):
         place = f"messages[{i}]"
         require_object(message, place, "role")
@@ -214,7 +214,7 @@ def parse_openai(row: dict) -> Conversation:
 
 
 def parse_answer(message: dict, place: str, offered: Set[str]) -> list[Turn]:
-    """An assistant's message: its text, if any, and its calls."""
+    """Parse an assistant's message: its text, if any, and its calls."""
     calls = parse_calls(message, place)
     learned, reasoning = is_learned(message, place), reasoning_of(message, place)
     text = content_of(message, place, optional=bool(calls))
@@ -226,7 +226,7 @@ def parse_answer(message: dict, place: str, offered: Set[str]) -> list[Turn]:
 
 
 def written_calls(message: dict, turn: Turn, place: str, offered: Set[str]) -> list[Turn]:
-    """An assistant's turn, or the text and the calls that it is: in Hermes' tags, or as `text_call` reads them."""
+    """Parse calls out of an assistant's text, in Hermes' tags or as `text_call` reads them; else keep the turn."""
     written = TAGGED_CALL.findall(turn.content) if offered else []
     if not written:
         return text_call(message, turn, place, offered)
@@ -239,7 +239,11 @@ def written_calls(message: dict, turn: Turn, place: str, offered: Set[str]) -> l
 def answer_call(
     turns: list[Turn], pending: dict[int, str], call_id: Any, text: str, place: str, name: Any = None
 ) -> None:
-    """Give the result to the call of that id; where there is no id, to the first of that name, or to the first."""
+    """Give a result to the pending call of its id, or without an id to the first one of that name, else to the first.
+
+    Raises:
+        DataError: no pending call fits.
+    """
     waiting = [at for at, known in pending.items() if call_id in (None, "") or known == call_id]
     if call_id in (None, ""):
         waiting.sort(key=lambda at: turns[at].name != name)
@@ -251,7 +255,7 @@ def answer_call(
 
 
 def parse_calls(message: dict, place: str) -> list[Turn]:
-    """The calls of an assistant's message, by `tool_calls` or the older `function_call`."""
+    """Parse the calls of an assistant's message, in `tool_calls` or the older `function_call`."""
     if message.get("tool_calls") in (None, []):
         legacy = message.get("function_call")
         return [] if legacy is None else [parse_call(legacy, f"{place}.function_call")]
@@ -267,7 +271,7 @@ def parse_calls(message: dict, place: str) -> list[Turn]:
 
 
 def parse_call(call: Any, place: str) -> Turn:
-    """`{"name", "arguments"}`, the arguments an object or its JSON."""
+    """Parse a call `{"name", "arguments"}`, whose arguments are an object or its JSON."""
     require_object(call, place, "name and arguments")
     name = function_name(take(call, "name", str, place), f"{place}.name")
     arguments = call.get("arguments", call.get("parameters", {}))
@@ -279,7 +283,7 @@ def parse_call(call: Any, place: str) -> Turn:
 
 
 def write_openai(conversation: Conversation, lost: Lost) -> dict:
-    """A row of OpenAI's messages; a call and its result are two of them, joined by an id."""
+    """Write a row of OpenAI's messages; a call and its result are two messages with one id."""
     messages, tools = chat_messages(conversation)
     lose_empty_answers(conversation, lost)
     for message in messages:
@@ -324,7 +328,7 @@ SHAREGPT_ROLES = {
 
 
 def parse_sharegpt(row: dict) -> Conversation:
-    """ShareGPT's `from` and `value`, with `function_call` and `observation`. Raises DataError for the first fault."""
+    """Parse ShareGPT's `from` and `value`, calls and observations too. Raises DataError for the first fault."""
     turns: list[Turn] = []
     pending: dict[int, str] = {}
     tools = parse_tools(row.get("tools"), "tools")
@@ -361,10 +365,10 @@ def parse_sharegpt(row: dict) -> Conversation:
 
 
 def answer_calls(turns: list[Turn], pending: dict[int, str], value: str, place: str) -> None:
-    """One observation for one call, or for several a JSON list with one result each."""
+    """Give an observation to the pending calls: to one call as it is, to several as a JSON list of their results."""
     results: Any = None
     if len(pending) > 1:
-        with contextlib.suppress(DataError):  # it is text, perhaps such that begins as a list does
+        with contextlib.suppress(DataError):  # it is text, which may begin like a list
             results = load_json(value)
     if not isinstance(results, list) or len(results) != len(pending):
         results = [value]
@@ -373,7 +377,7 @@ def answer_calls(turns: list[Turn], pending: dict[int, str], value: str, place: 
 
 
 def write_sharegpt(conversation: Conversation, lost: Lost) -> dict:
-    """A row of ShareGPT."""
+    """Write a row of ShareGPT."""
     messages: list[dict] = []
     for group in grouped(thinking_aloud(conversation, lost).turns):
         calls = [turn for turn in group if turn.role == "tool"]
@@ -401,7 +405,7 @@ def write_sharegpt(conversation: Conversation, lost: Lost) -> dict:
 
 
 def results_of(calls: list[Turn], lost: Lost) -> list[str]:
-    """Each call's result, or for parallel calls one JSON list, so that none can be taken for another's."""
+    """Observations to write: one call's result, or parallel calls' results as one JSON list, to keep them apart."""
     observed = [call for call in calls if call.observed]
     if not observed:
         return []
@@ -429,7 +433,7 @@ def unlearned(turns: list[Turn], lost: Lost) -> dict:
 
 
 def grouped(turns: tuple[Turn, ...]) -> list[list[Turn]]:
-    """Turns by the message that they are written in."""
+    """Turns in groups, one for each message that they are written in."""
     groups: list[list[Turn]] = []
     for turn in turns:
         if turn.joined and groups:
@@ -440,11 +444,11 @@ def grouped(turns: tuple[Turn, ...]) -> list[list[Turn]]:
 
 
 # Alpaca: {"instruction": text, "input": text, "output": text, "system": text, "history": [[text, text]]}; with query
-# and response it is ms-swift's
+# and response instead of instruction and output it is ms-swift's
 
 
 def parse_alpaca(row: dict) -> Conversation:
-    """Alpaca's `instruction`, `input` and `output`, or ms-swift's `query` and `response`."""
+    """Parse Alpaca's `instruction`, `input` and `output`, or ms-swift's `query` and `response`."""
     asked, answered = ("instruction", "output") if "instruction" in row else ("query", "response")
     turns = []
     for i, pair in enumerate(take(row, "history", list) if given(row, "history") else []):
@@ -477,7 +481,7 @@ GLAIVE_END = "<|endoftext|>"
 
 
 def parse_glaive(row: dict) -> Conversation:
-    """Glaive's one text of `USER:`, `ASSISTANT:` and `FUNCTION RESPONSE:`. Raises DataError for the first fault."""
+    """Parse Glaive's text of `USER:`, `ASSISTANT:` and `FUNCTION RESPONSE:`. Raises DataError for the first fault."""
     turns, tools = [], None
     if given(row, "system"):
         text = take(row, "system", str).removeprefix("SYSTEM:").strip()
@@ -509,7 +513,7 @@ def parse_glaive(row: dict) -> Conversation:
 
 
 def glaive_call(text: str) -> Turn:
-    """A call whose arguments are JSON between single quotes, in which a quote may be escaped or not."""
+    """Parse a call whose arguments are JSON between single quotes, in which a single quote may be escaped or not."""
     match = GLAIVE_CALL.fullmatch(text.strip().removesuffix(GLAIVE_END).strip())
     if not match:
         raise DataError(f"chat: <functioncall> is followed by no call: {describe(text.strip())}")
@@ -536,7 +540,7 @@ def concatenated_json(text: str, place: str) -> list:
 
 
 def write_glaive(conversation: Conversation, lost: Lost) -> dict:
-    """A row of Glaive: `system` and `chat`."""
+    """Write a row of Glaive: `system` and `chat`."""
     turns = list(thinking_aloud(conversation, lost).turns)
     if conversation.tools is not None:
         tools = wrap_tools(conversation.tools)
@@ -556,7 +560,7 @@ def write_glaive(conversation: Conversation, lost: Lost) -> dict:
         if has_system and not system:
             lost("an empty system prompt")
         if system != system.strip() or ("functions" in system and "{" in system):
-            raise DataError("has a system prompt with space at an end or that Glaive's rows take for tools")
+            raise DataError("has a system prompt that begins or ends with space, or that Glaive's rows take for tools")
     if not turns:
         raise DataError("has no question or answer; remove the row")
     lose_empty_answers(conversation, lost)
@@ -592,19 +596,19 @@ def write_glaive(conversation: Conversation, lost: Lost) -> dict:
 
 def plain_for_glaive(text: str) -> str:
     if GLAIVE_SPEAKER.search(text) or GLAIVE_END in text or "<functioncall>" in text or text != text.strip():
-        raise DataError("has text with a marker of Glaive's or with space at an end, which its rows cannot quote")
+        raise DataError("has text with a marker of Glaive's or with space at either end, which its rows cannot hold")
     return text
 
 
-# All of them
+# The table of all formats
 
 
 @dataclass(frozen=True)
 class RowFormat:
     parse: Callable[[dict], Conversation]
     write: Callable[[Conversation, Lost], dict]
-    keys: frozenset[str]  # of a row that it reads; others are carried over as they are
-    turn_keys: frozenset[str]  # of a turn; others are lost
+    keys: frozenset[str]  # of a row that are read; the converter keeps others as they are
+    turn_keys: frozenset[str]  # of a turn that are read; the converter loses others
 
 
 def row_format(parse: Callable, write: Callable, keys: str, turn_keys: str = "") -> RowFormat:
@@ -635,7 +639,7 @@ ROW_FORMATS: dict[str, RowFormat] = {
 
 
 def detect_format(row: dict) -> str:
-    """Which of ROW_FORMATS a row is in, by its keys. Raises DataError where it is in none."""
+    """Find which of ROW_FORMATS a row is in, by its keys. Raises DataError where it is in none."""
     if "conversations" in row:
         turns = row["conversations"]
         first = turns[0] if isinstance(turns, list) and turns else None
@@ -648,13 +652,13 @@ def detect_format(row: dict) -> str:
     keys = ", ".join(map(repr, list(row)[:8])) or "no key"
     raise DataError(
         f"unknown kind of row, with {keys}; expected conversations (ChatGLM3, ShareGPT), conversation (Firefly), "
-        "messages (OpenAI), instruction and output (Alpaca; name a prompt and its answer so) or chat (Glaive)"
+        "messages (OpenAI), instruction and output (Alpaca; rename prompt and answer to these) or chat (Glaive)"
     )
 
 
 def parse_row(row: dict, name: str | None = None) -> Conversation:
-    """A row in the named one of ROW_FORMATS, or in whichever it is. Raises DataError also for a key that is not read
-    and would change what is learned."""
+    """Parse a row in the format `name` of ROW_FORMATS, or in the one that its keys show. Raises DataError for a fault,
+    and for a key that is not read but would change what is learned."""
     refuse_preference(row)
     own = ROW_FORMATS[name or detect_format(row)]
     refuse_meaning(row, own.keys, ROW_MEANINGS)
@@ -664,7 +668,7 @@ def parse_row(row: dict, name: str | None = None) -> Conversation:
 
 
 def unread_keys(row: dict) -> list[str]:
-    """What of a row is not read and is not known to be a note, each kind once."""
+    """Remarks on keys of a row and its turns that are neither read nor known as notes, each kind once."""
     own = ROW_FORMATS[detect_format(row)]
     found = [f"`{key}` of a row is not read" for key in unread(row, own.keys, ROW_MEANINGS)]
     turns = [key for _, turn in turns_of(row, own.keys) for key in unread(turn, own.turn_keys, TURN_MEANINGS)]
@@ -672,7 +676,7 @@ def unread_keys(row: dict) -> list[str]:
 
 
 def read_conversations(file: Path) -> Iterator[tuple[int, Conversation]]:
-    """(line, Conversation) of every row of a file. Raises DataError, with file and line, for the first bad one."""
+    """Read (line, Conversation) of every row of a file. Raises DataError, with file and line, for the first bad one."""
     for line, row in read_rows(file):
         try:
             if isinstance(row, DataError):

@@ -1,4 +1,4 @@
-"""What a model will learn from its data, for a person to look at: a table, one row as tokens, one HTML page."""
+"""Views of what a model will learn from its data: a table, one sample as tokens, one HTML page."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from .rules import CUT, DROPPED, NOTES, SHORTENED, SHOWN
 from .tools import names_of
 
 PAGE = Path(__file__).with_name("inspection.html")
-BARS = 12  # of the histogram
-FAULT_TEXT = 2000  # characters of a bad row
+BARS = 12  # in the histogram
+FAULT_TEXT = 2000  # characters of a bad row that are shown
 
 
 class Inspection:
@@ -78,17 +78,17 @@ class Inspection:
         return f"{self.dataset.place(index)}, {len(ids)} tokens, {sum(mask)} learned\n" + "│".join(parts)
 
     def piece(self, token: int) -> str:
-        """A token's text as it stands in the whole, leading space included; a control token's name."""
+        """A token's text as it appears within a sample, leading space included, or a control token's name."""
         raw = self.tokenizer.convert_ids_to_tokens(token)
         if token in self.control:
-            return str(raw or self.tokenizer.added_tokens_decoder[token])  # ChatGLM's own has no name for its end
+            return str(raw or self.tokenizer.added_tokens_decoder[token])  # ChatGLM's has no name for its end token
         text = self.tokenizer.decode([token])
         if text == "\ufffd" and str(raw).startswith("<0x"):  # a byte of a character that the vocabulary does not have
             return raw
         return f" {text}" if str(raw).startswith("▁") and not text.startswith(" ") else text
 
     def html(self, title: str, model: str, data_format: str, limit: int) -> str:
-        """One page that needs nothing else, with the first `limit` samples."""
+        """One page with the first `limit` samples, which loads nothing else."""
         edges, counts = self.histogram()
         shown = min(len(self.dataset), limit)
         rows = self.describe_rows(shown)
@@ -116,7 +116,7 @@ class Inspection:
         return PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
 
     def calls(self) -> list[tuple[str, int]]:
-        """(function, calls), the most called first; after SHOWN, the rest together."""
+        """(function, number of calls), the most called first; after SHOWN functions, the rest is one entry."""
         ranked = sorted(self.report.calls.items(), key=lambda item: -item[1])
         rest = ranked[SHOWN:]
         return ranked[:SHOWN] + ([(f"{len(rest):,} other functions", sum(n for _, n in rest))] if rest else [])
@@ -130,7 +130,7 @@ class Inspection:
         ]
 
     def describe_rows(self, shown: int) -> list[dict[str, Any]]:
-        """Tokens and turns of the first samples; the turns are read from the files again."""
+        """Tokens and turns of the first samples; turns are read from the files again."""
         wanted: dict[int, dict[int, int]] = defaultdict(dict)  # file number: line: sample
         for index in range(shown):
             number, line = self.dataset.store.place(index)
@@ -171,7 +171,7 @@ class Inspection:
 
 
 def find_duplicates(dataset: SFTDataset) -> dict[int, int]:
-    """Samples whose tokens an earlier one has, to that one."""
+    """Indices of samples whose tokens repeat an earlier sample's, to that sample's index."""
     first: dict[bytes, int] = {}
     duplicates = {}
     for index in range(len(dataset)):
@@ -182,6 +182,6 @@ def find_duplicates(dataset: SFTDataset) -> dict[int, int]:
 
 
 def visible(piece: str) -> str:
-    """What a terminal may be given: no text of a row can move its cursor or turn the line around."""
+    """Text that is safe to print: no row can move a terminal's cursor or reverse a line's direction."""
     shown = piece.replace(" ", "·").replace("\t", "→")
     return "".join(c if c.isprintable() else "↵\n" if c == "\n" else f"U+{ord(c):04X}" for c in shown) or "∅"

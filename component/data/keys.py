@@ -1,7 +1,7 @@
-"""What the keys of rows and turns mean beside those that a format reads. Standard library only.
+"""Keys of rows and turns beside those that a format reads, and what becomes of them. Standard library only.
 
-A key is one of three things: it would change what is learned, and the row is refused with a remedy, unless its value
-says nothing; it is known to be a note about the row; or it is not known, and is reported as not read.
+There are three kinds. A key that would change what is learned gets its row refused with a remedy, unless its value
+asks for nothing. A key that is known as a note about the row is left unread. Any other key is reported as not read.
 """
 
 import re
@@ -26,7 +26,7 @@ NOTES = """
 HARMLESS = frozenset(NOTES.split())
 HARMLESS_ENDING = re.compile(r"(^|_)(ids?|uuid|scores?|ratings?|url|hash|name|date|time|at|count|tokens|language)$")
 
-# Each says whether a value says nothing.
+# A predicate of values: true for those that ask for nothing, so that the key does no harm.
 Neutral = Callable[[Any], bool]
 
 
@@ -114,7 +114,7 @@ TURN_MEANINGS = meanings(
 
 
 def says_something(value: Any) -> bool:
-    """Whether a value stands there: null and what is empty say that none does."""
+    """Whether a key has a value: null and empty values count as none."""
     return value is not None and value not in ("", [], {})
 
 
@@ -137,7 +137,7 @@ def refuse_meaning(holder: dict, read: Container[str], table: dict[str, tuple[Ne
 
 
 def unread(holder: dict, read: Container[str], table: dict) -> Iterator[str]:
-    """Keys that nobody reads and that are no known notes."""
+    """Keys that are not read, not in `table` and not known as notes."""
     for key, value in holder.items():
         known = key in read or key in table or key in HARMLESS or HARMLESS_ENDING.search(key)
         if not known and says_something(value):
@@ -145,7 +145,7 @@ def unread(holder: dict, read: Container[str], table: dict) -> Iterator[str]:
 
 
 def turns_of(row: dict, read: Container[str]) -> Iterator[tuple[str, dict]]:
-    """(place, turn) of a row's turns, as far as they are objects."""
+    """(place, turn) of those turns of a row that are objects."""
     for name in TURN_LISTS:
         turns = row.get(name) if name in read else None
         for i, turn in enumerate(turns if isinstance(turns, list) else ()):

@@ -1,4 +1,4 @@
-"""A Conversation as messages: question and answer pairs, or those of OpenAI and chat templates."""
+"""A Conversation as pairs of question and answer, or as messages of OpenAI and chat templates."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ def as_text(value: Any) -> str:
 
 
 def with_think_text(conversation: Conversation) -> Conversation:
-    """The conversation with reasoning as `<think>` text before the content, for what has no field for it."""
+    """The conversation with reasoning as `<think>` text before the content, for formats without a field for it."""
     if not any(turn.reasoning for turn in conversation.turns):
         return conversation
     return replace(conversation, turns=tuple(map(think_aloud, conversation.turns)))
@@ -29,7 +29,7 @@ def think_aloud(turn: Turn) -> Turn:
 def question_answer_pairs(
     conversation: Conversation, data_format: str, remedy: str = "set data_format to chat_template"
 ) -> list[tuple[Turn, Turn]]:
-    """The turns of a conversation that is nothing but questions with answers. Raises DataError for any other."""
+    """Pair the questions of a conversation with their answers. Raises DataError if it holds anything else."""
     turns = with_think_text(conversation).turns
     others = {turn.role for turn in turns} - {"user", "assistant"}
     others |= {"tools"} if conversation.tools is not None else set()
@@ -43,10 +43,10 @@ def question_answer_pairs(
 
 
 def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | None]:
-    """Messages and tools as OpenAI and chat templates have them, a call's arguments as an object.
+    """(messages, tools) as OpenAI and chat templates have them, a call's arguments as an object.
 
-    An assistant's message has `learned`, a flag for its text and for each call, and `reasoning_content` if it thinks.
-    Tools that are no descriptions with names become the system message that ChatGLM3 shows.
+    An assistant's message has `learned`, one flag for its text and one for each call, and `reasoning_content` if it
+    has reasoning. Descriptions of tools without names become the system message that ChatGLM3 shows.
     """
     messages: list[dict] = []
     calls: list[Turn] = []  # of the last message
@@ -62,7 +62,7 @@ def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | 
     call_ids = {id(turn): turn.id or f"call{i:05}" for i, turn in enumerate(conversation.turns)}
     tools = wrap_tools(conversation.tools)
     if tools is None and conversation.tools is not None:
-        from ..chatglm.prompt import tools_message  # whose package takes seconds to import, for rows that hardly are
+        from ..chatglm.prompt import tools_message  # imported here: its package takes seconds, such rows are rare
 
         messages.append({"role": "system", "content": tools_message(conversation.tools)})
     for turn in conversation.turns:

@@ -1,4 +1,4 @@
-"""Work by several processes, in order."""
+"""Work by several processes, with results in order."""
 
 import gc
 import itertools
@@ -16,7 +16,8 @@ from ..run.errors import DataError
 def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
     """`map(work, tasks)` by several processes, with few tasks in flight, so that memory stays small.
 
-    The processes are forks, as a DataLoader's are: what the first of every task is, they have without copying.
+    The processes are forks, as a DataLoader's are. They inherit the first item of the tasks, which must be one object
+    in all of them, without a copy.
     """
     if workers < 2:
         yield from map(work, tasks)
@@ -47,12 +48,12 @@ def in_order(work: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
 def begin_worker(work: Callable, shared: object) -> None:
     global work_on_shared
     Thread(target=end_with_parent, daemon=True).start()
-    gc.freeze()  # what the fork has from its parent need never be looked through
+    gc.freeze()  # the collector need not look through what comes from the parent
     work_on_shared = lambda rest: work((shared, *rest))  # noqa: E731
 
 
 def end_with_parent() -> None:
-    """A parent that was killed cannot end its pool, whose processes would wait for work for ever."""
+    """Exit when the parent is gone: if it was killed, it cannot end its pool, whose processes would wait for ever."""
     parent_process().join()
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""A Conversation to token ids and the mask of what is learned, token for token as the official inference code has it.
+"""Rendering of a Conversation to token ids and the mask of what is learned, as the official inference code has them.
 
 `target_mask[i] == 1` means that the model learns to predict token i. The formats are described in docs/data_format.md.
 """
@@ -55,7 +55,7 @@ def call_text(call: Turn) -> str:
 
 
 def render_chatglm3(conversation: Conversation, tokenizer) -> TokenizedSample:
-    """`[gMASK] sop`, the messages, `</s>`.
+    """Render `[gMASK] sop`, the messages, `</s>`.
 
     A learned message teaches its tokens and the token after it, which is how the model learns to stop: with
     `<|user|>`, `<|observation|>` or `</s>`. Its own role token is written by the inference code and not learned.
@@ -73,7 +73,7 @@ def render_chatglm3(conversation: Conversation, tokenizer) -> TokenizedSample:
 
 
 def render_chatglm2(conversation: Conversation, tokenizer) -> TokenizedSample:
-    """`[gMASK] sop`, then for each round its prompt, the answer and `</s>`; answers and their ends are learned."""
+    """Render `[gMASK] sop`, then of each round its prompt, answer and `</s>`; answers and their ends are learned."""
     sample = TokenizedSample()
     sample.add(tokenizer.get_prefix_tokens(), learned=False)
     for i, (question, answer) in enumerate(question_answer_pairs(conversation, "chatglm2"), 1):
@@ -85,7 +85,7 @@ def render_chatglm2(conversation: Conversation, tokenizer) -> TokenizedSample:
 
 
 def render_firefly(conversation: Conversation, tokenizer) -> TokenizedSample:
-    """`<s>`, then every utterance followed by `</s>`; answers and their ends are learned.
+    """Render `<s>`, then every utterance followed by `</s>`; answers and their ends are learned.
 
     `<s>` is the tokenizer's BOS, left out where it has none, and `</s>` its EOS. Control tokens written in an utterance
     are text.

@@ -1,8 +1,8 @@
-"""Samples of token ids in flat files, memory-mapped.
+"""Rendered samples in flat files, memory-mapped.
 
 A store's folder holds `input_ids.bin` (int32) and `target_mask.bin` (uint8) of all samples end to end, `ends.bin`
-(int64: where each sample ends), `lines.bin` (int64: file number and line of each, see PLACE_BITS), `notes.bin` (uint8:
-see NOTES), `report.json` and `rejected.jsonl`.
+(int64: where each sample ends), `lines.bin` (int64: file number and line of each sample, see PLACE_BITS), `notes.bin`
+(uint8: see NOTES), `report.json` and `rejected.jsonl`.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from ..run.errors import DataError
 from .rules import DataReport
 
-PLACE_BITS = 40  # of a place, the low ones that hold the line; those above hold the file's number
+PLACE_BITS = 40  # low bits of a place, which hold the line; the higher ones hold the file's number
 FILES = {"input_ids": np.int32, "target_mask": np.uint8, "ends": np.int64, "lines": np.int64, "notes": np.uint8}
 
 
@@ -21,7 +21,7 @@ class TokenStore:
     """The samples of a folder that `fill_store` filled, memory-mapped. `ends[i]` is where sample i ends."""
 
     def __init__(self, folder: Path):
-        if not folder.is_dir():  # a process on another machine
+        if not folder.is_dir():  # such as for a process on another machine
             raise DataError(f"{folder}: not there; set cache_dir to a folder that all machines share")
         self.folder = folder
         try:
@@ -37,7 +37,7 @@ class TokenStore:
             raise DataError(f"{folder}: damaged; delete it, and it will be made anew ({error})") from error
 
     def __reduce__(self):
-        return TokenStore, (self.folder,)  # to another process goes the folder's name, not the data
+        return TokenStore, (self.folder,)  # another process is sent the folder's name, not the data
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -1,4 +1,4 @@
-"""Descriptions of functions, bare as ChatGLM3 shows them or wrapped as OpenAI does. Standard library only."""
+"""Descriptions of functions, bare (ChatGLM3's) or wrapped (OpenAI's), and checks of calls. Standard library only."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,40 +12,40 @@ TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "null": (type(None),),
 }
-# What of JSON Schema may allow properties that `properties` does not name.
+# Keywords of JSON Schema that may allow properties beside those of `properties`.
 OPEN = {"$ref", "anyOf", "oneOf", "allOf", "if", "patternProperties", "unevaluatedProperties"}
 
 
 def bare(tool: Any) -> Any:
-    """A function's description itself, where it is wrapped as `{"type": "function", "function": …}`."""
+    """A function's description without the wrapping `{"type": "function", "function": …}`, if it has that."""
     return tool.get("function", tool) if isinstance(tool, dict) else tool
 
 
 def has_name(tool: Any) -> bool:
-    """Whether this is a bare description in the usual way."""
+    """Whether a bare description is usual: an object with a name."""
     return isinstance(tool, dict) and isinstance(tool.get("name"), str)
 
 
 def names_of(tools: Any) -> set[str]:
-    """Names of the functions that `tools` describes in the usual way, bare or wrapped."""
+    """Names of the functions that `tools` describes, bare or wrapped; descriptions without a name are left out."""
     described = map(bare, tools if isinstance(tools, list) else ())
     return {tool["name"] for tool in described if has_name(tool)}
 
 
 def wrap_tools(tools: Any) -> list[dict] | None:
-    """Each description as `{"type": "function", "function": …}`; None where they are none with names."""
+    """Each description as `{"type": "function", "function": …}`; None unless all have names."""
     if not isinstance(tools, list) or not all(has_name(bare(tool)) for tool in tools):
         return None
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def unwrap_tools(tools: list) -> list:
-    """Each description bare, where its wrapping says no more than that it is a function."""
+    """Each description without its wrapping, if that says only that it is a function."""
     return [bare(tool) if isinstance(tool, dict) and tool.keys() == {"type", "function"} else tool for tool in tools]
 
 
 def misfits(name: str, arguments: dict, tools: Any) -> Iterator[str]:
-    """What is wrong with a call by the parameters that `tools` describes, if these are a JSON Schema of an object."""
+    """Faults of a call by the parameters that `tools` describes, if these are a JSON Schema of an object."""
     for tool in map(bare, tools if isinstance(tools, list) else ()):
         if has_name(tool) and tool["name"] == name:
             schema = tool.get("parameters")
@@ -55,7 +55,7 @@ def misfits(name: str, arguments: dict, tools: Any) -> Iterator[str]:
 
 
 def object_misfits(value: dict, schema: dict, owner: str) -> Iterator[str]:
-    """What of an object is not as its JSON schema, which has `properties`, says; `owner` is whose object it is."""
+    """Faults of an object by its JSON schema, which has `properties`; `owner` is the object's name in the text."""
     properties = schema["properties"]
     required = schema.get("required") if isinstance(schema.get("required"), list) else []
     for key in required:
@@ -71,7 +71,7 @@ def object_misfits(value: dict, schema: dict, owner: str) -> Iterator[str]:
 
 
 def value_misfits(value: Any, schema: Any, owner: str) -> Iterator[str]:
-    """What is wrong with one argument. A type that JSON Schema does not know, and what is no schema, allow anything."""
+    """Faults of one argument by its schema. One that is no schema, or names an unknown type, allows anything."""
     if not isinstance(schema, dict) or (value is None and schema.get("nullable") is True):
         return
     types = schema.get("type")
@@ -88,7 +88,7 @@ def value_misfits(value: Any, schema: Any, owner: str) -> Iterator[str]:
 
 
 def is_of(value: Any, name: str) -> bool:
-    """Whether a value is of one of TYPES; true is no number, and 2.0 is an integer."""
+    """Whether a value is of the type `name`, one of TYPES. true is not a number; 2.0 is an integer."""
     if isinstance(value, bool):
         return name == "boolean"
     return isinstance(value, TYPES[name]) or (name == "integer" and isinstance(value, float) and value.is_integer())
