@@ -4,7 +4,7 @@ import errno
 
 
 class Fault(ValueError):
-    """What a user can cause and mend. It ends a program with one message and `exit_code`, never with a traceback."""
+    """An error that a user can cause and mend. It ends a program with one message and `exit_code`, not a traceback."""
 
     exit_code = 2
 
@@ -14,15 +14,15 @@ class ArgumentError(Fault):
 
 
 class DataError(Fault):
-    """A fault in the data. The text is `field: what is wrong; what to do`, and names file and line if raised."""
+    """A fault in the data. The text is `field: what is wrong; what to do`, after file and line where they are known."""
 
 
 class CheckpointError(Fault):
-    """What is to be resumed is not this run, or its folder is somebody else's."""
+    """An output_dir in which a run cannot go on: another run is or was there, or no checkpoint can be continued."""
 
 
 class DoesNotFit(Fault):
-    """No plan, or not the one asked for, fits the card."""
+    """No plan fits the card's memory, or not the one that was asked for."""
 
 
 class NumericError(Fault):
@@ -38,6 +38,6 @@ class StorageError(Fault):
 
 
 def unusable(message: str, error: Exception, otherwise: type[Fault] = DataError) -> Fault:
-    """The Fault for what cannot be read or kept: StorageError where the disk is full, else `otherwise`."""
+    """Make the Fault for an error in reading or writing: StorageError if the disk is full, else `otherwise`."""
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return (StorageError if is_full else otherwise)(message)

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: under a temporary name until every byte is on the disk, then renamed."""
+"""Files and folders that are whole or absent: written under a temporary name, synced to the disk, then renamed."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 from loguru import logger
 
-POINTER = b"version https://git-lfs.github.com"  # how a file begins that git has in place of a large one
+POINTER = b"version https://git-lfs.github.com"  # first bytes of the pointer that git-lfs keeps for a large file
 
 
 def default_cache_dir() -> Path:
@@ -20,7 +20,7 @@ def default_cache_dir() -> Path:
 
 
 def fingerprint(parts: Iterable[str | Path]) -> str:
-    """32 hexadecimal digits of texts and of the contents (not the names) of files."""
+    """Digest of texts and of files' contents (not their names), as 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Path):
@@ -32,7 +32,7 @@ def fingerprint(parts: Iterable[str | Path]) -> str:
 
 @cache
 def contents(path: Path, size: int, changed: int) -> bytes:
-    """A digest of a file, made once for as long as the file does not change."""
+    """Digest of a file, cached by its path, size and time of change."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").digest()
 
@@ -69,7 +69,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Rename a folder when every file of it is on the disk: from here on `folder` is there, and whole."""
+    """Rename a folder once every file in it is on the disk, so that `folder` is whole from its first moment."""
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     os.rename(temporary, folder)
@@ -78,14 +78,14 @@ def publish(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block has written it whole; after an error nothing has changed.
+    """Open a file that replaces `path` once the block has written it whole; after an error nothing has changed.
 
-    Where a link stands, it is replaced, never followed.
+    If `path` is a link, the link is replaced, never followed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "xb") as file:  # x: not where another has put something in the meantime
+        with open(temporary, "xb") as file:  # x: fail where something has been put there meanwhile
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -96,7 +96,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """A file of a run, replaced when its successor is whole."""
+    """Replace a file at once, when its new contents are on the disk."""
     with replacing(Path(path)) as file:
         file.write(data)
 

@@ -1,4 +1,4 @@
-"""Whether a model that is no folder can be had, asked once and answered in seconds."""
+"""Quick check that a model which is no folder can be had, from the hub or its cache."""
 
 import functools
 import os
@@ -14,12 +14,12 @@ PATIENCE = 5  # seconds, unless HF_HUB_ETAG_TIMEOUT says otherwise
 
 
 def require_hub_or_cache(name: str) -> None:
-    """See that a hub's model is in the cache or the hub answers, which its library would find out in minutes.
+    """Make sure within seconds that the hub answers or the model is in its cache; the hub's library would take minutes.
 
-    Where the hub does not answer, the cache is used without asking again.
+    If the hub does not answer, it is not asked again: later loads use the cache alone.
 
     Raises:
-        ArgumentError: neither; with the ways on.
+        ArgumentError: the hub does not answer and the cache lacks the model. The text lists other ways to get it.
     """
     reason = "HF_HUB_OFFLINE is set" if huggingface_hub.is_offline_mode() else silence_of(constants.ENDPOINT)
     if not reason:
@@ -28,7 +28,7 @@ def require_hub_or_cache(name: str) -> None:
         last = name.rpartition("/")[2]
         raise ArgumentError(
             f"model {name!r} is no folder in {os.getcwd()} and not in the cache, and the hub {constants.ENDPOINT} "
-            f"cannot be reached ({reason}). Ways on:\n"
+            f"cannot be reached ({reason}). What you can do:\n"
             f"  a folder: model_name_or_path=/path/to/{last}, with config.json, the tokenizer and *.safetensors\n"
             "  a mirror: HF_ENDPOINT=https://hf-mirror.com (or another) before the command\n"
             f"  ModelScope: pip install modelscope; modelscope download --model {name} --local_dir models/{last} (some "
@@ -41,14 +41,14 @@ def require_hub_or_cache(name: str) -> None:
 
 @functools.cache
 def silence_of(endpoint: str) -> str:
-    """Why a hub gives no answer at all; empty where it gives one, were it a refusal."""
+    """Reason why a hub gives no answer; empty if it gives one, even a refusal."""
     patience = constants.HF_HUB_ETAG_TIMEOUT if os.environ.get("HF_HUB_ETAG_TIMEOUT") else PATIENCE
     reasons = [f"no answer within {patience} s"]
 
     def ask() -> None:
         try:
             huggingface_hub.get_session().head(endpoint, timeout=patience)
-        except Exception as error:  # of the network, a proxy, a certificate, an address that is none
+        except Exception as error:  # of the network, a proxy, a certificate, a malformed address
             reasons.append(f"{type(error).__name__}: {error}")
         else:
             reasons.append("")

@@ -1,4 +1,4 @@
-"""Log lines, and what no line may hold."""
+"""Set-up of log lines, and the removal of secrets from all output."""
 
 import logging
 import os
@@ -12,7 +12,8 @@ from loguru import logger
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-# What libraries tell their own developers, or of what is as it should be here: logger, and how the line begins.
+# Lines of libraries that are hidden, since they are for developers or report what is intended here: the logger, and how
+# the line begins.
 CHATTER = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
     "transformers.integrations.bitsandbytes": "The modules are dequantized in",
@@ -23,7 +24,7 @@ SECRET_TEXT = re.compile(r"(?<=://)[^/\s'\"]+@|\bhf_\w{20,}")
 
 
 def redact(text: str) -> str:
-    """A text without the values of environment variables that are secret by their name (of 8 characters on),
+    """Remove secrets from a text: the values (8 characters or more) of environment variables with a secret's name,
     credentials in URLs, and Hugging Face tokens."""
     for name, value in os.environ.items():
         if len(value) >= 8 and SECRET_NAME.search(name):
@@ -32,7 +33,7 @@ def redact(text: str) -> str:
 
 
 class RedactedStream:
-    """Standard output or error, all that is written to which passes `redact`: lines, tables, tracebacks, warnings."""
+    """Standard output or error that passes everything through `redact`: lines, tables, tracebacks, warnings."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -45,10 +46,10 @@ class RedactedStream:
 
 
 def configure_logging(rank: int) -> None:
-    """One readable line an event, above the progress bar; of other ranks than 0 what is bound to `any_rank` alone.
-    Libraries speak up from warnings on.
+    """Set up logging: one readable line for each event, above the progress bar.
 
-    Nothing that is printed from here on holds a secret.
+    Ranks other than 0 log only what is bound to `any_rank`. Libraries log from warnings on. Nothing that is printed
+    from here on holds a secret.
     """
     sys.stdout, sys.stderr = (
         stream if isinstance(stream, RedactedStream) else RedactedStream(stream) for stream in (sys.stdout, sys.stderr)
@@ -61,12 +62,12 @@ def configure_logging(rank: int) -> None:
         diagnose=False,  # a traceback shows code, never the values of variables
     )
     for name in ("transformers", "huggingface_hub"):
-        logging.getLogger(name).handlers = [logging.lastResort]  # theirs hold the error stream of their import
+        logging.getLogger(name).handlers = [logging.lastResort]  # their own keep the error stream of before
     transformers_logging.set_verbosity(logging.WARNING if rank == 0 else logging.ERROR)
     transformers_logging.disable_progress_bar()
     for name in CHATTER:
         logging.getLogger(name).addFilter(is_for_users)
-    # How peft reads a renamed property; what component.model.warn_of_cpu says with the remedy.
+    # The first is caused by peft; the second is said by component.model.warn_of_cpu, with the remedy.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", message="CUDA initialization: ")
 
@@ -77,7 +78,7 @@ def is_for_users(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within it, transformers says nothing below errors."""
+    """Silence transformers within the block, but for errors."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

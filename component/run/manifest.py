@@ -1,4 +1,4 @@
-"""A folder's manifest: what its files are, so that damage is seen."""
+"""A folder's manifest: sizes and hashes of its files, by which damage is seen."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
 class Damaged(Exception):
-    """A folder that is not what its manifest says, or has none."""
+    """Raised for a folder that differs from its manifest, or has none."""
 
 
 def seal(folder: Path, facts: dict) -> None:
-    """Add a manifest of `facts` and of every file's size and sha256, itself checked by a sum. It is not yet synced."""
+    """Add a manifest of `facts` and of every file's size and sha256, with its own checksum. Nothing is synced yet."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, paths)
@@ -26,12 +26,15 @@ def seal(folder: Path, facts: dict) -> None:
     manifest = facts | {"files": files}
     path = folder / MANIFEST
     path.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}, indent=1), encoding="utf-8")
-    for file in paths:  # safetensors lets nobody but the owner read
+    for file in paths:  # safetensors lets only the owner read its files
         file.chmod(path.stat().st_mode)
 
 
 def verify(folder: Path, name: str | None = None, deep: bool = True) -> dict:
-    """The manifest of a sealed folder, which was sealed as `name`. Without `deep`, contents of files are not read.
+    """Compare a folder with its manifest, and return that. Without `deep`, contents of files are not read.
+
+    Args:
+        name: the name under which the folder was sealed.
 
     Raises:
         Damaged: it differs from its manifest, or has none.

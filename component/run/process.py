@@ -1,4 +1,4 @@
-"""How a program ends: by a signal that asks it to leave, or by a Fault in one line, and with which exit code."""
+"""Ends of a program: by a signal, by a Fault in one line, or by a bug with its traceback, and the exit codes."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Interrupted(BaseException):
-    """A signal asks to leave. Like KeyboardInterrupt, no `except Exception` catches it."""
+    """Raised when a signal asks the program to end. Like KeyboardInterrupt, no `except Exception` catches it."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -24,8 +24,10 @@ class Interrupted(BaseException):
 
 
 class SignalWatch:
-    """Within its block, remembers the first signal, and raises Interrupted unless `deferred`: then somebody asks for
-    `received`. A SIGINT after it leaves without a word. Children keep out of it: their parent decides.
+    """Remembers the first signal within its block, and raises Interrupted.
+
+    While `deferred` is true nothing is raised, and the program asks for `received` when it can end. A later SIGINT ends
+    the process at once. Forked children do nothing: their parent decides.
     """
 
     def __init__(self):
@@ -35,7 +37,7 @@ class SignalWatch:
 
     def __enter__(self) -> "SignalWatch":
         handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
-        self.replaced = {signum: old for signum, old in handlers.items() if old != signal.SIG_IGN}  # as nohup sets it
+        self.replaced = {signum: old for signum, old in handlers.items() if old != signal.SIG_IGN}  # as under nohup
         for signum in self.replaced:
             signal.signal(signum, self.handle)
         return self
@@ -45,10 +47,10 @@ class SignalWatch:
             signal.signal(signum, old)
 
     def cause(self, error: BaseException) -> Interrupted:
-        """The Interrupted that ended the block; within an import, a library may have made `error` of it.
+        """The Interrupted that ended the block, also where a library turned it into another `error` during an import.
 
         Raises:
-            error: no signal came, or it was deferred and something else went wrong.
+            error: no signal came, or signals were deferred and something else went wrong.
         """
         if isinstance(error, Interrupted):
             return error
@@ -64,8 +66,8 @@ class SignalWatch:
         first, self.received = not self.received, self.received or signum
         if not self.deferred:
             raise Interrupted(self.received)
-        if first and os.environ.get("RANK", "0") == "0":  # not through the logger, which may be what was interrupted
-            with suppress(OSError):  # the terminal, or who read the log, may be what has gone
+        if first and os.environ.get("RANK", "0") == "0":  # not by the logger, which the signal may have interrupted
+            with suppress(OSError):  # the terminal or the reader of the log may have gone
                 os.write(
                     2, f"{signal.Signals(signum).name}: leaving as soon as the run can go on from there\n".encode()
                 )
@@ -80,23 +82,23 @@ def die_with_parent() -> None:
 
 
 def outlive_signals() -> None:
-    """For helper processes: signals to the whole group are the parent's business, and its death is theirs."""
+    """Have a helper process ignore signals to the whole group, which its parent handles, and die with its parent."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     die_with_parent()
 
 
 def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], str], rank: int = 0) -> None:
-    """Do `work`, and end the process where it did not end well.
+    """Run `work`, and end the process with an exit code if it fails.
 
-    The exit code is that of the Fault, told in one line, or 128 + n after signal n, which is SIGPIPE where nobody reads
-    the output any more. A signal ends it at once, without waiting for other ranks, which may still be at work. Any
-    other error ends in its traceback, with a line that says where to report it.
+    A Fault is logged in one line, and has its own exit code. Signal n gives 128 + n and ends the process at once,
+    without waiting for other ranks, which may still be at work. Output that nobody reads any more counts as SIGPIPE.
+    Any other error ends in its traceback, with a line that says where to report it.
 
     Args:
         work: is given the watch over signals.
-        if_stopped: what is told where a signal ended it and `work` did not defer signals to tell of them itself.
-        rank: of this process; of others than 0 little is heard.
+        if_stopped: gives the text to print after a signal, unless `work` defers signals and reports them itself.
+        rank: of this process; ranks other than 0 log little.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         die_with_parent()
@@ -125,7 +127,7 @@ def output_is_unread() -> bool:
 
 
 def tell_of_bug(kind: type[BaseException], error: BaseException, trace) -> None:
-    """Show an error that is no Fault, and that it is ours."""
+    """Print the traceback of an error that is no Fault, and that the mistake is ours."""
     sys.__excepthook__(kind, error, trace)
     with suppress(OSError):
         sys.stderr.write(
@@ -138,7 +140,7 @@ def leave(exit_code: int) -> None:
 
 
 def exit_code_of(work: Callable[[SignalWatch], None], watch: SignalWatch, rank: int) -> int:
-    """0 where `work` is done, else the exit code of the Fault that ended it, which is logged."""
+    """Run `work` and return 0, or log the Fault that ended it and return its exit code."""
     from .log import configure_logging
 
     configure_logging(rank)  # before libraries are imported that have something to say
@@ -158,9 +160,9 @@ def exit_code_of(work: Callable[[SignalWatch], None], watch: SignalWatch, rank: 
         if rank and TOLD not in getattr(error, "__notes__", ()):
             sys.stderr.write(f"rank {rank}: {error}\n")
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a helper for an error
-        for helper in active_children():  # they outlive other signals, and would be waited for
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a helper's end for an error
+        for helper in active_children():  # they ignore other signals, and Python would wait for them
             helper.kill()
-    if dist.is_initialized():  # after an error that other ranks do not know of, they may still be at work
+    if dist.is_initialized():  # not after other errors: ranks that do not know of them may be at work
         dist.destroy_process_group()
     return exit_code
