@@ -29,7 +29,7 @@ from component.trust import check_adapter
 
 
 def find_lessons(data: Path) -> list[Conversation]:
-    """The first conversation of the sample data, and its first that calls the weather function."""
+    """The first conversation of the sample data, and the first that calls the weather function."""
     conversations = [conversation for _, conversation in read_conversations(data)]
     weather = next(c for c in conversations if any(turn.name == "get_current_weather" for turn in c.turns))
     return [conversations[0], weather]

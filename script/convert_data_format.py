@@ -4,7 +4,7 @@ python script/convert_data_format.py --input FILE … --output FILE [--to FORMAT
 
 Every row's own format is detected. Fields that belong to no format are kept. Rows are read and written one by one; the
 output appears only when it is whole, so that a fault leaves an earlier output as it was. What the target has no place
-for is counted and said; a row that cannot be said in it at all is a bad row.
+for is counted and reported; a row that it cannot hold at all is a bad row.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Summary:
 
 
 def convert_row(row: dict, target: str, source: str | None, lost) -> dict:
-    """One row in another format. Raises DataError for a bad row and for one that the target cannot say."""
+    """Convert one row. Raises DataError for a bad row and for one that the target format cannot hold."""
     name = source or detect_format(row)
     own = ROW_FORMATS[name]
     written = ROW_FORMATS[target].write(parse_row(row, name), lost)
@@ -58,8 +58,8 @@ def convert_files(
     """Convert whole files or nothing.
 
     Raises:
-        DataError: a bad row, if not `skip`, in which case it goes to `OUTPUT.rejected.jsonl` with the reason; a file
-            that cannot be read on.
+        DataError: a bad row, unless `skip`, which writes it to `OUTPUT.rejected.jsonl` with the reason; a file that
+            cannot be read to its end.
     """
     summary = Summary()
     with whole_or_absent(output) as file, whole_or_absent(rejected_path(output) if skip else None) as rejects:
@@ -91,7 +91,7 @@ def rejected_path(output: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_or_absent(output: Path | None) -> Iterator[BinaryIO | None]:
-    """A file that replaces `output`, be it a link, when all is written. What is no file, as a pipe, is written to."""
+    """Open a file that replaces `output`, even a link, when all is written. A pipe or device is written to directly."""
     if output is None:
         yield None
         return

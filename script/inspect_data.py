@@ -1,9 +1,9 @@
-"""Show what a model will learn, before paying for a GPU: figures, one row as tokens, or a page of all.
+"""Show what a model will learn, before paying for a GPU: figures, one sample as tokens, or a page of all.
 
 python script/inspect_data.py --train_args_file FILE [--row N] [--html FILE] [key=value ...]
 python script/inspect_data.py --data FILE --model FOLDER [--row N] [--html FILE] [key=value ...]
 
-Rows are read by the rules of the file; bad ones are listed and stop nothing. key=value changes a setting, such as
+Rows are read with the settings of the file; bad rows are listed and stop nothing. key=value changes a setting, such as
 max_seq_length=2048.
 """
 
@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_args_file", metavar="FILE", help="the file of a training run")
-    parser.add_argument("--data", metavar="FILE", help="a file, folder or glob of rows, and …")
-    parser.add_argument("--model", metavar="FOLDER", help="… the model's folder or name")
+    parser.add_argument("--data", metavar="FILE", help="a file, folder or glob of rows; needs --model")
+    parser.add_argument("--model", metavar="FOLDER", help="the model's folder or hub name")
     parser.add_argument("--row", type=int, metavar="N", help="show sample N, from 0, with all its tokens")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at in a browser")
-    parser.add_argument("--rows", type=int, default=5000, help="samples in the page [5000]")
+    parser.add_argument("--rows", type=int, default=5000, help="largest number of samples in the page [5000]")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     cli = parser.parse_intermixed_args()
     if not cli.train_args_file and not (cli.data and cli.model):

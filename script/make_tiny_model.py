@@ -2,7 +2,7 @@
 
 python script/make_tiny_model.py [--output models/chatglm3-tiny] [--data data/dummy_data_chatglm3.jsonl ...]
 
-It takes seconds, needs no download, and goes through every step of the real model: the demo and the tests train it.
+It takes seconds and needs no download. The model has every part of the real one; the demo and the tests train it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def texts_of(path: Path) -> list[str]:
 
 
 def train_tokenizer(data: list[Path], output: Path, vocab_size: int) -> ChatGLMTokenizer:
-    """A SentencePiece model with ChatGLM's settings: bytes for rare characters, text kept as it is, `</s>` at 2."""
+    """A SentencePiece model with ChatGLM's settings: bytes for rare characters, text kept as it is, `</s>` as id 2."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text for path in data for text in texts_of(path)]),
         model_prefix=str(output / "tokenizer"),

@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, required=True, metavar="FOLDER", help="such as output/x/final")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not exist")
     parser.add_argument("--base", metavar="MODEL", help="folder or hub name [the folder in adapter_config.json]")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the merge and the result [bfloat16]")
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file of weights [5GB]")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of merge and result [bfloat16]")
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file of weights, at most [5GB]")
     parser.add_argument("--from_4bit", action="store_true", help="merge into the base's 4-bit values, as in training")
     cli = parser.parse_args()
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def merge_or_tell(cli: argparse.Namespace) -> None:
-    """Merge; what cannot be read or written is a StorageError."""
+    """Merge, and raise StorageError for what cannot be read or written."""
     from safetensors import SafetensorError
 
     from component.run.errors import StorageError
@@ -49,7 +49,7 @@ def merge_or_tell(cli: argparse.Namespace) -> None:
 
 
 def check_merge(cli: argparse.Namespace) -> str:
-    """The base to merge into, after all that can be refused before a weight is read."""
+    """Return the base to merge into. Raises ArgumentError for what can be refused before a weight is read."""
     from component.run.errors import ArgumentError
     from component.run.manifest import MANIFEST, Damaged, verify
     from component.trust import check_adapter, check_model, find_model_file, read_model_json
@@ -94,7 +94,7 @@ def check_merge(cli: argparse.Namespace) -> str:
 
 
 def check_room(output: Path, size: int) -> None:
-    """Raise StorageError unless a folder of so many bytes can be made."""
+    """Raise StorageError unless a folder of `size` bytes can be made."""
     import os
     import shutil
 
