@@ -1,6 +1,7 @@
 """Files of rows to JSON objects, strictly: one bad row is named by file and line and never stops the reading.
 
-`read_lines` splits a file and `parse_line` reads one row, so that the second can run in other processes.
+`read_lines` splits a file and `parse_line` reads one row, so that the second can run in other processes. `read_from`
+splits a file from a Mark on.
 """
 
 import codecs
@@ -10,9 +11,11 @@ import gzip
 import io
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loguru import logger
 
@@ -89,30 +92,54 @@ def rejected_line(file: Path, line: int, reason: str, row: str | dict | None) ->
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
+class Mark(NamedTuple):
+    """A place between two rows of a file, by what lies before it. A file's beginning is Mark()."""
+
+    rows: int = 0
+    line: int = 0  # on which the last of these rows begins
+    byte: int = 0  # up to the end of that row, in a file of lines, when it is unpacked; else 0
+
+
 def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
     """(line, its bytes), in constant memory. A row that cannot be had is a DataError in its place."""
-    line = 0
+    for mark, raw in read_from(file, Mark()):
+        yield mark.line, raw
+
+
+def read_from(file: Path, start: Mark) -> Iterator[tuple[Mark, bytes | DataError]]:
+    """(mark after a row, the row's bytes) of the rows after a mark, as `read_lines` reads them.
+
+    Nothing before the mark is read in a .jsonl file, nothing before its row group in Parquet. Other files are read
+    through, and their rows before the mark passed over.
+    """
+    rows, line = start.rows, start.line
     try:
         with open(file, "rb") as stream:
             fault = no_data(stream.read(64))
         if fault:
-            yield 1, Unreadable(fault)
+            yield Mark(rows + 1, 1), Unreadable(fault)
             return
         if file.name.endswith(".parquet"):
-            rows = read_parquet(file)
+            found = read_parquet(file, start.rows)
         else:
             stream = open_bytes(file)
             head = stream.peek(4)[:4]
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (b"\0" in head and any(head)):
-                yield 1, Unreadable("not UTF-8 but UTF-16 or UTF-32 by its first bytes; save it as UTF-8")
+                fault = "not UTF-8 but UTF-16 or UTF-32 by its first bytes; save it as UTF-8"
+                yield Mark(rows + 1, 1), Unreadable(fault)
                 return
-            stream.read(len(codecs.BOM_UTF8) * head.startswith(codecs.BOM_UTF8))
-            rows = split_array(stream) if file.name.endswith(".json") else split_lines(stream)
-        for line, raw in rows:
+            byte = max(start.byte, len(codecs.BOM_UTF8) * head.startswith(codecs.BOM_UTF8))
+            pass_over(stream, byte)
+            if file.name.endswith(".json"):
+                found = ((line, 0, raw) for line, raw in islice(split_array(stream), start.rows, None))
+            else:
+                found = split_lines(stream, start.line, byte)
+        for line, byte, raw in found:
             if isinstance(raw, DataError) or raw.strip():
-                yield line, raw
+                rows += 1
+                yield Mark(rows, line, byte), raw
     except Exception as error:  # a disk that fails, a file that ends early or is not what it says: each library's own
-        yield line + 1, Unreadable(f"cannot be read on from here ({error}); restore the file")
+        yield Mark(rows + 1, line + 1), Unreadable(f"cannot be read on from here ({error}); restore the file")
 
 
 def no_data(head: bytes) -> str | None:
@@ -134,17 +161,30 @@ def open_bytes(file: Path) -> io.BufferedReader:
     return open(file, "rb")
 
 
-def split_lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
-    r"""Rows end at \n alone: U+2028 and NEL may stand inside a string."""
-    line = 0
+def pass_over(stream: io.BufferedReader, count: int) -> None:
+    """Move a stream from its beginning to the byte after the first `count`."""
+    if stream.seekable():
+        stream.seek(count)
+        return
+    while count and (read := len(stream.read(min(count, CHUNK)))):
+        count -= read
+
+
+def split_lines(stream: io.BufferedReader, line: int, byte: int) -> Iterator[tuple[int, int, bytes | DataError]]:
+    r"""(line, byte after it, its bytes) of a stream that stands after a line and at a byte of its file.
+
+    Rows end at \n alone: U+2028 and NEL may stand inside a string.
+    """
     while raw := stream.readline(LINE_LIMIT + 1):
         line += 1
+        byte += len(raw)
         if len(raw) > LINE_LIMIT:
             while raw and not raw.endswith(b"\n"):
                 raw = stream.readline(CHUNK)
-            yield line, too_long()
+                byte += len(raw)
+            yield line, byte, too_long()
         else:
-            yield line, raw
+            yield line, byte, raw
 
 
 def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
@@ -207,19 +247,27 @@ def too_long() -> DataError:
     return DataError(f"longer than {LINE_LIMIT >> 20} MiB; split the row, or end rows with a newline")
 
 
-def read_parquet(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
-    """Rows as JSON. Arrow fills what a row does not have with null, so a null key counts as absent."""
+def read_parquet(file: Path, start: int) -> Iterator[tuple[int, int, bytes | DataError]]:
+    """(number from 1, 0, row as JSON) of the rows after the first `start`, whose row groups are not read.
+
+    Arrow fills what a row does not have with null, so a null key counts as absent.
+    """
     import pyarrow.parquet
 
     with open(file, "rb") as stream:
-        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=256)
-        for line, row in enumerate((batch.slice(i, 1) for batch in batches for i in range(len(batch))), 1):
+        table = pyarrow.parquet.ParquetFile(stream)
+        groups = range(table.num_row_groups)
+        ends = [0, *accumulate(table.metadata.row_group(group).num_rows for group in groups)]
+        first = bisect_right(ends, start) - 1
+        batches = table.iter_batches(batch_size=256, row_groups=groups[first:])
+        rows = (batch.slice(i, 1) for batch in batches for i in range(len(batch)))
+        for line, row in enumerate(islice(rows, start - ends[first], None), start + 1):
             try:
                 (values,) = row.to_pylist()
                 raw = json.dumps(without_null(values), ensure_ascii=False, default=as_text).encode()
-                yield line, raw if len(raw) <= LINE_LIMIT else too_long()
+                yield line, 0, raw if len(raw) <= LINE_LIMIT else too_long()
             except Exception as error:  # dates out of range, text that is not UTF-8, bytes …: each library's own
-                yield line, DataError(f"{error}; store text, numbers, lists and structs alone")
+                yield line, 0, DataError(f"{error}; store text, numbers, lists and structs alone")
 
 
 def as_text(value: Any) -> str:

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from component.data import reader
-from component.data.reader import find_files, load_json, parse_line, read_rows
+from component.data.reader import Mark, Unreadable, find_files, load_json, parse_line, read_from, read_lines, read_rows
 from component.run.errors import DataError
 
 ROOT = Path(__file__).parents[3]
@@ -188,6 +188,61 @@ def test_a_parquet_row_that_cannot_be_had_is_named_and_the_next_is_read(tmp_path
         got = list(read_rows(tmp_path / "a.parquet"))
         assert [line for line, _ in got] == [1, 2, 3]
         assert [line for line, row in got if isinstance(row, DataError)] == [2]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_reading_goes_on_after_any_row_of_any_kind_of_file(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(reader, "LINE_LIMIT", 60)
+    rows = [{"text": "你好" * (n % 5)} for n in range(40)]
+    rows[7], rows[8] = {"text": "x" * 70}, {"text": "x" * 47}
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name, row_group_size=6)
+    elif name == "a.json":
+        (tmp_path / name).write_text(json.dumps(rows[:20])[:-1] + ",\n" + json.dumps(rows[20:])[1:])
+    else:
+        lines = "\r\n \n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        packed = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2], bytes)
+        (tmp_path / name).write_bytes(packed(b"\xef\xbb\xbf" + lines.encode()))
+
+    def plain(found):
+        return [(mark, str(raw)) for mark, raw in found]
+
+    whole = plain(read_from(tmp_path / name, Mark()))
+    assert [mark.rows for mark, _ in whole] == [*range(1, 41)]
+    assert "longer than" in whole[7][1]
+    assert [(mark.line, raw) for mark, raw in whole] == plain(read_lines(tmp_path / name))
+    for rows, (mark, _) in enumerate(whole, 1):
+        assert plain(read_from(tmp_path / name, mark)) == whole[rows:], mark
+
+
+def test_what_lies_before_a_mark_is_not_read(tmp_path, monkeypatch):
+    split, groups = [], []
+    monkeypatch.setattr(reader, "split_lines", lambda stream, line, byte: split.append((stream.read(), line)) or [])
+    list(read_from(write(tmp_path / "a.jsonl", [{"n": n} for n in range(9)]), Mark(rows=7, line=7, byte=7 * 9)))
+    assert split == [(b'{"n": 7}\n{"n": 8}\n', 7)]
+    pyarrow.parquet.write_table(pyarrow.table({"n": range(9)}), tmp_path / "a.parquet", row_group_size=3)
+    iterate = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile,
+        "iter_batches",
+        lambda file, row_groups, **settings: groups.extend(row_groups) or iterate(file, row_groups=row_groups),
+    )
+    assert list(read_from(tmp_path / "a.parquet", Mark(rows=7, line=7))) == [
+        (Mark(8, 8), b'{"n": 7}'),
+        (Mark(9, 9), b'{"n": 8}'),
+    ]
+    assert groups == [2]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_file_that_is_cut_short_before_a_mark_says_so(tmp_path, name):
+    file = write(tmp_path / name, [{"n": n} for n in range(100_000)])
+    *_, (mark, _) = read_from(file, Mark())
+    file.write_bytes(file.read_bytes()[:-2000])
+    ((after, error),) = read_from(file, mark)
+    assert isinstance(error, Unreadable)
+    assert after.line == 100_001
+    assert "cannot be read on from here" in str(error)
 
 
 def test_a_line_of_200_mb_is_refused_in_bounded_memory(tmp_path):
