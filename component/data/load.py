@@ -14,13 +14,16 @@ from .rules import DataRules, judge, log_report
 from .stream import StreamingSFTDataset
 
 
-def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir: str | None) -> tuple:
+def load_datasets(
+    args, make: type[SFTDataset], tokenizer, seed: int, output_dir: str | None, *, goes_on: bool = False
+) -> tuple:
     """The training data and, if any, the evaluation data of a run; what was found in them is logged.
 
     Args:
         args: QLoRAArguments.
         make: of DATA_FORMATS.
         output_dir: where `rejected.jsonl` is written, if rows were.
+        goes_on: the run goes on from a checkpoint, and a stream's first rows were checked when it began.
 
     Returns:
         (SFTDataset, Mixture or StreamingSFTDataset; SFTDataset or None). Both are cheap to pickle.
@@ -47,7 +50,7 @@ def load_datasets(args, make: type[SFTDataset], tokenizer, seed: int, output_dir
     sources, shares = list(weights) or [args.train_file], list(weights.values()) or [1.0]
     evaluated = load(args.eval_file) if args.eval_file else None
     if args.streaming:
-        trained = StreamingSFTDataset(sources, shares, make.render, tokenizer, rules, seed, endless=True)
+        trained = StreamingSFTDataset(sources, shares, make.render, tokenizer, rules, seed, check=not goes_on)
     else:
         loaded = [load(source) for source in sources]
         trained = Mixture(loaded, shares, seed) if weights else loaded[0]

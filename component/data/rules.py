@@ -88,12 +88,17 @@ def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
         few = report.bad <= rules.max_bad_share * report.rows  # else skipping them would stop the run as well
         remedy = "mend them, or set on_bad_row to skip" if few else "mend them"
         raise DataError("\n".join([f"{name}: {report.bad} bad rows of {report.rows}; {remedy}", *report.fault_lines()]))
-    too_long = report.count_notes(DROPPED)
     if not report.rows:
         raise DataError(f"{name}: nothing to learn: the file has no rows")
     if not report.kept:
         at = f"no learned token survives max_seq_length={rules.max_seq_length}" if report.notes else "every row is bad"
         raise DataError("\n".join([f"{name}: nothing to learn: {at}", *report.fault_lines()]))
+    judge_share(report, name, rules)
+
+
+def judge_share(report: DataReport, name: str, rules: DataRules) -> None:
+    """Raise DataError where bad and dropped rows are above `max_bad_share` of all."""
+    too_long = report.count_notes(DROPPED)
     if report.bad + too_long > rules.max_bad_share * report.rows:
         remedies = ["mend them"] * bool(report.bad)
         remedies += [f"raise max_seq_length={rules.max_seq_length}"] * bool(too_long)

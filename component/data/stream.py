@@ -1,106 +1,291 @@
 """Rows that are read and rendered while the run trains."""
 
-import itertools
 import random
 from collections.abc import Iterator
-from pathlib import Path
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from typing import NamedTuple
 
+import numpy as np
 from loguru import logger
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..run.errors import DataError
 from .dataset import Source
-from .prepare import RowRenderer, as_item, check_tokenizer, chunks, count_outcome, read_files, render_chunk
-from .reader import find_files
-from .rules import DataReport, DataRules, count_kind, judge, log_report
+from .prepare import RowRenderer, as_item, check_tokenizer
+from .reader import Mark, Unreadable, find_files, read_from
+from .rules import DROPPED, DataReport, DataRules, count_kind, judge, judge_share, kind_of, log_report
 
-SHUFFLE_BUFFER = 1000  # samples of a stream among which the next is drawn
-CHECKED_FIRST = 1000  # rows of a stream that are checked before anything expensive starts
+SHUFFLE_BUFFER = 1000  # rows of a block, within which they are shuffled
+BLOCK_BYTES = 64 << 20  # with more than these a block ends, so that long rows fit in memory
+CHECKED_FIRST = 1000  # rows of a source that are checked before anything expensive starts
+
+
+class Block(NamedTuple):
+    """The place where a block of rows begins."""
+
+    pass_number: int
+    number: int  # of the block in its pass
+    starts: tuple[tuple[int, Mark], ...]  # of each source: which of its files it stands in, and where
+
+
+class SourceRow(NamedTuple):
+    """A row as it was read, and the place after it."""
+
+    source: int
+    file: int
+    mark: Mark
+    raw: bytes | DataError
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return self.source, self.file, self.mark.rows
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """What became of a row: a sample, or the note DROPPED, or the reason why it is bad.
+
+    A sample has `input_ids` (length,) int32, `target_mask` (length,) uint8 (1: this token is learned) and `place`.
+    """
+
+    key: tuple[int, int, int]  # source, file and row, by number
+    place: str  # file:line
+    sample: dict[str, np.ndarray | str] | None = None
+    note: str | None = None  # CUT, SHORTENED or DROPPED
+    odd: tuple[str, ...] = ()  # what is unusual but legal
+    reason: str | None = None
+    fatal: bool = False  # the file cannot be read on from here
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedRow(RenderedRow):
+    """A row with its place in the stream."""
+
+    number: int  # of all rows of the stream, from 0
+    block: Block
+    position: int  # in the block's order
 
 
 class StreamingSFTDataset(IterableDataset):
-    """Rows read, checked and rendered as they are needed, shuffled within a buffer; nothing is kept on disk.
+    """Rows read, checked and rendered as they are needed, pass after pass without end; nothing is kept on disk.
 
-    The first CHECKED_FIRST rows are checked when it is made. A bad row that comes later is logged and left out,
-    whatever `on_bad_row` says, so that it does not end a run; more than `max_bad_share` of them do, and so does a file
-    that cannot be read on. Several sources are drawn from by weight, and a pass ends with the first of them that does.
+    Each pass goes in blocks of SHUFFLE_BUFFER rows. Seed, pass and block decide from which source each row of a block
+    is drawn, by weight, and the order in which the block's rows are given. Sources are read in order, and a pass ends
+    with the first of them that does. So the rows and their order follow from seed and place alone.
 
-    A process reads every row and renders its share: of `ranks`, and of a loader's workers. One whose share is empty
-    renders all, if the stream is endless.
+    Iterating gives the rows from the place where the dataset stands: those of `rank` of `ranks`, which are every
+    `ranks`-th. A DataLoader (with batch_size=None) merges its workers' rows in the same order. Every process reads all
+    rows, and renders its own. Iterating does not move the place; `take` does, by what was used.
+
+    The first CHECKED_FIRST rows of each source are checked when it is made. A bad row that comes later is left out,
+    whatever `on_bad_row` says, so that it does not end a run; `take` says what does.
 
     Args:
-        endless: pass after pass, each with another order, so that a place in the stream is a number of samples.
         sources, weights: one weight for each source.
         render: of component.data.render and component.data.chat_template.
+        check: False leaves out the check of the first rows, for a run that goes on.
+
+    Raises:
+        DataError: the first rows are bad or dropped, as of files.
     """
 
     def __init__(
-        self, sources: list[Source], weights: list[float], render, tokenizer, rules: DataRules, seed: int, endless=False
+        self,
+        sources: list[Source],
+        weights: list[float],
+        render,
+        tokenizer,
+        rules: DataRules,
+        seed: int,
+        *,
+        check: bool = True,
     ):
-        self.endless = endless
         self.files = [find_files(source) for source in sources]
-        self.weights = weights
+        self.weights, self.seed = weights, seed
         self.renderer = RowRenderer(render, check_tokenizer(tokenizer, render), rules)
-        self.seed, self.epoch = seed, 0
         self.rank, self.ranks = 0, 1
-        for files in self.files:
-            self.check_first(files)
+        self.block, self.position = self.first_block(pass_number=0), 0
+        self.report = DataReport()  # of the rows that were taken
+        self.kept_before = 0  # samples up to the beginning of this pass
+        self.checked: dict[tuple[int, int, int], RenderedRow] = {}  # the first rows, as long as they are not used
+        self.told: set[str] = set()  # kinds of faults, notes and oddities that the check has logged
+        for source in range(len(self.files) if check else 0):
+            self.check_first(source)
 
-    def check_first(self, files: list[Path]) -> None:
-        rows = read_files(files, self.renderer.rules.on_bad_row == "skip")
-        report = DataReport()
-        for chunk in chunks(itertools.islice(rows, CHECKED_FIRST)):
-            count_outcome(report, render_chunk((self.renderer, chunk, True)), files)
-        judge(report, files, self.renderer.rules)
-        log_report(report, files, self.renderer.rules)
+    def __getstate__(self) -> dict:
+        """All but the checked rows, which are too many for what ranks send one another; others render them again."""
+        return self.__dict__ | {"checked": {}}
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def check_first(self, source: int) -> None:
+        report, rules = DataReport(), self.renderer.rules
+        for row in islice(self.read_source(source, 0, Mark()), CHECKED_FIRST):
+            rendered = self.checked[row.key] = self.render(row)
+            if rendered.fatal and rules.on_bad_row == "skip":
+                raise fatal(rendered)
+            count_row(report, rendered)
+        judge(report, self.files[source], rules)
+        log_report(report, self.files[source], rules)
+        self.told |= report.faults.keys() | report.notes.keys() | report.odd.keys()
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        for number in itertools.count(self.epoch):
-            found = False
-            for sample in self.one_pass(number):
-                found = True
-                yield sample
-            if not (self.endless and found):
-                return
+    def first_block(self, pass_number: int) -> Block:
+        return Block(pass_number, 0, tuple((0, Mark()) for _ in self.files))
 
-    def one_pass(self, number: int) -> Iterator[dict[str, list[int]]]:
+    def first_sample(self) -> dict[str, list[int]]:
+        """The first sample from where the dataset stands, as an item of SFTDataset, to be looked at."""
+        sample = next(row.sample for row in self if row.sample)
+        return as_item(sample["input_ids"].tolist(), sample["target_mask"].tolist())
+
+    def __iter__(self) -> Iterator[StreamedRow]:
         worker = get_worker_info()
-        workers, number_of = (worker.num_workers, worker.id) if worker else (1, 0)
-        count, own = self.ranks * workers, self.rank * workers + number_of
-        draw = random.Random(f"{self.seed} {number}")
-        streams = [self.samples(files, count, own) for files in self.files]
-        buffer: list[dict[str, list[int]]] = []
-        while (sample := next(draw.choices(streams, self.weights)[0], None)) is not None:
-            buffer.append(sample)
-            if len(buffer) > SHUFFLE_BUFFER:
-                at = draw.randrange(len(buffer))
-                buffer[at], buffer[-1] = buffer[-1], buffer[at]
-                yield buffer.pop()
-        draw.shuffle(buffer)
-        yield from buffer
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        rows = islice(self.read_shuffled(self.block), self.position, None)
+        return self.render_share(rows, self.report.rows, self.ranks * workers, self.rank + self.ranks * own)
 
-    def samples(self, files: list[Path], count: int, own: int) -> Iterator[dict[str, list[int]]]:
-        """Those of every `count`-th row, from row `own` on."""
-        bad, found = 0, False
-        kinds: dict[str, list] = {}
-        rows = itertools.islice(read_files(files, skips=True), own, None, count)
-        for seen, (number, line, raw) in enumerate(rows, 1):
-            try:
-                sample, _ = self.renderer.fit_to_length(self.renderer.parse(raw)[0])
-            except DataError as error:
-                bad += 1
-                place = f"{files[number]}:{line}"
-                if count_kind(kinds, place, str(error)) == 1:
-                    logger.bind(any_rank=True).warning(f"{place}: left out, as all like it: {error}")
-                share = self.renderer.rules.max_bad_share
-                if seen > CHECKED_FIRST and bad > share * seen:
-                    raise DataError(f"{place}: {bad} bad rows of {seen}, above max_bad_share={share:g}") from None
-                continue
-            if sample:
-                found = True
-                yield as_item(sample.input_ids, sample.target_mask)
-        if self.endless and count > 1 and not found:
-            yield from self.samples(files, 1, 0)
+    def render_share(self, rows, first: int, count: int, own: int) -> Iterator[StreamedRow]:
+        """Every `count`-th of the rows, from row `own` on. The number of the first of all is `first`."""
+        for index, (block, position, row) in enumerate(rows):
+            known = self.checked.pop(row.key, None)
+            if index % count == own:
+                yield StreamedRow(
+                    **vars(known or self.render(row)), number=first + index, block=block, position=position
+                )
+
+    def read_shuffled(self, block: Block) -> Iterator[tuple[Block, int, SourceRow]]:
+        """(block, position in it, row) from the beginning of a block on, without end."""
+        while True:
+            readers = [self.read_source(source, *start) for source, start in enumerate(block.starts)]
+            ended = False
+            while not ended:
+                draw = random.Random(f"{self.seed} {block.pass_number} {block.number}")
+                rows, ended = self.draw_rows(draw, readers)
+                if not rows and block.number == 0:  # else passes would follow one another for ever
+                    rows = [SourceRow(0, 0, Mark(1, 1), Unreadable("nothing to learn: the file has no rows"))]
+                starts = dict(enumerate(block.starts)) | {row.source: (row.file, row.mark) for row in rows}
+                draw.shuffle(rows)
+                for position in range(len(rows)):
+                    yield block, position, rows.pop()
+                block = Block(block.pass_number, block.number + 1, tuple(starts.values()))
+            block = self.first_block(block.pass_number + 1)
+
+    def draw_rows(self, draw: random.Random, readers: list[Iterator[SourceRow]]) -> tuple[list[SourceRow], bool]:
+        """The rows of a block as they are read, and whether the pass ends with them."""
+        rows, size = [], 0
+        for source in draw.choices(range(len(readers)), self.weights, k=SHUFFLE_BUFFER):
+            row = next(readers[source], None)
+            if row is None:
+                return rows, True
+            rows.append(row)
+            size += len(row.raw) if isinstance(row.raw, bytes) else 0
+            if size > BLOCK_BYTES:
+                break
+        return rows, False
+
+    def read_source(self, source: int, file: int, mark: Mark) -> Iterator[SourceRow]:
+        """A source's rows from a place on."""
+        for number, path in enumerate(self.files[source][file:], file):
+            for after, raw in read_from(path, mark if number == file else Mark()):
+                yield SourceRow(source, number, after, raw)
+
+    def render(self, row: SourceRow) -> RenderedRow:
+        place = f"{self.files[row.source][row.file]}:{row.mark.line}"
+        try:
+            conversation, odd = self.renderer.parse(row.raw)
+            fitted, note = self.renderer.fit_to_length(conversation)
+        except DataError as error:
+            return RenderedRow(row.key, place, reason=str(error), fatal=isinstance(error, Unreadable))
+        sample = None
+        if fitted:
+            ids, mask = np.array(fitted.input_ids, np.int32), np.array(fitted.target_mask, np.uint8)
+            sample = {"input_ids": ids, "target_mask": mask, "place": place}
+        return RenderedRow(row.key, place, sample, note, tuple(odd))
+
+    def take(self, rows: list[StreamedRow]) -> None:
+        """Count rows as used, and move the place behind them. Every rank gives the rows of all ranks, in their order.
+
+        The first row of each kind that is bad, cut, dropped or odd is logged, and after the first pass how many there
+        were.
+
+        Raises:
+            DataError: a file that cannot be read on; more than `max_bad_share` of the rows bad or dropped, once there
+                are more than CHECKED_FIRST; or a whole pass without a sample.
+        """
+        for row in rows:
+            if row.number != self.report.rows:
+                raise ValueError(f"row {row.number} of the stream is taken where row {self.report.rows} should be")
+            if row.fatal:
+                raise fatal(row)
+            if row.block.pass_number > self.block.pass_number:
+                self.end_pass()
+            self.checked.pop(row.key, None)
+            for what in count_row(self.report, row):
+                if kind_of(what) not in self.told:
+                    self.tell_first(row, what)
+            self.block, self.position = row.block, row.position + 1
+            if self.report.rows > CHECKED_FIRST:
+                judge_share(self.report, row.place, self.renderer.rules)
+
+    def tell_first(self, row: StreamedRow, what: str) -> None:
+        limit = f" (max_seq_length={self.renderer.rules.max_seq_length})" if what == row.note else ""
+        text = f"left out, as all like it: {what}" if row.reason else f"{what}{limit}; rows like it are only counted"
+        logger.warning(f"{row.place}: {text}")
+
+    def end_pass(self) -> None:
+        """Log what was found in the first pass. Raises DataError where the pass had no sample."""
+        report, files = self.report, list(chain.from_iterable(self.files))
+        if report.kept == self.kept_before:
+            head = f"{files[0]}: nothing to learn: a whole pass had no sample; of {report.rows} rows {report.bad} are "
+            head += f"bad and {report.count_notes(DROPPED)} too long; mend the data, or raise max_seq_length="
+            raise DataError("\n".join([f"{head}{self.renderer.rules.max_seq_length}", *report.fault_lines()]))
+        if self.block.pass_number == 0:
+            log_report(report, files, self.renderer.rules)
+        self.kept_before = report.kept
+
+    def state_dict(self) -> dict:
+        """The place and what was found up to it, for JSON."""
+        return {
+            "pass": self.block.pass_number,
+            "block": self.block.number,
+            "starts": [[file, *mark] for file, mark in self.block.starts],
+            "position": self.position,
+            "kept_before": self.kept_before,
+            "report": asdict(self.report),  # its `rows` is how many were taken
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a state of the same sources, weights, rules and seed.
+
+        Raises:
+            DataError: a state of another number of sources.
+        """
+        starts = tuple((file, Mark(*mark)) for file, *mark in state["starts"])
+        if len(starts) != len(self.files):
+            raise DataError(
+                f"the stream was begun with {len(starts)} sources and has {len(self.files)} now; give those that it "
+                "was begun with, or begin anew"
+            )
+        self.block, self.position = Block(state["pass"], state["block"], starts), state["position"]
+        self.kept_before, self.report = state["kept_before"], DataReport(**deepcopy(state["report"]))
+
+
+def count_row(report: DataReport, row: RenderedRow) -> list[str]:
+    """Count a row, its turns and calls aside.
+
+    Returns:
+        what was found in it, of kinds that the report did not have yet.
+    """
+    report.rows += 1
+    report.bad += row.reason is not None
+    if row.sample:
+        tokens = len(row.sample["input_ids"])
+        report.kept += 1
+        report.tokens += tokens
+        report.longest = max(report.longest, tokens)
+        report.learned += int(row.sample["target_mask"].sum())
+    found = [(report.faults, row.reason), (report.notes, row.note), *((report.odd, what) for what in row.odd)]
+    return [what for totals, what in found if what is not None and count_kind(totals, row.place, what) == 1]
+
+
+def fatal(row: RenderedRow) -> DataError:
+    return DataError(f"{row.place}: {row.reason}")

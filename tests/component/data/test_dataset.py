@@ -2,7 +2,6 @@
 
 import copy
 import gzip
-import itertools
 import json
 import os
 import subprocess
@@ -25,13 +24,11 @@ from component.data.dataset import (
     select_dataset,
     select_format,
 )
-from component.data.formats import parse_row
 from component.data.load import Mixture, load_datasets
 from component.data.prepare import RowRenderer
-from component.data.render import TokenizedSample, render_chatglm3
+from component.data.render import TokenizedSample
 from component.data.rules import DROPPED, DataReport, DataRules, count_kind, log_report
 from component.data.store import TokenStore
-from component.data.stream import StreamingSFTDataset
 from component.run.errors import DataError
 from component.train.batch import SFTDataCollator
 from tests.conftest import read_jsonl
@@ -333,8 +330,6 @@ def test_a_file_that_cannot_be_read_on_stops_even_a_run_that_skips_bad_rows(tmp_
     for file, fault in ((cut, r"cut\.jsonl\.gz:1\d*: cannot be read on"), (array, r"array\.json:1: .* not closed")):
         with pytest.raises(DataError, match=fault):
             ChatGLM3SFTDataset([file, write(tmp_path / "rows.jsonl", ROWS)], tiny_tokenizer, 1000, **rules)
-        with pytest.raises(DataError, match=fault):
-            list(StreamingSFTDataset([file], [1.0], render_chatglm3, tiny_tokenizer, DataRules(1000, **rules), 0))
 
 
 def test_a_file_whose_name_is_not_utf8_is_read_and_its_rejected_rows_are_named(tmp_path, tiny_tokenizer):
@@ -531,7 +526,7 @@ def test_a_tokenizer_that_was_saved_cutting_prepares_data_as_any_other(tmp_path)
     assert len(SFTDataset(file, tokenizer, 100, cache_dir=tmp_path / "cache")) == 1
 
 
-# Several files, and streams
+# Several files
 
 
 def settings(train_file, tmp_path, **changes) -> SimpleNamespace:
@@ -580,68 +575,6 @@ def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenize
     with pytest.raises(DataError, match=r"more than max_bad_share=0\.1"):
         load_datasets(args, ChatGLM3SFTDataset, tiny_tokenizer, 0, str(tmp_path / "out"))
     assert len(read_jsonl(tmp_path / "out/rejected.jsonl")) == 30
-
-
-@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (0, 3), (2, 2)])
-def test_a_stream_gives_every_sample_once_shuffled_and_differently_each_epoch(tmp_path, tiny_tokenizer, workers, ranks):
-    file = write(tmp_path / "rows.jsonl", [row(f"q{i}") for i in range(3000)])
-    stream = StreamingSFTDataset([file], [1.0], render_chatglm3, tiny_tokenizer, DataRules(1000), seed=1)
-    stream.ranks = ranks
-    expected = sorted(render_chatglm3(parse_row(row(f"q{i}")), tiny_tokenizer).input_ids for i in range(3000))
-
-    def epoch(number: int) -> list[list[int]]:
-        stream.set_epoch(number)
-        found = []
-        for stream.rank in range(ranks):
-            share = [item["input_ids"] for item in DataLoader(stream, batch_size=None, num_workers=workers)]
-            assert len(share) == 3000 // ranks
-            found += share
-        return found
-
-    first = epoch(0)
-    assert first != expected
-    assert sorted(first) == expected
-    assert epoch(0) == first
-    assert epoch(1) != first
-
-
-def test_an_endless_stream_of_fewer_rows_than_ranks_has_some_for_each(tmp_path, tiny_tokenizer):
-    file = write(tmp_path / "rows.jsonl", [row("a"), row("b")])
-    stream = StreamingSFTDataset([file], [1.0], render_chatglm3, tiny_tokenizer, DataRules(1000), seed=0, endless=True)
-    stream.ranks = 3
-    expected = [render_chatglm3(parse_row(row(name)), tiny_tokenizer).input_ids for name in "ab"]
-    for stream.rank, own in enumerate((expected[:1], expected[1:], expected)):
-        found = [item["input_ids"] for item in itertools.islice(stream, 4)]
-        assert [found.count(ids) for ids in own] == [4 // len(own)] * len(own)
-
-
-def test_a_stream_stops_early_for_the_first_rows_and_leaves_out_later_ones(tmp_path, tiny_tokenizer, log):
-    def stream(rows, **rules):
-        rules = DataRules(1000, **rules)
-        return StreamingSFTDataset(
-            [write(tmp_path / "rows.jsonl", rows)], [1.0], render_chatglm3, tiny_tokenizer, rules, 0
-        )
-
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: conversations\[0\]\.role is 'usr'"):
-        stream([*ROWS[:2], BAD])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1000: conversations\[0\]\.role is 'usr'"):
-        stream([ROWS[0]] * 999 + [BAD])
-    with pytest.raises(DataError, match=r"rows\.jsonl:20: conversations\[0\]\.role is 'usr'"):
-        stream([row("long " * 100_000)] * 19 + [BAD], on_too_long="drop")
-    late = stream([ROWS[0]] * 1500 + [BAD] + [ROWS[0]] * 10)
-    assert sum(1 for _ in late) == 1510
-    assert "rows.jsonl:1501: left out, as all like it: conversations[0].role is 'usr'" in log[-1]
-    with pytest.raises(DataError, match=r"above max_bad_share=0\.01"):
-        list(stream([ROWS[0]] * 1500 + [BAD] * 100, max_bad_share=0.01))
-
-
-def test_streams_are_drawn_from_by_weight(tmp_path, tiny_tokenizer):
-    files = [write(tmp_path / f"{name}.jsonl", [row(name * 9)] * 2000) for name in "ab"]
-    stream = StreamingSFTDataset(files, [3.0, 1.0], render_chatglm3, tiny_tokenizer, DataRules(1000), seed=0)
-    one = render_chatglm3(parse_row(row("a" * 9)), tiny_tokenizer).input_ids
-    drawn = [item["input_ids"] == one for item in stream]
-    assert 0.7 < sum(drawn) / len(drawn) < 0.8
-    assert sum(drawn) == 2000  # and then the pass ends
 
 
 # Which class
