@@ -102,7 +102,14 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
 
     # 1. Data
     train_dataset, eval_dataset = on_rank_zero(
-        lambda: load_datasets(args, DATA_FORMATS[data_format], tokenizer, training_args.seed, output_dir=folder.path)
+        lambda: load_datasets(
+            args,
+            DATA_FORMATS[data_format],
+            tokenizer,
+            training_args.seed,
+            output_dir=folder.path,
+            goes_on=bool(start.checkpoint),
+        )
     )
     rows = None if args.streaming else len(train_dataset)
     logger.info(on_rank_zero(lambda: describe_schedule(rows, training_args)))
@@ -235,7 +242,8 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
     if int(os.environ.get("RANK") or 0):
         return
     show_settings(args, training_args)
-    print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(next(iter(train_dataset)), tokenizer)}\n")
+    sample = train_dataset.first_sample() if args.streaming else train_dataset[0]
+    print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(sample, tokenizer)}\n")
     forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.packing and args.fused_layers)
     if forward.layers:
         tokens = args.packing_length or max(8192, args.max_seq_length)

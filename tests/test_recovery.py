@@ -232,7 +232,7 @@ def test_a_signal_before_the_first_new_update_leaves_at_once(job, stopped, tmp_p
     settings = SETTINGS | {"streaming": True}
     with at_call(4, LoRATrainer, "forward_and_backward", send(signal.SIGTERM)):
         assert stopped(**settings) == 143
-    with at_call(1, StreamingSFTDataset, "one_pass", send(signal.SIGINT)):
+    with at_call(1, StreamingSFTDataset, "__iter__", send(signal.SIGINT)):
         assert stopped(**settings) == 130
     assert "SIGINT: stopped before training; the same command starts it" in capsys.readouterr().err
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
@@ -446,7 +446,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(job, stopped, t
     assert "checkpoint-6 could not be written beyond" in message
     assert "(OSError: [Errno 28] No space left on device)" in message
     assert "checkpoint-3 is untouched" in message
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "checkpoint-3"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "checkpoint-3", "loss.png"}
     job(**SETTINGS)
     assert_same_run(whole, tmp_path / "run")
 

@@ -172,8 +172,9 @@ class Checkpoints:
         trainer, folder = self.trainer, Path(checkpoint)
         trainer.state = TrainerState.load_from_json(str(folder / STATE))
         self.saved_step = trainer.state.global_step
-        if best := trainer.state.best_model_checkpoint:
+        if best := trainer.state.best_model_checkpoint:  # by its name, as the folder may have been moved
             self.check_best(str(self.folder.path / Path(best).name))
+        trainer.state.best_model_checkpoint = self.best()
         self.load_adapter(folder)
         fresh = [dict(group) for group in trainer.optimizer.param_groups]
         for name, part in self.shared_parts().items():
@@ -244,8 +245,10 @@ class Checkpoints:
             on_rank_zero(check)
 
     def load_best(self) -> None:
-        """Load the adapter of the best checkpoint that was saved."""
-        best = self.trainer.state.best_model_checkpoint
+        """Load the adapter of the best checkpoint that was saved, if there is one."""
+        best = self.trainer.state.best_model_checkpoint = self.best()
+        if best is None:
+            return
         self.check_best(best)
         self.load_adapter(Path(best))
         name = Path(best).name

@@ -105,7 +105,6 @@ class LoRATrainer(Trainer):
             self.checkpoints.load(checkpoint)
         self.state.compute_steps(args, max_steps)
         self.state.init_training_references(self, max_steps, math.ceil(max_steps / self.updates.per_epoch), None)
-        self.state.best_model_checkpoint = self.checkpoints.best()
         self.started, self.first_step, self.total_loss = time.time(), self.state.global_step, 0.0
         self.model.zero_grad()
         self.call_back("on_train_begin")
@@ -272,7 +271,7 @@ class LoRATrainer(Trainer):
         loss = self.total_loss / max(steps, 1)
         metrics = speed_metrics("train", self.started, steps * size_of_update(self.args), steps) | {"train_loss": loss}
         self.log(metrics)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+        if self.args.load_best_model_at_end:
             self.leave_if_asked()
             self.checkpoints.load_best()
         self.call_back("on_train_end")

@@ -8,13 +8,14 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from ..data.stream import StreamedRow
 from ..run.errors import ArgumentError
 from ..run.process import outlive_signals
 from ..run.ranks import on_every_rank
@@ -115,21 +116,24 @@ class StreamUpdates:
         """This rank's part of all updates that come, from where the dataset stands."""
         with torch.random.fork_rng(devices=[]):  # an iterator draws a seed, on which no row depends
             rows = iter(self.loader)
-        taken, ranks = 0, self.args.world_size
+        taken = 0
         while True:
             samples: list[Sample] = []
             while missing := size_of_update(self.args) - len(samples):
-                numbers = range(taken, taken + missing)
-                own = [number for number in numbers if number % ranks == self.args.process_index]
-                rendered = map(iter, on_every_rank(lambda own=own: [next(rows) for _ in own]))
-                by_rank = list(rendered)
-                next_rows = [next(by_rank[number % ranks]) for number in numbers]
+                next_rows = self.render(rows, range(taken, taken + missing))
                 self.dataset.take(next_rows)
                 samples += [row.sample for row in next_rows if row.sample]
                 taken += missing
             lengths = [len(sample["input_ids"]) for sample in samples] if self.layout.takes_updates else None
             places = share(len(samples), lengths, self.args)
             yield make_update(self.layout, self.args.train_batch_size, [samples[place] for place in places])
+
+    def render(self, rows: Iterator[StreamedRow], numbers: range) -> list[StreamedRow]:
+        """The rows of these numbers, counted from where iteration began; each rank renders those that are its own."""
+        rank, ranks = self.args.process_index, self.args.world_size
+        own = sum(number % ranks == rank for number in numbers)
+        by_rank = [iter(part) for part in on_every_rank(lambda: list(islice(rows, own)))]
+        return [next(by_rank[number % ranks]) for number in numbers]
 
     def state_dict(self) -> dict:
         return self.dataset.state_dict()
@@ -174,7 +178,7 @@ def count_batches(rows: int, args) -> int:
     batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
     if not batches:
         raise ArgumentError(
-            f"dataloader_drop_last leaves no batch: there are {rows} samples to learn from and a batch takes "
+            f"dataloader_drop_last: no batch is left, as there are {rows} samples to learn from and a batch takes "
             f"{batch}; lower per_device_train_batch_size, or set dataloader_drop_last to false"
         )
     return batches

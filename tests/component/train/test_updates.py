@@ -104,7 +104,7 @@ def test_a_last_batch_that_is_dropped_is_dropped_on_all_ranks():
     assert drawn(Rows(11), PADDED, **settings) == drawn(Rows(11), PADDED)[:2]
     one, other = (drawn(Rows(11), PADDED, rank=rank, ranks=2, batch=2, **settings) for rank in (0, 1))
     assert [mine + theirs for mine, theirs in zip(one, other, strict=True)] == drawn(Rows(11), PADDED)[:2]
-    with pytest.raises(ArgumentError, match="dataloader_drop_last leaves no batch: there are 3 samples"):
+    with pytest.raises(ArgumentError, match="dataloader_drop_last: no batch is left, as there are 3 samples"):
         count_steps(3, arguments(dataloader_drop_last=True))
 
 
