@@ -37,6 +37,12 @@ class StorageError(Fault):
     exit_code = 4
 
 
+class RankLost(Fault):
+    """Another process of the run, or its machine, is gone."""
+
+    exit_code = 5
+
+
 def unusable(message: str, error: Exception, otherwise: type[Fault] = DataError) -> Fault:
     """Make the Fault for an error in reading or writing: StorageError if the disk is full, else `otherwise`."""
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import active_children
 
-from .errors import Fault
+from .errors import RankLost
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -148,21 +148,28 @@ def exit_code_of(work: Callable[[SignalWatch], None], watch: SignalWatch, rank: 
     import torch.distributed as dist
     from loguru import logger
 
-    from .ranks import TOLD
+    from .ranks import TOLD, fault_of, local_rank
 
     exit_code = 0
     try:
         work(watch)
         sys.stdout.flush()
-    except Fault as error:
-        exit_code = error.exit_code
-        logger.error(error)
-        if rank and TOLD not in getattr(error, "__notes__", ()):
-            sys.stderr.write(f"rank {rank}: {error}\n")
+    except Exception as error:
+        fault = fault_of(error)
+        if not fault:
+            raise
+        exit_code = fault.exit_code
+        logger.error(fault)
+        if TOLD not in getattr(fault, "__notes__", ()):
+            sys.stderr.write(f"rank {rank}: {fault}\n" * bool(rank))
+        elif local_rank() == 0:  # rank 0 is on another machine
+            sys.stderr.write(f"{fault}\n")
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a helper's end for an error
         for helper in active_children():  # they ignore other signals, and Python would wait for them
             helper.kill()
+    if exit_code == RankLost.exit_code:
+        leave(exit_code)  # a library would wait for who is gone
     if dist.is_initialized():  # not after other errors: ranks that do not know of them may be at work
         dist.destroy_process_group()
     return exit_code

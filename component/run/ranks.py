@@ -1,20 +1,35 @@
-"""Work that one process does for all, and work that all do or none has done."""
+"""Work that one process does for all, work that all do or none has done, and facts on which all machines must agree."""
 
+import functools
 import itertools
+import json
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from threading import Event, Thread
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.rendezvous import rendezvous
+
+from .errors import ArgumentError, Fault, RankLost
+from .resume import is_digest
 
 Result = TypeVar("Result")
+Outcome = tuple[Result | None, Exception | None]
 calls = itertools.count()
 TOLD = "told by rank 0"
 BUCKET = 32 << 20  # bytes that one reduction takes, so that its copy takes little memory
+ARRIVAL = 600  # seconds until the last rank must have started, as torchrun's agents wait for one another
+BEAT, SILENCE = 5, 60  # seconds between two signs of life, and without any until a rank counts as lost
+READING = 5  # seconds that the store's machine waits for the others to read an error before it leaves
 
 
 def on_rank_zero(make: Callable[[], Result]) -> Result:
@@ -24,46 +39,134 @@ def on_rank_zero(make: Callable[[], Result]) -> Result:
     """
     if not dist.is_initialized():
         return make()
-    # torchrun keeps the store when it starts the ranks again, and what the ranks before them said.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store, key = _get_default_store(), f"luciole/on_rank_zero/{attempt}/{next(calls)}"
-    if dist.get_rank() == 0:
-        try:
-            outcome = (make(), None)
-        except Exception as error:
-            outcome = (None, portable(error))
+    store, key = _get_default_store(), next_key("on_rank_zero")
+    if this_rank() == 0:
+        outcome = attempt(make)
         store.set(key, pickle.dumps(outcome))
     else:
-        while not store.check([key]):  # and not store.wait, during which no signal is handled
-            time.sleep(0.02)
-        outcome = pickle.loads(store.get(key))
+        outcome = read(store, key)
     result, error = outcome
     if error is not None:
+        await_readers(store, key)
         raise known_to_all(error)
     return result
 
 
-def on_every_rank(work: Callable[[], Result]) -> list[Result]:
-    """Run `work` on every rank, and return what it returned on each; the lowest rank's exception is raised on all.
+def on_every_rank(work: Callable[[], Result]) -> Result:
+    """Run `work` on every rank, and return its result when all have; the lowest rank's exception is raised on all, and
+    names the rank and its host where it is not that of all.
 
-    In `work`, ranks must not wait for one another: one of them may fail.
+    In `work`, ranks must not wait for one another: one of them may fail. It may be called before there is a process
+    group: ranks then wait for one another at the launcher's store.
     """
-    result = error = None
+    result, error = attempt(work)
+    raise_first(gather(error and (error, where_this_is())))
+    return result
+
+
+def on_each_machine(work: Callable[[], None]) -> None:
+    """Run `work` on the first rank of every machine, however long it takes, and return on all ranks when all have; an
+    exception is raised on all, and names the rank and its host.
+
+    Raises:
+        RankLost: a rank gave no sign of life while others waited for it.
+    """
+    if not dist.is_initialized():
+        work()
+        return
+    store, key = _get_default_store(), next_key("on_each_machine")
+    workers = [rank for rank, local in enumerate(gather(local_rank())) if local == 0]
+    if local_rank() == 0:
+        with signs_of_life(store, sign_of(key, this_rank())):
+            _, error = attempt(work)
+        store.set(f"{key}/{this_rank()}", pickle.dumps(error and (error, where_this_is())))
     try:
-        result = work()
-    except Exception as raised:
-        error = portable(raised)
-    outcomes = gather((result, error))
-    if error := next(filter(None, (error for _, error in outcomes)), None):
-        raise known_to_all(error)
-    return [result for result, _ in outcomes]
+        raise_first([read(store, f"{key}/{rank}", sign_of(key, rank)) for rank in workers])
+    except Exception:
+        await_readers(store, key)
+        raise
+
+
+def require_same(find: Callable[[], dict[str, Any]], remedy: str) -> None:
+    """Compare what the first rank of every machine finds with what rank 0 does.
+
+    Raises:
+        ArgumentError: on every rank, for values that differ; names both hosts.
+    """
+    if not dist.is_initialized():
+        return
+    found = on_every_rank(lambda: (where_this_is(), find()) if local_rank() == 0 else None)
+    (first, facts), *others = filter(None, gather(found))
+    for where, values in others:
+        different = [key for key in sorted(facts) if facts[key] != values[key]]
+        if different:
+            lines = [describe_difference(key, facts[key], first, values[key], where) for key in different]
+            raise known_to_all(ArgumentError(f"{'; '.join(lines)}; {remedy}"))
+
+
+def gather(value: Result) -> list[Result]:
+    """Each rank's value, which must be picklable, on every rank."""
+    if dist.is_initialized():
+        values = [value] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+    if not is_launched():
+        return [value]
+    store, key = launchers_store(), f"luciole/gather/{next(calls)}"
+    store.set(f"{key}/{this_rank()}", pickle.dumps(value))
+    values = [read(store, f"{key}/{rank}", seconds=ARRIVAL) for rank in range(world_size())]
+    await_readers(store, key)
+    return values
+
+
+def raise_first(errors: list[tuple[Exception, str] | None]) -> None:
+    """Raise the first of these (error, where it was raised), if any, on a rank that all others do the same on."""
+    raised = list(filter(None, errors))
+    if not raised:
+        return
+    error, where = raised[0]
+    is_everyones = len(raised) == len(errors) and len({str(other) for other, _ in raised}) == 1
+    raise known_to_all(error if is_everyones else with_place(error, where))
+
+
+def with_place(error: Exception, where: str) -> Exception:
+    """The error, whose text says where it was raised."""
+    if isinstance(error, Fault):
+        return type(error)(f"{where}: {error}")
+    if isinstance(error, OSError) and error.errno:
+        return OSError(error.errno, f"{error.strerror}, {where}", error.filename)
+    error.add_note(where)
+    return error
 
 
 def known_to_all(error: Exception) -> Exception:
-    """An error that is raised on every rank, and need be told on rank 0 alone."""
-    if dist.is_initialized() and dist.get_rank():
+    """An error that is raised on every rank, and need be told once on each machine."""
+    if this_rank():
         error.add_note(TOLD)
     return error
+
+
+def fault_of(error: Exception) -> Fault | None:
+    """The Fault that an error is, or that a library means by it: another process, or the store, is gone."""
+    if isinstance(error, Fault):
+        return error
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+        return RankLost(
+            f"{where_this_is()} has lost another process of this run; look at the output of its machine, and start the "
+            f"same command on all machines: the run goes on from its last checkpoint ({first_line(error)})"
+        )
+    return None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def attempt(work: Callable[[], Result]) -> Outcome:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, portable(error)
 
 
 def portable(error: Exception) -> Exception:
@@ -75,13 +178,121 @@ def portable(error: Exception) -> Exception:
     return error
 
 
-def gather(value: Result) -> list[Result]:
-    """Each rank's value, which must be picklable, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def is_launched() -> bool:
+    """Whether a launcher such as torchrun has started several processes for one run."""
+    return "LOCAL_RANK" in os.environ and world_size() > 1
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK") or 0)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def where_this_is() -> str:
+    return f"rank {this_rank()} on {socket.gethostname()}"
+
+
+def next_key(name: str) -> str:
+    return f"luciole/{group_name()}/{name}/{next(calls)}"
+
+
+@functools.cache
+def group_name() -> str:
+    """A name that the ranks of this process group have in common with no others: torchrun keeps the store when it
+    starts ranks anew, with what the ranks before them wrote, and each machine counts its starts by itself."""
+    return gather(uuid4().hex)[0]
+
+
+@functools.cache
+def launchers_store() -> dist.Store:
+    """The store at which the process group will be formed.
+
+    Raises:
+        RankLost: rank 0's machine cannot be reached.
+    """
+    try:
+        return next(rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))[0]
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLost(
+            f"{where_this_is()} cannot reach rank 0's machine at {address} ({first_line(error)}); the name must lead "
+            "there from every machine, and its ports be open: torchrun --local_addr=ADDRESS there gives another name"
+        ) from None
+
+
+def read(store: dist.Store, key: str, sign: str | None = None, seconds: float | None = None) -> Any:
+    """What a rank writes under `key`, waited for.
+
+    Args:
+        sign: where the rank gives signs of life meanwhile.
+        seconds: to wait at most.
+
+    Raises:
+        RankLost: no sign came for SILENCE seconds, or nothing at all for `seconds`.
+    """
+    begun = heard = time.monotonic()
+    last = None
+    while not store.check([key]):  # and not store.wait, during which no signal is handled
+        time.sleep(0.02)
+        now = time.monotonic()
+        if sign and store.check([sign]) and (beat := store.get(sign)) != last:
+            last, heard = beat, now
+        silent = now - heard > SILENCE if sign else seconds and now - begun > seconds
+        if silent:
+            raise RankLost(
+                f"{where_this_is()} hears nothing of rank {key.rpartition('/')[2]}; look at the output of its machine, "
+                "and start the same command on all machines"
+            )
+    return pickle.loads(store.get(key))
+
+
+@contextmanager
+def signs_of_life(store: dist.Store, key: str) -> Iterator[None]:
+    """Within it, what stands under `key` changes every BEAT seconds."""
+    done = Event()
+
+    def beat() -> None:
+        with suppress(RuntimeError):  # the store is gone, which its next use says
+            for count in itertools.count():
+                store.set(key, str(count))
+                if done.wait(BEAT):
+                    return
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def sign_of(key: str, rank: int) -> str:
+    return f"{key}/alive/{rank}"
+
+
+def await_readers(store: dist.Store, key: str) -> None:
+    """Where the store may end with this process, wait until every rank has read what stands under `key`."""
+    count, deadline = store.add(f"{key}/read", 1), time.monotonic() + READING
+    if os.environ.get("GROUP_RANK", "0") == "0":
+        while count < world_size() and time.monotonic() < deadline:
+            time.sleep(0.02)
+            count = store.add(f"{key}/read", 0)
+
+
+def describe_difference(key: str, expected: Any, first: str, found: Any, where: str) -> str:
+    if is_digest(found):
+        return f"{key}: other contents on {where} than on {first}"
+    shown, wanted = (json.dumps(value, default=str, ensure_ascii=False) for value in (found, expected))
+    return f"{key}: {shown} on {where}, {wanted} on {first}"
 
 
 def sum_over_ranks(*tensors: torch.Tensor) -> torch.Tensor | None:

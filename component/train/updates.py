@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from ..data.stream import StreamedRow
 from ..run.errors import ArgumentError
 from ..run.process import outlive_signals
-from ..run.ranks import on_every_rank
+from ..run.ranks import gather, on_every_rank
 from .batch import Layout, Sample, spread
 
 STRETCH = 50  # updates whose samples are sorted by length together
@@ -132,7 +132,7 @@ class StreamUpdates:
         """The rows of these numbers, counted from where iteration began; each rank renders those that are its own."""
         rank, ranks = self.args.process_index, self.args.world_size
         own = sum(number % ranks == rank for number in numbers)
-        by_rank = [iter(part) for part in on_every_rank(lambda: list(islice(rows, own)))]
+        by_rank = [iter(part) for part in gather(on_every_rank(lambda: list(islice(rows, own))))]
         return [next(by_rank[number % ranks]) for number in numbers]
 
     def state_dict(self) -> dict:
