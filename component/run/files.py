@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -13,6 +14,8 @@ from filelock import FileLock, Timeout
 from loguru import logger
 
 POINTER = b"version https://git-lfs.github.com"  # first bytes of the pointer that git-lfs keeps for a large file
+
+SIGHT = 3
 
 
 def default_cache_dir() -> Path:
@@ -35,6 +38,17 @@ def contents(path: Path, size: int, changed: int) -> bytes:
     """Digest of a file, cached by its path, size and time of change."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").digest()
+
+
+def comes_into_sight(path: Path) -> bool:
+    """Whether a path that another machine has made is here, or is so within SIGHT seconds: a network's file system may
+    remember for a while what was there before."""
+    deadline = time.monotonic() + SIGHT
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        with suppress(OSError):
+            os.listdir(path.parent)  # has it look again
+    return path.exists()
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:

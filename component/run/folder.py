@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime
@@ -11,12 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from uuid import uuid4
 
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from loguru import logger
 
-from .errors import CheckpointError, Fault, StorageError
-from .files import publish
+from .errors import ArgumentError, CheckpointError, Fault, StorageError
+from .files import comes_into_sight, publish
 from .manifest import Damaged, seal, verify, versions
+from .ranks import on_every_rank, on_rank_zero
 from .resume import FINAL, Candidates, Start, find_checkpoints, step_of
 
 ASIDE = "aside"
@@ -68,7 +71,8 @@ class RunFolder:
             CheckpointError: another process holds the folder, it is another run's, or has nothing to continue from.
             StorageError: it cannot be written to, or no checkpoint in it verifies.
         """
-        self.acquire()
+        if not self.held:
+            self.acquire()
         start = self.take_start(RESUME.get(resume, resume), overwrite, despite_changes)
         for path in self.path.glob(".tmp-*"):
             published = path.with_name(path.name.removeprefix(".tmp-"))
@@ -102,6 +106,38 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path}: another run is writing here; wait for it, or choose another output_dir"
             ) from None
+        except OSError as error:
+            raise StorageError(f"output_dir {self.path} cannot be written to ({error}); choose another") from None
+
+    def check_shared(self) -> None:
+        """See, on all ranks, that every one of them finds this folder, which rank 0 has acquired, and can write there.
+
+        Raises:
+            ArgumentError: a rank has another folder of this name, or none.
+            StorageError: a rank cannot write to it.
+        """
+        if not dist.is_initialized():
+            return
+        host, mark = on_rank_zero(self.leave_mark)
+        try:
+            on_every_rank(lambda: self.write_beside(mark, host))
+        finally:
+            on_rank_zero(lambda: mark.unlink(missing_ok=True))
+
+    def leave_mark(self) -> tuple[str, Path]:
+        """(name of this machine, a new file in the folder)."""
+        mark = self.path / f".shared-{uuid4().hex}"
+        mark.touch()
+        return socket.gethostname(), mark
+
+    def write_beside(self, mark: Path, host: str) -> None:
+        if not comes_into_sight(self.path / mark.name):
+            raise ArgumentError(
+                f"output_dir {self.path} is not the folder that rank 0 on {host} writes to; give a folder that all "
+                "machines share, such as one on NFS (docs/several_machines.md)"
+            )
+        try:
+            TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise StorageError(f"output_dir {self.path} cannot be written to ({error}); choose another") from None
 
