@@ -5,8 +5,10 @@ import json
 import os
 import re
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ..chatglm import prompt
 from ..run.errors import DataError, unusable
-from ..run.files import default_cache_dir, fingerprint, make_once
+from ..run.files import comes_into_sight, default_cache_dir, fingerprint, make_once
 from .chat_template import render_chat_template
 from .formats import detect_format
 from .prepare import RowRenderer, as_item, check_tokenizer, fill_store
@@ -67,23 +69,58 @@ class SFTDataset(Dataset):
         self.files = find_files(source)
         self.rules = DataRules(max_seq_length, **rules)
         self.renderer = RowRenderer(self.render, check_tokenizer(tokenizer, self.render), self.rules)
-        workers = workers or len(os.sched_getaffinity(0))
-        try:
-            data = fingerprint(self.files)
-            key = fingerprint([data, *map(str, self.files), *cache_key_parts(self.renderer)])
-            folder = Path(cache_dir or default_cache_dir()).expanduser() / key
-            make_once(folder, lambda empty: self.fill(workers, empty, data))
-            self.store = TokenStore(folder)
-        except OSError as error:
-            remedy = "the data must be readable, and cache_dir a folder with room in which files can be written"
-            raise unusable(f"{error}; {remedy}", error) from error
+        self.cache_dir, self.workers = cache_dir, workers
+        with faults_of_files():
+            data, self.key = self.fingerprints()
+            make_once(self.folder, lambda empty: self.fill(empty, data))
+            self.store  # noqa: B018  opens it, as does the first look at it in another process
         if judged:
             judge(self.store.report, self.files, self.rules)
 
-    def fill(self, workers: int, folder: Path, data: str) -> None:
-        fill_store(self.files, self.renderer, workers, folder)
+    def fingerprints(self) -> tuple[str, str]:
+        """(of the data, of the data and all that renders it)."""
+        data = fingerprint(self.files)
+        return data, fingerprint([data, *map(str, self.files), *cache_key_parts(self.renderer)])
+
+    @property
+    def folder(self) -> Path:
+        """The store's, in this machine's cache."""
+        return Path(self.cache_dir or default_cache_dir()).expanduser() / self.key
+
+    @cached_property
+    def store(self) -> TokenStore:
+        return TokenStore(self.folder)
+
+    def __getstate__(self) -> dict:
+        """All but the open store: to another process goes the folder's name, not the data."""
+        return {name: value for name, value in self.__dict__.items() if name != "store"}
+
+    def fill(self, folder: Path, data: str) -> None:
+        fill_store(self.files, self.renderer, self.workers or len(os.sched_getaffinity(0)), folder)
         if fingerprint(self.files) != data:
             raise DataError(f"{self.files[0]}: the data changed while it was read; start again when it is complete")
+
+    def require_store(self) -> None:
+        """Open the store on another machine than the one that made it, or make it here from the same files where it is
+        not seen.
+
+        Raises:
+            DataError: the files are not here, cannot be read, or hold something else; or the store is damaged.
+        """
+        if not comes_into_sight(self.folder):
+            self.make_again()
+        self.store  # noqa: B018  opens it
+
+    def make_again(self) -> None:
+        fault = f"the prepared data {self.folder} is not there, and"
+        remedy = "set cache_dir to a folder that all machines share, or have the same data under the same path on each"
+        if missing := [file for file in self.files if not os.access(file, os.R_OK)]:
+            raise DataError(f"{fault} {missing[0]}, to make it from, cannot be read; {remedy}")
+        with faults_of_files():
+            data, key = self.fingerprints()
+            if key != self.key:
+                raise DataError(f"{fault} {self.files[0]} or the program is not what rank 0 made it with; {remedy}")
+            make_once(self.folder, lambda empty: self.fill(empty, data))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -134,6 +171,16 @@ DATA_FORMATS: dict[str, type[SFTDataset]] = {
     "firefly": SFTDataset,
     "chat_template": ChatTemplateSFTDataset,
 }
+
+
+@contextmanager
+def faults_of_files() -> Iterator[None]:
+    """Within it, what is wrong with a file is a Fault."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "the data must be readable, and cache_dir a folder with room in which files can be written"
+        raise unusable(f"{error}; {remedy}", error) from error
 
 
 def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:

@@ -57,6 +57,14 @@ def load_datasets(
     return trained, evaluated
 
 
+def require_stores(*datasets) -> None:
+    """Have, on another machine than rank 0's, the rows of what `load_datasets` returned there (SFTDataset)."""
+    for dataset in datasets:
+        for part in dataset.dataset.datasets if isinstance(dataset, Mixture) else [dataset]:
+            if isinstance(part, SFTDataset):
+                part.require_store()
+
+
 def rules_of(args) -> DataRules:
     return DataRules(**{rule.name: getattr(args, rule.name) for rule in fields(DataRules)})
 

@@ -21,7 +21,7 @@ class TokenStore:
     """The samples of a folder that `fill_store` filled, memory-mapped. `ends[i]` is where sample i ends."""
 
     def __init__(self, folder: Path):
-        if not folder.is_dir():  # such as for a process on another machine
+        if not folder.is_dir():
             raise DataError(f"{folder}: not there; set cache_dir to a folder that all machines share")
         self.folder = folder
         try:
@@ -35,9 +35,6 @@ class TokenStore:
                 raise ValueError("its files do not fit one another")
         except (OSError, TypeError, ValueError) as error:
             raise DataError(f"{folder}: damaged; delete it, and it will be made anew ({error})") from error
-
-    def __reduce__(self):
-        return TokenStore, (self.folder,)  # another process is sent the folder's name, not the data
 
     def __len__(self) -> int:
         return len(self.ends)

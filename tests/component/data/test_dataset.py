@@ -4,6 +4,8 @@ import copy
 import gzip
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -498,6 +500,29 @@ def test_workers_of_a_killed_process_end(tmp_path):
 def test_a_store_on_another_machine_asks_for_a_shared_folder(tmp_path):
     with pytest.raises(DataError, match="set cache_dir to a folder that all machines share"):
         TokenStore(tmp_path / "nowhere")
+
+
+def test_another_machine_without_the_store_makes_the_same_from_the_same_files(make, tmp_path):
+    made = make()
+    elsewhere = pickle.loads(pickle.dumps(made))
+    assert "store" not in elsewhere.__dict__
+    before = {path.name: path.read_bytes() for path in made.folder.iterdir()}
+    shutil.rmtree(made.folder)
+    elsewhere.require_store()
+    assert {path.name: path.read_bytes() for path in elsewhere.folder.iterdir()} == before
+    assert list(elsewhere) == list(made)
+
+
+def test_another_machine_with_other_files_or_none_makes_no_store(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("component.run.files.SIGHT", 0)
+    made = make()
+    shutil.rmtree(made.folder)
+    write(made.files[0], ROWS[:2])
+    with pytest.raises(DataError, match="or the program is not what rank 0 made it with; set cache_dir to a folder"):
+        pickle.loads(pickle.dumps(made)).require_store()
+    made.files[0].unlink()
+    with pytest.raises(DataError, match=r"rows\.jsonl, to make it from, cannot be read; set cache_dir to a folder"):
+        pickle.loads(pickle.dumps(made)).require_store()
 
 
 def test_data_that_changes_while_it_is_read_is_not_kept(tmp_path, tiny_tokenizer, monkeypatch):
