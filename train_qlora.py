@@ -53,18 +53,18 @@ def train(cli: argparse.Namespace, watch) -> None:
     from component.data.dataset import check_choice, select_format
     from component.model import load_tokenizer, warn_of_cpu
     from component.run.folder import RunFolder, foresee_start
-    from component.run.ranks import on_rank_zero
+    from component.run.ranks import on_every_rank, on_rank_zero, require_same
     from component.run.resume import FINAL
-    from component.train.identity import describe_run, renew_identity
+    from component.train.identity import describe_base, describe_data, describe_run, describe_tokenizer, renew_identity
     from component.train.report import describe_update
     from component.trust import require_weights
 
-    args, training_args = load_arguments(cli.train_args_file, cli.overrides)
-    data_format, reason = select_format(args.model_name_or_path, args.data_format)
+    args, training_args = load_arguments(cli.train_args_file, cli.overrides, on_every_rank)
+    data_format, reason = on_every_rank(lambda: select_format(args.model_name_or_path, args.data_format))
     logger.info(f"model {args.model_name_or_path}, data format {data_format}: {reason}")
     if not os.path.isdir(args.model_name_or_path):
         logger.info(f"no folder {args.model_name_or_path} in {os.getcwd()}: asking the hub for it")
-    tokenizer = load_tokenizer(args)
+    tokenizer = on_every_rank(lambda: load_tokenizer(args))
     on_rank_zero(lambda: check_choice(args, data_format, tokenizer))
     on_rank_zero(lambda: warn_of_cpu(args))
     begin = (training_args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_despite_changes)
@@ -72,14 +72,24 @@ def train(cli: argparse.Namespace, watch) -> None:
     def identify() -> dict:
         return describe_run(args, training_args, data_format, tokenizer)
 
+    def describe_machine() -> dict:
+        """What must be the same on all machines."""
+        settings = training_args.to_dict() | dataclasses.asdict(args) | {"local_rank": None}
+        model = {"weights or config.json": describe_base(args), "tokenizer": describe_tokenizer(tokenizer)}
+        data = {"train_file": describe_data(args.train_file, streaming=True)} if args.streaming else {}
+        return settings | {f"{part} of model_name_or_path": digest for part, digest in model.items()} | data
+
     if cli.dry_run:
         show_run(args, training_args, data_format, tokenizer)
         first = on_rank_zero(lambda: foresee_start(training_args.output_dir, identify, renew_identity, *begin))
         logger.log("WARNING" if "refused" in first else "INFO", f"a run {first}")
         return
-    require_weights(args.model_name_or_path)
+    on_every_rank(lambda: require_weights(args.model_name_or_path))
+    require_same(describe_machine, remedy="give every machine the same settings and the same files")
     logger.info(describe_update(training_args))
     with RunFolder(training_args.output_dir, on_rank_zero(identify), renew_identity) as folder:
+        on_rank_zero(folder.acquire)
+        folder.check_shared()
         start = on_rank_zero(lambda: folder.open(*begin))
         if start.is_done:
             logger.info(f"this run is done: {folder.path / FINAL}; overwrite_output_dir=true begins it anew")
@@ -92,9 +102,9 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     from loguru import logger
 
     from component.data.dataset import DATA_FORMATS
-    from component.data.load import load_datasets
+    from component.data.load import load_datasets, require_stores
     from component.kernel.memory import PADDED
-    from component.run.ranks import on_rank_zero
+    from component.run.ranks import on_each_machine, on_every_rank, on_rank_zero
     from component.train.batch import PackingCollator, SFTDataCollator
     from component.train.loss import TargetLMLoss
     from component.train.report import describe_schedule
@@ -111,11 +121,12 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
             goes_on=bool(start.checkpoint),
         )
     )
+    on_each_machine(lambda: require_stores(train_dataset, eval_dataset))
     rows = None if args.streaming else len(train_dataset)
     logger.info(on_rank_zero(lambda: describe_schedule(rows, training_args)))
 
     # 2. Model
-    model = make_model(args, training_args)
+    model = on_every_rank(lambda: make_model(args, training_args))
 
     # 3. Layout: rows and what layers keep. A run that goes on has the one that it began with.
     plan = choose_layout(model, args, training_args, begun_with=start.plan)

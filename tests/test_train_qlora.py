@@ -150,10 +150,10 @@ SLOW_RENDERING = """if True:
 
 
 def test_ranks_wait_for_slow_data_longer_than_a_collective_may_take(job, tmp_path):
-    """Case 39 of the reliability scorecard, with its numbers made small: 12 s of rendering, 4 s of timeout."""
+    """Case 39 of the reliability scorecard, with its numbers made small: 12 s of rendering, 10 s of timeout."""
     job("written", dry_run=True)
     settings = json.loads((tmp_path / "written.json").read_text())
-    settings |= {"ddp_timeout": 4, "max_steps": 1, "cache_dir": str(tmp_path / "cache")}
+    settings |= {"ddp_timeout": 10, "max_steps": 1, "cache_dir": str(tmp_path / "cache")}
     (tmp_path / "slow.py").write_text(SLOW_RENDERING)
     run_on_two_ranks(tmp_path, settings, str(tmp_path / "slow.py"))
     assert (tmp_path / "ranks/final/adapter_model.safetensors").exists()

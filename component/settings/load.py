@@ -7,6 +7,8 @@ import json
 import math
 import os
 import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,17 @@ COMMAND_LINE = "command line"
 
 
 def load_arguments(
-    train_args_file: str | Path | None, overrides: typing.Sequence[str] = ()
+    train_args_file: str | Path | None,
+    overrides: typing.Sequence[str] = (),
+    together: Callable[[Callable[[], Any]], Any] = lambda read: read(),
 ) -> tuple[QLoRAArguments, Any]:
     """Read, translate, check and adapt the settings of a run.
 
     Args:
         train_args_file: a JSON object of TrainingArguments and QLoRAArguments; None if all settings are overrides.
         overrides: `key=value` each, the value JSON or else plain text; they win over the file.
+        together: calls what reads and checks the settings, of which a fault on one of several processes must end all:
+            TrainingArguments, which are made then, wait for the other processes (component.run.ranks.on_every_rank).
 
     Returns:
         (QLoRAArguments, transformers.TrainingArguments). What was translated or adapted to this machine is logged.
@@ -36,8 +42,25 @@ def load_arguments(
     Raises:
         ArgumentError: for the first fault, naming file and key.
     """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _set_pg_timeout
     from transformers import TrainingArguments
 
+    source = str(train_args_file or COMMAND_LINE)
+    args, asked, adapted = together(lambda: read_settings(train_args_file, overrides))
+    with faults_of(source):
+        training_args = TrainingArguments(**adapted)
+        check_optimization(training_args, asked)
+    training_args._n_gpu = min(training_args.n_gpu, 1)  # one process, one GPU; more of them through torchrun
+    if training_args.use_cpu and dist.is_initialized():  # transformers gives its group the timeout on cards alone
+        _set_pg_timeout(training_args.ddp_timeout_delta)
+    return args, training_args
+
+
+def read_settings(
+    train_args_file: str | Path | None, overrides: typing.Sequence[str]
+) -> tuple[QLoRAArguments, dict[str, Any], dict[str, Any]]:
+    """(our own settings, TrainingArguments' as asked for, the same adapted to this machine)."""
     source, known = str(train_args_file or COMMAND_LINE), known_settings()
     overriding, environment = translate(parse_overrides(overrides, known), known, COMMAND_LINE)
     values, of_file = translate(read_json_object(source) if train_args_file else {}, known, source)
@@ -51,15 +74,19 @@ def load_arguments(
         check_setting(key, value, known, COMMAND_LINE if key in overriding else source)
 
     own = {key: values.pop(key) for key in list(values) if key in QLoRAArguments.__dataclass_fields__}
-    try:
+    with faults_of(source):
         args = QLoRAArguments(**own)
         check_paths(args, values)
-        training_args = TrainingArguments(**adapt_to_machine(args, values))
-        check_optimization(training_args, values)
+        return args, values, adapt_to_machine(args, values)
+
+
+@contextmanager
+def faults_of(source: str) -> Iterator[None]:
+    """Within it, what is wrong with a value is a fault of the file."""
+    try:
+        yield
     except (ValueError, ImportError, OSError) as error:
         raise ArgumentError(f"{source}: {error}") from error
-    training_args._n_gpu = min(training_args.n_gpu, 1)  # one GPU a process; torchrun starts several
-    return args, training_args
 
 
 def known_settings() -> dict[str, Any]:
@@ -148,8 +175,9 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
     if not values.get("output_dir"):
         raise ValueError("output_dir must be given: the folder for checkpoints and the final adapter")
     data = [(key, path) for key in ("train_file", "eval_file") for path in as_list(getattr(args, key))]
+    reads = args.streaming or os.environ.get("RANK", "0") == "0"  # other ranks take what rank 0 has prepared
     for key, path in data:
-        if not Path(path).exists() and not glob.glob(path, recursive=True):
+        if reads and not Path(path).exists() and not glob.glob(path, recursive=True):
             raise ValueError(f"{key}: no file {path!r} in {Path.cwd()}")
         for written, folder in (("output_dir", values["output_dir"]), ("cache_dir", args.cache_dir)):
             if folder and Path(path).is_dir() and lies_in(folder, path):

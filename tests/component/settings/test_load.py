@@ -318,3 +318,22 @@ def test_rows_are_laid_out_as_file_and_overrides_say_also_under_the_older_name(l
 def test_an_order_of_rows_that_a_stream_cannot_have_is_said(load, log):
     load(streaming=True, max_steps=5, group_by_length=True)
     assert "train_sampling_strategy=group_by_length needs rows that are known beforehand" in "".join(log)
+
+
+def test_a_rank_that_takes_prepared_data_from_rank_0_needs_no_file_of_it(load, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    load(train_file="nowhere.jsonl")
+    with pytest.raises(ArgumentError, match=r"train_file: no file 'nowhere\.jsonl'"):
+        load(train_file="nowhere.jsonl", streaming=True, max_steps=1)
+
+
+def test_settings_are_read_together_before_what_waits_for_other_processes(load, tmp_path, monkeypatch):
+    load()
+    monkeypatch.setattr("transformers.TrainingArguments.__init__", lambda *args, **values: pytest.fail("made"))
+
+    def refuse(read):
+        assert read()[0].lora_rank == 64
+        raise ArgumentError("rank 1 on b: a fault")
+
+    with pytest.raises(ArgumentError, match="rank 1 on b: a fault"):
+        load_arguments(tmp_path / "args.json", together=refuse)
