@@ -10,7 +10,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -22,19 +21,20 @@ import traceback
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmark.cases import CASES, GROUPS, Case, Check
-from benchmark.faults import PRODUCT, STOCK, Lab, load_libraries, make_model, make_rows, write_rows
+from benchmark.lab import PRODUCT, STOCK, Lab, load_libraries
+from benchmark.runs import make_base, make_rows, write_rows
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-LONG = (39, 40, 1, 17, 10, 38, 35, 36, 37, 31, 12)  # first, so that none is left over at the end
+LONG = (40, 1, 17, 10, 38, 35, 36, 37, 31, 12)  # started first, so that none is left over at the end
 COLUMNS = ("#", "fault", "expected", "shown", "result", "plain Trainer")
 BEGIN, END = "<!-- written by benchmark/scorecard.py --device {}: -->", "<!-- end -->"  # of what --output replaces
+
+Outcomes = dict[tuple[int, str], list[Check]]  # by the number of a case and a program
 
 
 def parse_command_line() -> argparse.Namespace:
@@ -54,14 +54,11 @@ def main() -> None:
     cli = parse_command_line()
     cases = choose(cli.cases)
     began = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="scorecard-"))
-    try:
-        outcomes = try_all(cases, cli, folder)
-    finally:
-        shutil.rmtree(folder)
-    facts = machine(cli) | {"minutes": round((time.monotonic() - began) / 60, 1)}
-    table = [row(case, outcomes) for case in cases]
-    print(markdown(table))
+    with tempfile.TemporaryDirectory(prefix="scorecard-") as folder:
+        outcomes = try_all(cases, cli, Path(folder))
+    facts = describe_round((time.monotonic() - began) / 60)
+    rows = {case.number: row(case, outcomes) for case in cases}
+    print(markdown(list(rows.values())))
     if cli.json:
         entries = [
             {"case": number, "program": program, **dataclasses.asdict(check)}
@@ -73,74 +70,63 @@ def main() -> None:
         begin = BEGIN.format(cli.device)
         before, _, rest = cli.output.read_text(encoding="utf-8").partition(begin)
         _, _, after = rest.partition(END)
-        text = f"{before}{begin}\n\n{tables(cases, outcomes, facts)}\n\n{END}{after}"
-        cli.output.write_text(text, encoding="utf-8")
-    sys.exit(any(cells[4].startswith("FAIL") for cells in table))
+        cli.output.write_text(f"{before}{begin}\n\n{page(rows, facts)}\n\n{END}{after}", encoding="utf-8")
+    sys.exit(any(cells[4].startswith("FAIL") for cells in rows.values()))
 
 
 def choose(numbers: str | None) -> list[Case]:
-    known = {str(case.number): case for case in CASES}
-    chosen = numbers.split(",") if numbers else list(known)
-    if unknown := [number for number in chosen if number not in known]:
-        sys.exit(f"case {unknown[0]!r} is unknown; there are {', '.join(known)}")
-    return [known[number] for number in chosen]
+    chosen = numbers.split(",") if numbers else []
+    if unknown := [number for number in chosen if not number.isdigit() or int(number) not in CASES]:
+        sys.exit(f"case {unknown[0]!r} is unknown; there are {', '.join(map(str, sorted(CASES)))}")
+    return [CASES[number] for number in (map(int, chosen) if chosen else sorted(CASES))]
 
 
-def prepare(root: Path) -> None:
-    rows = make_rows(24)
-    make_model(root / "chatglm3-nano", rows)
-    write_rows(root / "train.jsonl", rows)
-    write_rows(root / "eval.jsonl", rows[:6])
-
-
-def try_all(cases: list[Case], cli: argparse.Namespace, root: Path) -> dict[tuple[int, str], list[Check]]:
-    """The tries of each case and program, made by `jobs` processes."""
+def try_all(cases: list[Case], cli: argparse.Namespace, root: Path) -> Outcomes:
+    """Try each case with each program, `jobs` cases at a time."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if cli.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     load_libraries()
-    prepare(root)
-    outcomes: dict[tuple[int, str], list[Check]] = {}
+    rows = make_rows(24)
+    make_base(root / "chatglm3-nano", rows)
+    write_rows(root / "train.jsonl", rows)
+    write_rows(root / "eval.jsonl", rows[:6])
     labs = [
-        (case, {"program": program, "seed": seed, "seeds": cli.seeds if case.seeded else 1})
+        (case.number, program, seed, cli.seeds if case.seeded else 1)
         for case in sorted(cases, key=lambda case: LONG.index(case.number) if case.number in LONG else len(LONG))
         for program in (PRODUCT, STOCK)
         if case.tries and (program == PRODUCT or (cli.stock and case.stock))
         for seed in range(cli.seeds if case.seeded and program == PRODUCT else 1)
     ]
+    outcomes: Outcomes = {}
     with ProcessPoolExecutor(cli.jobs, multiprocessing.get_context("fork")) as pool:
         tested = pool.submit(run_tests, [case for case in cases if case.tests], root)
-        waiting = {
-            pool.submit(
-                try_one, case.number, root, {"device": cli.device, "share": cli.share} | settings
-            ): f"case {case.number}, {settings['program']}, seed {settings['seed']}"
-            for case, settings in labs
-        }
+        waiting = {pool.submit(try_one, root, *lab, cli.device, cli.share): lab for lab in labs}
         for done in as_completed(waiting):
-            key, checks = done.result()
-            outcomes.setdefault(key, []).extend(checks)
+            (number, program, seed, _), checks = waiting[done], done.result()
+            outcomes.setdefault((number, program), []).extend(checks)
             failed = [check for check in checks if check.failed]
-            print(f"{waiting[done]}: {len(checks) - len(failed)}/{len(checks)}", file=sys.stderr)
-            for check in failed if key[1] == PRODUCT else ():
+            passed = len(checks) - len(failed)
+            print(f"case {number}, {program}, seed {seed}: {passed}/{len(checks)}", file=sys.stderr)
+            for check in failed if program == PRODUCT else ():
                 print(f"--- {check.name}: no {', '.join(check.failed)}\n{check.log[-4000:]}\n---", file=sys.stderr)
         return outcomes | tested.result()
 
 
-def try_one(number: int, root: Path, settings: dict) -> tuple[tuple[int, str], list[Check]]:
-    """All tries of one case with one seed. A case that breaks is a failure too."""
-    case = next(case for case in CASES if case.number == number)
-    folder = root / f"case-{number}-{settings['program']}-{settings['seed']}"
+def try_one(root: Path, number: int, program: str, seed: int, seeds: int, device: str, share: float) -> list[Check]:
+    """Make all tries of one case with one seed. A case that breaks has failed too."""
+    folder = root / f"case-{number}-{program}-{seed}"
     checks = []
     try:
-        checks.extend(case.tries(Lab(root, folder, **settings)))
+        checks.extend(CASES[number].tries(Lab(root, folder, program, seed, seeds, device, share)))
     except Exception:
         checks.append(Check("the case itself", ["an end"], log=traceback.format_exc()))
     shutil.rmtree(folder, ignore_errors=True)
-    return (number, settings["program"]), checks
+    return checks
 
 
-def run_tests(cases: list[Case], root: Path) -> dict[tuple[int, str], list[Check]]:
-    """The tests of the suite that are cases, each once. Those whose file is not there count as not run."""
+def run_tests(cases: list[Case], root: Path) -> Outcomes:
+    """Run the tests that are cases, each once. Those whose file is not there count as not run."""
     nodes = sorted({node for case in cases for node in case.tests if (ROOT / node.partition("::")[0]).exists()})
     if not nodes:
         return {}
@@ -148,20 +134,18 @@ def run_tests(cases: list[Case], root: Path) -> dict[tuple[int, str], list[Check
     options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     log = subprocess.run([sys.executable, "-m", "pytest", *options, *nodes], cwd=ROOT, capture_output=True, text=True)
     found = list(ElementTree.parse(report).iter("testcase"))
-    outcomes = {}
-    for case in cases:
-        checks = []
-        for node in [node for node in case.tests if node in nodes]:
-            its = [test_check(item, log.stdout) for item in found if is_of(node, item)]
-            checks += its or [Check(node, ["such a test"], log=log.stdout)]
-        outcomes[case.number, PRODUCT] = checks
-    return outcomes
 
+    def checks(node: str) -> list[Check]:
+        path, _, function = node.partition("::")
+        module = path.removesuffix(".py").replace("/", ".")
+        its = [item for item in found if item.get("classname") == module]
+        its = [item for item in its if not function or item.get("name").partition("[")[0] == function]
+        return [test_check(item, log.stdout) for item in its] or [Check(node, ["such a test"], log=log.stdout)]
 
-def is_of(node: str, item: ElementTree.Element) -> bool:
-    path, _, function = node.partition("::")
-    module = path.removesuffix(".py").replace("/", ".")
-    return item.get("classname") == module and (not function or item.get("name").partition("[")[0] == function)
+    return {
+        (case.number, PRODUCT): [check for node in case.tests if node in nodes for check in checks(node)]
+        for case in cases
+    }
 
 
 def test_check(item: ElementTree.Element, log: str) -> Check:
@@ -170,7 +154,8 @@ def test_check(item: ElementTree.Element, log: str) -> Check:
     return Check(f"`{item.get('name')}`", ["success"] if failed else [], facts, log if failed else "")
 
 
-def row(case: Case, outcomes: dict[tuple[int, str], list[Check]]) -> list[str]:
+def row(case: Case, outcomes: Outcomes) -> list[str]:
+    """The cells of a case, in the order of COLUMNS."""
     checks, stock = outcomes.get((case.number, PRODUCT)), outcomes.get((case.number, STOCK))
     names = sorted({node.rpartition("::")[2] for node in case.tests})
     shown = f"{figure(checks)} ({', '.join(f'`{name}`' for name in names)})" if names and checks else figure(checks)
@@ -179,7 +164,7 @@ def row(case: Case, outcomes: dict[tuple[int, str], list[Check]]) -> list[str]:
 
 
 def figure(checks: list[Check] | None) -> str:
-    """How many did as expected, and the range of each fact; facts of one range are named together."""
+    """Say how many did as expected, and the range of each fact; facts of one range are named together."""
     if not checks:
         return ""
     ranges: dict[str, list[str]] = {}
@@ -209,12 +194,10 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def tables(cases: list[Case], outcomes: dict[tuple[int, str], list[Check]], facts: dict) -> str:
-    rows = {case.number: row(case, outcomes) for case in cases}
-    results = [
-        next(kind for kind in ("pass", "FAIL", "not run") if cells[4].startswith(kind)) for cells in rows.values()
-    ]
-    summary = ", ".join(f"{count} {kind}" for kind, count in Counter(results).items())
+def page(rows: dict[int, list[str]], facts: dict) -> str:
+    """A line about the round, and a table for each group of cases."""
+    kinds = Counter(cells[4].partition(" (")[0] for cells in rows.values())
+    summary = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     head = (
         f"{facts['date']}; {facts['machine']}; Python {facts['python']}, {versions}; {facts['minutes']} minutes; "
@@ -226,19 +209,18 @@ def tables(cases: list[Case], outcomes: dict[tuple[int, str], list[Check]], fact
     return "\n\n".join([head, *(f"### {title}\n\n{markdown(group)}" for title, group in groups.items())])
 
 
-def machine(cli: argparse.Namespace) -> dict:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = names[0].partition(": ")[2] if names else platform.machine()
-    if cli.device == "cuda":
-        import torch
+def describe_round(minutes: float) -> dict:
+    """Where, when and how the cases were tried."""
+    from benchmark.common import machine
 
-        name = torch.cuda.get_device_name()
-    means = [f"{tool}: {'yes' if there else 'no'}" for tool, there in (("strace", shutil.which("strace")),)]
+    facts = machine()
+    strace, root = ("yes" if is_so else "no" for is_so in (shutil.which("strace"), os.geteuid() == 0))
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{name}, {os.cpu_count()} cores, {', '.join(means)}, root: {'no' if os.geteuid() else 'yes'}",
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "machine": f"{facts['device']}, {os.cpu_count()} cores, strace: {strace}, root: {root}",
+        "python": facts["python"],
+        "versions": facts["versions"],
+        "minutes": round(minutes, 1),
         "command": shlex.join(["python", *sys.argv]),
     }
 

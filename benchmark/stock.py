@@ -1,6 +1,6 @@
-"""What benchmark/scorecard.py holds beside this program: plain transformers and PEFT, with the same settings file.
+"""Train by plain transformers and PEFT, from the settings file of the real command, for benchmark/scorecard.py.
 
-A Trainer, a LoRA adapter, `resume_from_checkpoint` where there is a checkpoint, and nothing else.
+There is a Trainer, a LoRA adapter, `resume_from_checkpoint` where there is a checkpoint, and nothing else.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train_qlora
+from benchmark.runs import make_base
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from component.model import attach_lora
 from component.settings.schema import QLoRAArguments
@@ -146,23 +147,7 @@ def adapter_folder(tmp_path):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A folder as a user has it: config, weights and tokenizer of a two-layer ChatGLM3."""
-    folder = tmp_path_factory.mktemp("models") / "chatglm3-nano"
-    folder.mkdir()
-    data = write_rows(folder.parent / "text.jsonl", ROWS)
-    tokenizer = train_tokenizer([data], folder, vocab_size=320)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = ChatGLMConfig(
-        padded_vocab_size=384,
-        hidden_size=64,
-        ffn_hidden_size=64,
-        num_layers=2,
-        num_attention_heads=4,
-        kv_channels=16,
-        initializer_range=0.1,
-    )
-    ChatGLMForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+    return make_base(tmp_path_factory.mktemp("models") / "chatglm3-nano", ROWS)
 
 
 @pytest.fixture

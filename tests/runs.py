@@ -1,20 +1,14 @@
 """What tests of whole runs share: rows, and what is read off an output folder."""
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-ROWS = [
-    {"conversations": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": "word " * i}]}
-    for i in range(1, 13)
-]
+import benchmark.runs
+from benchmark.runs import logged, make_rows, write_rows  # noqa: F401
 
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+ROWS = make_rows(12)
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -22,11 +16,9 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(folder: Path) -> list[float]:
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    return logged(folder, "loss")
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    first, second = adapter(one / "final"), adapter(other / "final")
-    assert first.keys() == second.keys()
-    return max((first[name] - second[name]).abs().max().item() for name in first)
+    """Largest difference of the final adapters of two runs."""
+    return benchmark.runs.largest_difference(adapter(one / "final"), adapter(other / "final"))
