@@ -1,10 +1,10 @@
-"""Whether the fast step learns what the plain one learns: loss curves of both, side by side, over seeds.
+"""Compare the loss curves of the fast step and of a plain one over seeds: whether they learn the same.
 
 python benchmark/curve.py --model FOLDER [--gguf FILE] --data FILE --output FOLDER [--steps 200] [--seeds 0 1 2]
 
 Fast is `train_qlora.py` as it comes. Plain is PEFT and transformers' Trainer: padded batches, float32 throughout. Both
 have one 4-bit base, one adapter to start from, and the same rows in every update; their dropouts differ. The noise is
-what the plain curves of different seeds differ by.
+the deviation of the plain curves of different seeds.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmark.runs import logged
 
 WINDOW = 10  # steps that a figure of the table is the mean of
 SETTINGS = {
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def unpack(folder: Path, gguf: str, target: Path) -> Path:
-    """A GGUF model as a checkpoint of transformers."""
+    """Make a checkpoint of transformers of a GGUF model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf)
@@ -77,8 +79,7 @@ def train_fast(settings: dict) -> list[float]:
     file = Path(f"{settings['output_dir']}.json")
     file.write_text(json.dumps(settings), encoding="utf-8")
     subprocess.run([sys.executable, ROOT / "train_qlora.py", "--train_args_file", file], cwd=ROOT, check=True)
-    state = json.loads(Path(settings["output_dir"], "trainer_state.json").read_text(encoding="utf-8"))
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    return logged(Path(settings["output_dir"]), "loss")
 
 
 def train_plain(settings: dict) -> list[float]:

@@ -1,4 +1,4 @@
-"""Rows per second and memory of preparing data, beside plain preprocessing: one process, message by message.
+"""Measure rows per second and memory of preparing data, beside plain preprocessing: one process, message by message.
 
 python benchmark/preprocessing.py --data FILE --model FOLDER [--rows 1000000]
 
@@ -29,7 +29,7 @@ PLAIN_ROWS = 20_000
 
 
 class MemoryWatch(threading.Thread):
-    """The highest sum of the proportional set sizes of this process and its children, in MiB."""
+    """Watches the sum of the proportional set sizes of this process and its children; `highest` is in MiB."""
 
     def __init__(self):
         super().__init__(daemon=True)
