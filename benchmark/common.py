@@ -1,10 +1,12 @@
-"""What the variants of benchmark/step.py share: shapes, random 4-bit models made in place, the samples, the clock."""
+"""Shapes, random 4-bit models made in place, samples and a clock: what the measurements of the training step share."""
 
 import math
 import platform
 import random
+import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GlmConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -28,6 +29,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from component.chatglm import ChatGLMConfig
+from component.model import four_bit
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "liger-kernel", "trl", "unsloth")
 
@@ -84,10 +86,11 @@ SHAPES: dict[str, tuple[Callable[[], PreTrainedConfig], int]] = {
 
 @dataclass
 class Run:
-    """One variant at work: what it gets, and where its results go.
+    """What a variant is given.
 
     Args:
-        folder: for what a program writes; removed after the last variant.
+        updates: that are timed, after one of warm-up.
+        folder: for what its program writes; removed after the last variant.
     """
 
     variant: str
@@ -132,12 +135,12 @@ def make_samples(vocab: int, seed: int = 0, longest: int = 1024) -> list[dict[st
 
 
 def count(samples: list[dict[str, list[int]]]) -> tuple[int, int]:
-    """(useful tokens, learned tokens) of an update."""
+    """Count the useful tokens of an update, those that are not padding, and the learned ones among them."""
     return sum(len(sample["input_ids"]) for sample in samples), sum(sum(sample["target_mask"]) for sample in samples)
 
 
 def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """A model of `shape` whose linear layers are NF4 with double quantisation, made of random weights on `device`.
+    """Make a model of `shape` whose linear layers are NF4 with double quantisation, made of random weights on `device`.
 
     Weights are normal with deviation 0.02, biases zero, norms one. Embedding, head and norms are in `dtype`, which is
     also the dtype of the 4-bit layers' arithmetic. One layer at a time exists unquantised.
@@ -164,7 +167,7 @@ def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int 
                 setattr(layer, name, nn.Parameter(data, requires_grad=False))
 
     # What from_pretrained would have noted.
-    model.hf_quantizer = AutoHfQuantizer.from_config(quantization(dtype), pre_quantized=True)
+    model.hf_quantizer = AutoHfQuantizer.from_config(four_bit(dtype), pre_quantized=True)
     model.is_loaded_in_4bit = model.is_quantized = True
     model.quantization_method = model.hf_quantizer.quantization_config.quant_method
     model.config.quantization_config = model.hf_quantizer.quantization_config
@@ -174,7 +177,7 @@ def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int 
 
 
 def quantize(layer: nn.Linear, weight: torch.Tensor, dtype: torch.dtype) -> Linear4bit:
-    """The 4-bit twin of `layer`, holding `weight` (out, in). Its bias, if any, stays on the meta device."""
+    """Make a 4-bit layer like `layer` of `weight` (out, in). Its bias, if any, stays on the meta device."""
     bias = layer.bias is not None
     settings = {"compress_statistics": True, "quant_type": "nf4"}
     twin = Linear4bit(layer.in_features, layer.out_features, bias, compute_dtype=dtype, device="meta", **settings)
@@ -183,17 +186,8 @@ def quantize(layer: nn.Linear, weight: torch.Tensor, dtype: torch.dtype) -> Line
     return twin
 
 
-def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
 def save_checkpoint(run: Run, folder: Path) -> None:
-    """The run's model, quantised, with a tokenizer, for programs that load a folder."""
+    """Write the run's model, quantised, and a tokenizer, for programs that load a folder."""
     model = run.model()
     folder.mkdir(parents=True)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
@@ -204,7 +198,7 @@ def save_checkpoint(run: Run, folder: Path) -> None:
 
 
 def make_tokenizer(run: Run) -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges, filled up to the size of the vocabulary. The samples are tokenised already."""
+    """Make a tokenizer of bytes, filled up to the size of the vocabulary. The samples are tokenised already."""
     special = ["<|begin_of_text|>", "<|finetune_right_pad_id|>", "<|end_of_text|>"]
     pieces = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces += [f"<filler{i}>" for i in range(run.config.vocab_size - len(pieces))]
@@ -221,10 +215,11 @@ def make_tokenizer(run: Run) -> PreTrainedTokenizerFast:
 
 
 def floor_flops(config: PreTrainedConfig, checkpointing: bool) -> float:
-    """The fewest FLOPs of a useful token: 4 for each weight of the body, 6 where its forward runs twice.
+    """The fewest FLOPs that a useful token can cost.
 
-    2 are forward and 2 the gradient of the activations; those of the frozen weights are not wanted. The head counts at
-    learned tokens only and its forward never runs twice. Attention and the adapter are left out.
+    For each weight of the body they are 2 in the forward, twice that where it runs twice, and 2 for the gradient of
+    the activations; frozen weights need no gradient. The head counts at learned tokens alone, and its forward never
+    runs twice. Attention and the adapter are left out.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -235,7 +230,7 @@ def floor_flops(config: PreTrainedConfig, checkpointing: bool) -> float:
 
 
 def matmul_ceiling(device: torch.device) -> float:
-    """FLOP/s of an 8192³ bfloat16 product of random matrices; on CPU, 1024³ in float32. Mean of ten."""
+    """Measure the FLOP/s of ten 8192³ products of random bfloat16 matrices; on a CPU, 1024³ in float32."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
@@ -247,7 +242,7 @@ def matmul_ceiling(device: torch.device) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once all work given to the device is done."""
+    """Read the clock, in seconds, once all work given to the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -258,7 +253,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 class Clock(TrainerCallback):
-    """Ends of updates, on the device's own time. It starts when the base model is loaded."""
+    """Takes the time at the end of each update, once the device is done with it. Made when the base model is loaded."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -272,7 +267,7 @@ class Clock(TrainerCallback):
         self.ends.append(now(self.device))
 
     def figures(self) -> dict:
-        """Seconds of each update after the first are from end to end: fetching and collating data is part of it."""
+        """Seconds of the first update and of each after it, from end to end, so that data is part of them; memory."""
         return {
             "warmup_seconds": self.ends[0] - self.started,
             "update_seconds": [end - begin for begin, end in zip(self.ends, self.ends[1:], strict=False)],
@@ -281,8 +276,22 @@ class Clock(TrainerCallback):
         }
 
 
-def measure(run: Run, trainer: Trainer, clock: Clock, checkpointing: bool) -> dict:
-    """Train, and check that every update was over the learned tokens of all samples.
+def count_labels(trainer: Trainer) -> int:
+    """Learned tokens of one pass over the trainer's own batches. No sample's first token is learned."""
+    return sum(int((batch["labels"] != -100).sum()) for batch in trainer.get_train_dataloader())
+
+
+def measure(
+    run: Run,
+    trainer: Trainer,
+    clock: Clock,
+    checkpointing: bool,
+    count_learned: Callable[[Trainer], int] = count_labels,
+) -> dict:
+    """Train, and return the figures of a variant.
+
+    Args:
+        count_learned: counts the learned tokens of an update by the trainer's own batches.
 
     Raises:
         ValueError: a loss is not finite, or the batches hold other learned tokens than the samples.
@@ -290,13 +299,8 @@ def measure(run: Run, trainer: Trainer, clock: Clock, checkpointing: bool) -> di
     trainer.add_callback(clock)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return figures(run, clock, losses, count_labels(trainer), checkpointing)
-
-
-def figures(run: Run, clock: Clock, losses: list[float], learned: int, checkpointing: bool) -> dict:
-    """The result of a variant, checked. `learned` is what it learned from in an update, by its own batches."""
     useful_tokens, learned_tokens = count(run.samples())
-    if learned != learned_tokens:
+    if (learned := count_learned(trainer)) != learned_tokens:
         raise ValueError(f"{learned} tokens are learned, not the {learned_tokens} of the samples")
     if len(losses) != run.updates + 1 or not all(map(math.isfinite, losses)):
         raise ValueError(f"{run.updates + 1} finite losses are expected, got {losses}")
@@ -308,25 +312,19 @@ def figures(run: Run, clock: Clock, losses: list[float], learned: int, checkpoin
     }
 
 
-def count_labels(trainer: Trainer) -> int:
-    """Learned tokens of one pass over the trainer's own batches. No sample's first token is learned."""
-    return sum(int((batch["labels"] != -100).sum()) for batch in trainer.get_train_dataloader())
-
-
 def machine() -> dict:
-    """Card and versions. Asking for the card's name takes none of its memory."""
+    """Name of the card, or of the processor where there is none, and versions. It takes none of the card's memory."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"device": card, "python": platform.python_version(), "versions": versions}
+    processors = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else [*processors, platform.machine()][0]
+    return {"device": device, "python": platform.python_version(), "versions": versions}
 
 
 def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    """Markdown, its columns aligned but for the last."""
+    """A table in Markdown, whose columns are aligned but for the last."""
     widths = [max(map(len, column)) for column in zip(columns, *([*row[:-1], ""] for row in rows), strict=True)]
     rule = ["-" * width for width in widths]
     lines = ["| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in (columns, rule, *rows)]

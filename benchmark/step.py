@@ -1,4 +1,4 @@
-"""Speed and memory of the training step, beside other programs: one table, one process for each variant.
+"""Measure speed and memory of the training step, beside other programs: one table, one process for each variant.
 
 python benchmark/step.py [--variants a,b,c] [--shape SHAPE] [--updates 5] [--json FILE]
 
@@ -40,10 +40,7 @@ def parse_command_line() -> argparse.Namespace:
 
 def main() -> None:
     cli = parse_command_line()
-    if cli.one:
-        run_one(cli)
-    else:
-        run_all(cli)
+    (run_one if cli.one else run_all)(cli)
 
 
 def run_all(cli: argparse.Namespace) -> None:
@@ -76,9 +73,9 @@ def run_all(cli: argparse.Namespace) -> None:
 
 
 def start(task: str, shape: str, cli: argparse.Namespace, folder: Path) -> dict:
-    """Run one task in a process of its own. Returns its figures, or its `error` and the end of its `log`."""
-    command = [sys.executable, __file__, "--one", task, "--folder", str(folder), "--updates", str(cli.updates)]
-    command += ["--shape", shape]
+    """Do one task in a process of its own. Returns its figures, or its `error` and the end of its `log`."""
+    command = [sys.executable, __file__, "--one", task, "--folder", str(folder), "--shape", shape]
+    command += ["--updates", str(cli.updates)]
     offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     own = {"HF_DATASETS_CACHE": str(folder / "datasets"), "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth_compiled")}
     with open(folder / f"{task}.log", "w+b") as output:
@@ -102,30 +99,28 @@ def start(task: str, shape: str, cli: argparse.Namespace, folder: Path) -> dict:
 
 
 def run_one(cli: argparse.Namespace) -> None:
-    """The child: do the task, leave its figures as JSON in the folder."""
+    """Do a task, in the process that `start` made for it, and leave its figures as JSON in the folder."""
     folder = Path(cli.folder)
     try:
         if cli.one.startswith("unsloth"):
             import unsloth  # noqa: F401  it must come before transformers and whatever imports that
-        result = do(cli, folder)
+
+        from benchmark.common import Run, matmul_ceiling, save_checkpoint
+        from benchmark.variants import VARIANTS, checkpoint_folder
+
+        run = Run(cli.one, cli.shape, cli.updates, folder)
+        if cli.one == CEILING:
+            result = {"ceiling_flops": matmul_ceiling(run.device)}
+        elif cli.one == CHECKPOINT:
+            save_checkpoint(run, checkpoint_folder(run))
+            result = {}
+        else:
+            result = VARIANTS[cli.one][1](run)
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         result = {"error": f"{type(error).__name__}: {lines[-1]}"}
     (folder / f"{cli.one}.json").write_text(json.dumps(result), encoding="utf-8")
-
-
-def do(cli: argparse.Namespace, folder: Path) -> dict:
-    from benchmark.common import Run, matmul_ceiling, save_checkpoint
-    from benchmark.variants import VARIANTS, checkpoint_folder
-
-    run = Run(cli.one, cli.shape, cli.updates, folder)
-    if cli.one == CEILING:
-        return {"ceiling_flops": matmul_ceiling(run.device)}
-    if cli.one == CHECKPOINT:
-        save_checkpoint(run, checkpoint_folder(run))
-        return {}
-    return VARIANTS[cli.one][1](run)
 
 
 def heading(report: dict) -> str:
@@ -135,7 +130,7 @@ def heading(report: dict) -> str:
 
 
 def describe(result: dict, report: dict) -> list[str]:
-    """One row of the table, in the order of COLUMNS; the last column takes an error."""
+    """The cells of a variant, in the order of COLUMNS; the last one takes an error."""
     row = [result["variant"], result["shape"]]
     if "error" in result:
         return row + [""] * (len(COLUMNS) - 3) + [result["error"]]

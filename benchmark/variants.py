@@ -1,4 +1,4 @@
-"""The programs that benchmark/step.py measures. Each takes a Run and returns its figures.
+"""Training programs that benchmark/step.py measures. Each takes a Run and returns its figures.
 
 An update is all 64 samples: forward and backward of 8 batches of 8, clipping, one paged AdamW step in 32 bits.
 """
@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 
-from benchmark.common import ACCUMULATION, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, figures, make_tokenizer, measure
+from benchmark.common import ACCUMULATION, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, make_tokenizer, measure
 from component.kernel.memory import choose_plan
 from component.kernel.model import PackedForward
 from component.train.batch import PackingCollator
@@ -20,7 +20,7 @@ from component.train.trainer import LoRATrainer
 
 
 def seed(run: Run, grouped: bool = False) -> dict:
-    """The recipe this project began with: padded, checkpointed, float32 norms and head, logits of all tokens."""
+    """Measure the recipe this project began with: padded, checkpointed, float32 norms and head, all tokens' logits."""
     model = run.model()
     clock = Clock(run.device)
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
@@ -34,7 +34,7 @@ def seed(run: Run, grouped: bool = False) -> dict:
 
 
 def plain(run: Run) -> dict:
-    """PEFT and transformers' Trainer as they come: padded, no checkpointing."""
+    """Measure PEFT and transformers' Trainer as they come: padded, no checkpointing."""
     model = run.model()
     clock = Clock(run.device)
     return train_plainly(run, get_peft_model(model, lora(0.05)), clock, checkpointing=False)
@@ -54,7 +54,7 @@ def train_plainly(run: Run, model, clock: Clock, checkpointing: bool, **changes)
 
 
 def collate(samples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """(batch, length) tensors, padded on the right to the longest sample; labels are -100 where nothing is learned."""
+    """Pad samples on the right to (batch, length) tensors; labels are -100 where nothing is learned."""
     ids, masks = ([torch.tensor(sample[key]) for sample in samples] for key in ("input_ids", "target_mask"))
     labels = [torch.where(mask == 1, row, -100) for row, mask in zip(ids, masks, strict=True)]
 
@@ -72,7 +72,7 @@ def lora(dropout: float) -> LoraConfig:
 
 
 def trainer_settings(run: Run) -> dict:
-    """What every program is told alike."""
+    """TrainingArguments that all programs are given."""
     cuda = run.device.type == "cuda"
     return {
         "output_dir": str(run.folder / run.variant),
@@ -94,7 +94,7 @@ def trainer_settings(run: Run) -> dict:
 
 
 def trl(run: Run, checkpointing: bool) -> dict:
-    """TRL's SFTTrainer over a 4-bit model, padded."""
+    """Measure TRL's SFTTrainer over a 4-bit model, padded."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -118,7 +118,7 @@ def trl(run: Run, checkpointing: bool) -> dict:
 
 
 def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
-    """Unsloth's loader and adapter under TRL's SFTTrainer, which it replaces when imported; no checkpointing.
+    """Measure Unsloth's loader and adapter under TRL's SFTTrainer, which it replaces when imported; no checkpointing.
 
     step.py imports it before anything of transformers, as it asks for, and saves the checkpoint. With packing, a row
     is as many samples as fit in the longest one's length, and the batches of 8 rows still make one update.
@@ -165,25 +165,25 @@ def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
 
 
 def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, packing_length: int = 8192) -> dict:
-    """This project's own step: packed rows, fused layers, the loss of learned tokens alone."""
+    """Measure this project's own step: packed rows, fused layers, the loss of learned tokens alone."""
     model = run.model()
     clock = Clock(run.device)
     model = get_peft_model(model, lora(dropout))
     plan = choose_plan(PackedForward(model, run.longest), packing_length, checkpointing, run.longest, optimizer_bytes=0)
-    settings = trainer_settings(run) | {"remove_unused_columns": False, "label_names": ["target_mask"]}
     trainer = LoRATrainer(
         model=model,
-        args=TrainingArguments(**settings),
+        args=TrainingArguments(**trainer_settings(run)),
         train_dataset=run.samples(),
         data_collator=PackingCollator(plan.tokens),
         loss=TargetLMLoss(),
     )
-    trainer.add_callback(clock)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    updates = trainer.get_train_dataloader()
-    learned = sum(trainer.count_learned(row) for update in updates for batch in update.batches for row in batch)
-    return figures(run, clock, losses, learned, checkpointing in ("full", "offload"))
+    return measure(run, trainer, clock, checkpointing in ("full", "offload"), count_learned)
+
+
+def count_learned(trainer: LoRATrainer) -> int:
+    """Learned tokens of one pass over the trainer's own updates."""
+    parts = (part for update in trainer.get_train_dataloader() for batch in update.batches for part in batch)
+    return sum(map(trainer.count_learned, parts))
 
 
 def checkpoint_folder(run: Run) -> Path:
