@@ -590,22 +590,6 @@ def bad_tensors(folder: Path) -> int:
     return sum(not tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point())
 
 
-@case(31, "batch of 4; 4 accumulated batches of 1; 2 ranks of 2", "equal within 1e-6", earlier="4.8e-7, 1 rank")
-def accumulation_and_ranks(lab: Lab) -> Iterator[Check]:
-    settings = {"optim": "sgd", "lora_dropout": 0.0, "max_steps": 6}
-    reference = lab.reference(**settings)
-    shapes = {
-        "4 x 1": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
-        "2 ranks of 2": TWO_RANKS,
-    }
-    for name, shape in shapes.items():
-        run = lab.run(name.replace(" ", ""), **settings | shape)
-        differences = lab.compare(run.folder, reference) if run.code == 0 else {}
-        facts = {f"{key} diff": differences.get(key, math.inf) for key in ("loss", "adapter")}
-        expected = {f"{key} of at most 1e-6": value <= 1e-6 for key, value in facts.items()}
-        yield check(name, run, {"exit code 0": run.code == 0} | expected, **facts)
-
-
 # F: two processes under torchrun
 
 
@@ -752,6 +736,11 @@ SUITE = {  # (number, fault, expected): tests
     (29, "every item hashed over 3 epochs, 0 and 2 workers", "nothing changes"): (
         f"{DATASET}::test_items_are_the_same_in_every_epoch",
     ),
+    (31, "batch of 4; 4 accumulated batches of 1; 1 to 4 ranks", "equal within 1e-6; of ranks within 1e-5"): (
+        f"{JOB}::test_four_accumulated_batches_of_one_equal_one_batch_of_four",
+        f"{JOB}::test_two_ranks_equal_one_process_with_the_same_global_batch",
+        "tests/component/train/test_ranks.py::test_any_number_of_processes_trains_as_one_does",
+    ),
     (32, "fp16 asked for; no bfloat16", "trained weights in float32; an error before loading"): (
         f"{SETTINGS}::test_without_cuda_half_precision_and_paged_optimizers_fall_back_and_say_so",
         f"{SETTINGS}::test_the_card_decides_the_compute_dtype",
@@ -775,7 +764,13 @@ SUITE = {  # (number, fault, expected): tests
         "written outside, nothing leaks",
     ): ("tests/test_trust.py", "tests/component/test_pickles.py"),
 }
-EARLIER = {6: "kept 6, 9; 0.0704", 7: "kept 999", 14: "exit code 0", 33: "1.7e-7; 0.052"}
+EARLIER = {
+    6: "kept 6, 9; 0.0704",
+    7: "kept 999",
+    14: "exit code 0",
+    31: "4.8e-7, 1 rank",
+    33: "1.7e-7; 0.052",
+}
 CASES |= {
     number: Case(number, fault, expected, earlier=EARLIER.get(number, ""), tests=tests)
     for (number, fault, expected), tests in SUITE.items()
