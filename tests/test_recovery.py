@@ -21,6 +21,7 @@ from component.kernel.model import PackedForward
 from component.run.folder import RunFolder
 from component.run.manifest import verify
 from component.run.resume import find_checkpoints
+from component.train import report
 from component.train.checkpoint import Checkpoints
 from component.train.progress import LossWatch
 from component.train.trainer import LoRATrainer
@@ -184,6 +185,39 @@ def test_a_best_model_that_is_not_whole_ends_the_run(job, stopped, tmp_path, mon
     assert stopped(**settings) == 4
     assert f"{weights.parent} has the best model, and" in capsys.readouterr().err
     assert not (tmp_path / "run" / "final").exists()
+
+
+EARLY = {"early_stopping_patience": 2, "early_stopping_threshold": 10.0, "eval_steps": 2, "save_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("n", "owner", "name"),
+    [(4, LoRATrainer, "forward_and_backward"), (3, LoRATrainer, "evaluate"), (1, Checkpoints, "save_final")],
+    ids=["before", "in the evaluation that stops it", "after"],
+)
+def test_a_run_that_gets_no_better_stops_with_its_best_also_if_it_was_interrupted(
+    job, stopped, tmp_path, capsys, n, owner, name
+):
+    settings = {**SETTINGS, **EARLY, "max_steps": 30, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
+    whole = job("whole", **settings)
+    assert [entry["step"] for entry in figures(whole) if "eval_loss" in entry] == [2, 4, 6]
+    message = capsys.readouterr().err
+    assert "step 6: stopping, as 2 evaluations in a row were not better than step" in message
+    assert "the final adapter is that of checkpoint-6, the best that was saved" in message
+    with at_call(n, owner, name, send(signal.SIGTERM)):
+        assert stopped("stopped", **settings) == 143
+    job("stopped", **settings)
+    assert_same_run(whole, tmp_path / "stopped")
+
+
+def test_the_picture_of_the_loss_is_drawn_at_every_evaluation_and_checkpoint(job, tmp_path, monkeypatch):
+    drawn = []
+    original = report.draw_loss
+    monkeypatch.setattr(report, "draw_loss", lambda history: drawn.append(history[-1]["step"]) or original(history))
+    settings = {**SETTINGS, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS)), "eval_strategy": "steps"}
+    folder = job(**settings | {"eval_steps": 2, "logging_steps": 1})
+    assert drawn == [2, 3, 4, 6, 7, 7]  # once for the evaluation and the checkpoint of step 6, and at the end
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_evaluation_after_the_last_update_of_a_part_of_an_epoch_is_made_up(job, stopped, tmp_path):

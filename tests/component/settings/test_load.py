@@ -337,3 +337,26 @@ def test_settings_are_read_together_before_what_waits_for_other_processes(load, 
 
     with pytest.raises(ArgumentError, match="rank 1 on b: a fault"):
         load_arguments(tmp_path / "args.json", together=refuse)
+
+
+def test_early_stopping_looks_at_evaluations_and_keeps_the_best(load, tmp_path):
+    rows = str(tmp_path / "rows.jsonl")
+    args, training_args = load(eval_file=rows, early_stopping_patience=2)
+    assert (args.early_stopping_patience, args.early_stopping_threshold) == (2, 0.0)
+    assert training_args.load_best_model_at_end
+    assert training_args.eval_strategy == training_args.save_strategy == "steps"
+    assert load(eval_file=rows, early_stopping_steps=3)[0].early_stopping_patience == 3  # LLaMA-Factory's name
+    for settings, fault in (
+        ({"early_stopping_patience": 2}, "early_stopping_patience needs eval_file"),
+        ({"early_stopping_threshold": 0.1}, "early_stopping_threshold has no effect without early_stopping_patience"),
+        (
+            {"early_stopping_patience": 0, "eval_file": rows},
+            "early_stopping_patience must be a positive integer, got 0",
+        ),
+        (
+            {"early_stopping_patience": 1, "eval_file": rows, "load_best_model_at_end": False},
+            "load_best_model_at_end is false; remove one of them",
+        ),
+    ):
+        with pytest.raises(ArgumentError, match=fault):
+            load(**settings)
