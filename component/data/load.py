@@ -17,19 +17,20 @@ from .stream import StreamingSFTDataset
 def load_datasets(
     args, make: type[SFTDataset], tokenizer, seed: int, output_dir: str | None, *, goes_on: bool = False
 ) -> tuple:
-    """The training data and, if any, the evaluation data of a run; what was found in them is logged.
+    """Load the training data of a run, and its evaluation data if there is any. What was found in them is logged.
 
     Args:
         args: QLoRAArguments.
-        make: of DATA_FORMATS.
-        output_dir: where `rejected.jsonl` is written, if rows were.
-        goes_on: the run goes on from a checkpoint, and a stream's first rows were checked when it began.
+        make: a class of DATA_FORMATS.
+        output_dir: the folder for `rejected.jsonl`, which is written if rows were rejected.
+        goes_on: whether the run continues from a checkpoint. If so, a stream's first rows were checked when it began.
 
     Returns:
-        (SFTDataset, Mixture or StreamingSFTDataset; SFTDataset or None). Both are cheap to pickle.
+        The training data (SFTDataset, Mixture or StreamingSFTDataset), and the evaluation data (SFTDataset or None).
+        Both are cheap to pickle.
     """
     rules, workers = rules_of(args), args.preprocessing_workers
-    with_rejected: dict[Path, None] = {}  # folders of stores, each once
+    with_rejected: dict[Path, None] = {}  # folders of stores with rejected rows, each once
 
     def load(source: Source) -> SFTDataset:
         part = make(source, tokenizer, cache_dir=args.cache_dir, workers=workers, judged=False, **asdict(rules))
@@ -58,7 +59,7 @@ def load_datasets(
 
 
 def require_stores(*datasets) -> None:
-    """Have, on another machine than rank 0's, the rows of what `load_datasets` returned there (SFTDataset)."""
+    """Open the stores of datasets that rank 0 has loaded, on another machine (SFTDataset.require_store)."""
     for dataset in datasets:
         for part in dataset.dataset.datasets if isinstance(dataset, Mixture) else [dataset]:
             if isinstance(part, SFTDataset):
@@ -70,9 +71,10 @@ def rules_of(args) -> DataRules:
 
 
 class Mixture(Subset):
-    """As many samples as the parts have together, each part's share of them being its weight's.
+    """A mixture of datasets: as many samples as the parts have together, divided among the parts by weight.
 
-    A part whose share is above its size is gone through again, and of one below a random selection is taken.
+    A part that is larger than its share gives a random selection. A smaller one is repeated whole as often as it fits
+    into its share, and a random selection fills the rest.
     """
 
     def __init__(self, parts: list[SFTDataset], weights: list[float], seed: int):
@@ -89,7 +91,7 @@ class Mixture(Subset):
         super().__init__(ConcatDataset(parts), np.concatenate(chosen))
 
     def find_place(self, input_ids: list[int]) -> str | None:
-        """`file:line` of the first sample of these tokens."""
+        """`file:line` of the first sample that has these tokens, or None."""
         return next(filter(None, (part.find_place(input_ids) for part in self.dataset.datasets)), None)
 
     @property

@@ -1,4 +1,4 @@
-"""Files of rows to token ids, once: read, checked and rendered by several processes."""
+"""Turns files of rows into a store of token ids, once. Several processes check and render the rows."""
 
 import json
 import math
@@ -24,29 +24,29 @@ from .render import TokenizedSample, render_chatglm2, render_chatglm3
 from .rules import CUT, DROPPED, NOTES, SHORTENED, DataReport, DataRules, count_kind, judge, kind_of
 from .store import FILES, PLACE_BITS
 
-CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 20  # what a process gets at a time, whichever is reached first
-PARALLEL_FROM = 4 << 20  # bytes of input; below, starting processes costs more than they save
-ESCAPE = "backslashreplace"  # for files' names that are not UTF-8
+CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 20  # limits of what a process gets at a time; the first that is reached counts
+PARALLEL_FROM = 4 << 20  # bytes of input; for less, starting processes costs more than it saves
+ESCAPE = "backslashreplace"  # for file names that are not UTF-8
 
 
 class RowRenderer:
-    """One line of a file to a sample that fits.
+    """Turns one line of a file into a sample that fits `max_seq_length`.
 
     Args:
-        render: of component.data.render and component.data.chat_template.
+        render: a renderer of component.data.render or component.data.chat_template.
     """
 
     def __init__(self, render: Callable, tokenizer, rules: DataRules):
         self.render, self.tokenizer, self.rules = render, tokenizer, rules
-        self.rows = getattr(tokenizer, "embedding_rows", math.inf)  # of the model whose tokenizer it is
+        self.rows = getattr(tokenizer, "embedding_rows", math.inf)  # of the embedding, if the tokenizer knows them
 
     def parse(self, raw: bytes | DataError) -> tuple[Conversation, list[str]]:
-        """The conversation, and what is unusual in it. Raises DataError, without a place, for a bad row."""
+        """Parse a row, and list what is unusual in it. Raises DataError, without file and line, if the row is bad."""
         if isinstance(raw, DataError):
             raise raw
         row = parse_line(raw)
         conversation = choose_learned(parse_row(row), self.rules.loss_on)
-        first: dict[str, str] = {}  # of each kind, so that a row counts once
+        first: dict[str, str] = {}  # the first of each kind, so that a row counts once
         for what in oddities(conversation):
             first.setdefault(kind_of(what), what)
         odd = list(first.values())
@@ -55,7 +55,14 @@ class RowRenderer:
         return conversation, [*odd, *unread_keys(row)]
 
     def fit_to_length(self, conversation: Conversation) -> tuple[TokenizedSample | None, str | None]:
-        """A sample of at most `max_seq_length` tokens, or None; and CUT, SHORTENED or DROPPED."""
+        """Render a conversation in at most `max_seq_length` tokens.
+
+        Returns:
+            (the sample, None or CUT or SHORTENED), or (None, DROPPED).
+
+        Raises:
+            DataError: the conversation cannot be rendered, or a token has no row in the model's embedding.
+        """
         limit, note = self.rules.max_seq_length, None
         sample = self.render(conversation, self.tokenizer)
         if len(sample.input_ids) > limit:
@@ -76,7 +83,7 @@ class RowRenderer:
         return (sample, note) if any(sample.target_mask[1:]) else (None, DROPPED)
 
     def shorten(self, conversation: Conversation) -> Conversation:
-        """Without as many early rounds as must go; the last one stays."""
+        """Leave out as few early rounds as possible for the rest to fit. The last round always stays."""
 
         def fits(gone: int) -> bool:
             return len(self.render(without_first_rounds(conversation, gone), self.tokenizer).input_ids) <= limit
@@ -87,10 +94,11 @@ class RowRenderer:
 
 
 def fill_store(files: list[Path], renderer: RowRenderer, workers: int, folder: Path) -> None:
-    """Fill `folder` for a TokenStore.
+    """Write the files of a TokenStore into `folder`.
 
     Raises:
-        DataError: bad rows with `on_bad_row: stop`: the first of each kind, and how many; or else an unreadable file.
+        DataError: with `on_bad_row: stop`, rows are bad; the text has the first of each kind, and how many there are.
+            Otherwise, a file cannot be read to its end.
     """
     report = DataReport()
     started = told = time.monotonic()
@@ -99,7 +107,7 @@ def fill_store(files: list[Path], renderer: RowRenderer, workers: int, folder: P
     with ExitStack() as stack:
         rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8", errors=ESCAPE))
         outputs = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
-        # Once a row is bad and the run will stop, the rest is checked and no more rendered.
+        # Once a bad row means that the run will stop, the rest is only checked, not rendered.
         tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(read_files(files, not stops)))
         for outcome in in_order(render_chunk, tasks, workers):
             for name in FILES:
@@ -118,7 +126,7 @@ def fill_store(files: list[Path], renderer: RowRenderer, workers: int, folder: P
 
 @dataclass
 class Outcome:
-    """What became of a chunk. `ends` counts from the chunk's start."""
+    """The result of rendering a chunk. `ends` counts tokens from the chunk's start."""
 
     input_ids: np.ndarray
     target_mask: np.ndarray
@@ -141,7 +149,11 @@ Chunk = list[tuple[int, int, bytes | DataError]]  # file number, line, row
 
 
 def read_files(files: list[Path], skips: bool) -> Iterator[tuple[int, int, bytes | DataError]]:
-    """Raises DataError for a file that cannot be read on, if bad rows are skipped: its rest is not known to be bad."""
+    """Yield (file number, line, row) for all rows.
+
+    Raises:
+        DataError: bad rows are skipped, and a file cannot be read to its end. The rows lost with it may be good.
+    """
     for number, file in enumerate(files):
         for line, raw in read_lines(file):
             if skips and isinstance(raw, Unreadable):
@@ -163,9 +175,9 @@ def chunks(rows: Iterable[tuple[int, int, bytes | DataError]]) -> Iterator[Chunk
 
 
 def render_chunk(task: tuple[RowRenderer, Chunk, bool]) -> Outcome:
-    """Parse, and if the task's last part says so render, the rows of a chunk."""
+    """Parse the rows of a chunk, and render them if the last part of the task is true."""
     renderer, chunk, renders = task
-    ids, mask = array("i"), bytearray()  # which grow from lists faster than numpy makes an array of one
+    ids, mask = array("i"), bytearray()  # which take in lists faster than numpy converts them
     ends, lines, notes, rejected, fitted, odd = [], [], bytearray(), [], [], []
     turns, calls = 0, Counter()
     for number, line, raw in chunk:

@@ -1,7 +1,7 @@
-"""Files of rows to JSON objects, strictly: one bad row is named by file and line and never stops the reading.
+"""Reads files of rows into JSON objects, strictly. A bad row becomes a DataError in its place; the next is read.
 
-`read_lines` splits a file and `parse_line` reads one row, so that the second can run in other processes. `read_from`
-splits a file from a Mark on.
+`read_lines` splits a file into the bytes of its rows. `parse_line` parses one of them, possibly in another process.
+`read_from` splits a file from a Mark on.
 """
 
 import codecs
@@ -24,24 +24,25 @@ from ..run.files import POINTER
 from .conversation import describe
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet")
-LINE_LIMIT = 16 << 20  # bytes of one row; no model reads as many
-DEPTH_LIMIT = 100  # of lists and objects within one another
-CHUNK = 1 << 20
+LINE_LIMIT = 16 << 20  # bytes of one row, more than any model reads
+DEPTH_LIMIT = 100  # levels of nested lists and objects
+CHUNK = 1 << 20  # bytes that are read at a time
 
 
 class Unreadable(DataError):
-    """From here on a file cannot be read, so that what else it holds is unknown."""
+    """A file cannot be read from here on, so the rest of its rows is unknown."""
 
 
 def find_files(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The files that a path, a folder, a glob, or a list of these names, in order of name, each file once.
+    """List the files that a path, a folder, a glob, or a list of these names, each file once.
 
-    In a folder, files and folders whose names begin with a dot are left out: copies that editors and notebooks keep.
+    The files of a folder or a glob are sorted by name. In a folder, files and folders whose names begin with a dot are
+    left out, as editors and notebooks keep copies there.
 
     Raises:
-        DataError: a name that leads to no file, or a file whose ending is none of SUFFIXES.
+        DataError: a name leads to no file, or a file's ending is not one of SUFFIXES.
     """
-    found: dict[Path, Path] = {}  # by where they are, since links may lead to one file by many ways
+    found: dict[Path, Path] = {}  # by resolved path, since several links may lead to one file
     for item in [source] if isinstance(source, (str, Path)) else source:
         path = Path(item)
         if path.is_dir():
@@ -71,14 +72,17 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-@functools.lru_cache  # a run asks for its files more than once, and is told once
+@functools.lru_cache  # a run lists its files more than once, and this is logged once
 def tell_hidden(folder: Path, count: int, first: Path) -> None:
     files = "1 file is" if count == 1 else f"{count} files are"
-    logger.info(f"{folder}: {files} left out, whose names or folders' names begin with a dot, the first {first}")
+    logger.info(f"{folder}: {files} left out because of a name that begins with a dot; the first is {first}")
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict | DataError]]:
-    """(line from 1, row or what is wrong with it) of every line that is not blank; in Parquet, the row's number."""
+    """Yield (line, the row or what is wrong with it) for every line that is not blank.
+
+    Lines count from 1. In Parquet, the number of the row takes the place of the line.
+    """
     for line, raw in read_lines(file):
         try:
             yield line, raw if isinstance(raw, DataError) else parse_line(raw)
@@ -87,30 +91,30 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict | DataError]]:
 
 
 def rejected_line(file: Path, line: int, reason: str, row: str | dict | None) -> str:
-    """What is kept of a bad row: a line of JSON that says where it stands and what is wrong, and has the row if any."""
+    """Describe a bad row as a line of JSON: file and line, what is wrong, and the row itself if it could be read."""
     entry = {"file": str(file), "line": line, "reason": reason} | ({} if row is None else {"row": row})
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 class Mark(NamedTuple):
-    """A place between two rows of a file, by what lies before it. A file's beginning is Mark()."""
+    """A place between two rows of a file, described by what comes before it. The file's beginning is Mark()."""
 
     rows: int = 0
-    line: int = 0  # on which the last of these rows begins
-    byte: int = 0  # up to the end of that row, in a file of lines, when it is unpacked; else 0
+    line: int = 0  # where the last of these rows begins
+    byte: int = 0  # where that row ends in the unpacked file, if it is a file of lines; otherwise 0
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
-    """(line, its bytes), in constant memory. A row that cannot be had is a DataError in its place."""
+    """Yield (line, bytes) for each row of a file, in constant memory. An unreadable row is a DataError instead."""
     for mark, raw in read_from(file, Mark()):
         yield mark.line, raw
 
 
 def read_from(file: Path, start: Mark) -> Iterator[tuple[Mark, bytes | DataError]]:
-    """(mark after a row, the row's bytes) of the rows after a mark, as `read_lines` reads them.
+    """Yield (the mark after a row, the row's bytes or a DataError) for each row after `start`.
 
-    Nothing before the mark is read in a .jsonl file, nothing before its row group in Parquet. Other files are read
-    through, and their rows before the mark passed over.
+    A .jsonl file is read from the mark on, and Parquet from the row group of the mark on. Other files are read from
+    their beginning, and the rows before the mark are skipped.
     """
     rows, line = start.rows, start.line
     try:
@@ -138,12 +142,12 @@ def read_from(file: Path, start: Mark) -> Iterator[tuple[Mark, bytes | DataError
             if isinstance(raw, DataError) or raw.strip():
                 rows += 1
                 yield Mark(rows, line, byte), raw
-    except Exception as error:  # a disk that fails, a file that ends early or is not what it says: each library's own
-        yield Mark(rows + 1, line + 1), Unreadable(f"cannot be read on from here ({error}); restore the file")
+    except Exception as error:  # each library's own, for a failing disk, a file cut short or of another kind
+        yield Mark(rows + 1, line + 1), Unreadable(f"cannot be read from here on ({error}); restore the file")
 
 
 def no_data(head: bytes) -> str | None:
-    """What a file is, by its first bytes, that stands where data should be."""
+    """Say what a file is, and what to do, if its first bytes show that it holds no data; otherwise return None."""
     if head.startswith(POINTER):
         return "git left a pointer in the file's place; run `git lfs pull` there, or download the file anew"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -155,14 +159,14 @@ def open_bytes(file: Path) -> io.BufferedReader:
     if file.name.endswith(".gz"):
         return io.BufferedReader(gzip.open(file))
     if file.name.endswith(".zst"):
-        import pyarrow  # which says that a file ends early; zstandard takes what there is
+        import pyarrow  # reports a file that ends early, as zstandard does not
 
         return io.BufferedReader(pyarrow.CompressedInputStream(open(file, "rb"), "zstd"))
     return open(file, "rb")
 
 
 def pass_over(stream: io.BufferedReader, count: int) -> None:
-    """Move a stream from its beginning to the byte after the first `count`."""
+    """Skip the first `count` bytes of a stream that is at its beginning."""
     if stream.seekable():
         stream.seek(count)
         return
@@ -171,9 +175,13 @@ def pass_over(stream: io.BufferedReader, count: int) -> None:
 
 
 def split_lines(stream: io.BufferedReader, line: int, byte: int) -> Iterator[tuple[int, int, bytes | DataError]]:
-    r"""(line, byte after it, its bytes) of a stream that stands after a line and at a byte of its file.
+    r"""Yield (line, byte where it ends, its bytes) for the lines that follow in a stream.
 
-    Rows end at \n alone: U+2028 and NEL may stand inside a string.
+    Lines end at \n alone, since U+2028 and NEL may occur inside a JSON string.
+
+    Args:
+        line: the number of lines before the stream's position.
+        byte: the stream's position in its file.
     """
     while raw := stream.readline(LINE_LIMIT + 1):
         line += 1
@@ -188,7 +196,7 @@ def split_lines(stream: io.BufferedReader, line: int, byte: int) -> Iterator[tup
 
 
 def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataError]]:
-    """The elements of a file's one JSON array, each with the line that it starts on."""
+    """Yield (line where it starts, bytes) for each element of the JSON array that a file consists of."""
     structure = re.compile(rb'["\\\[\]{},\n]')
     line, start_line, depth, in_string, escaped, element, closed = 1, 1, 0, False, -1, bytearray(), False
     after_comma = False
@@ -240,7 +248,7 @@ def split_array(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | DataEr
 def element_of(element: bytearray) -> bytes | DataError:
     if len(element) > LINE_LIMIT:
         return too_long()
-    return bytes(element).strip() or DataError("nothing stands beside a comma; remove it")
+    return bytes(element).strip() or DataError("a row is missing before or after a comma; remove the comma")
 
 
 def too_long() -> DataError:
@@ -248,9 +256,9 @@ def too_long() -> DataError:
 
 
 def read_parquet(file: Path, start: int) -> Iterator[tuple[int, int, bytes | DataError]]:
-    """(number from 1, 0, row as JSON) of the rows after the first `start`, whose row groups are not read.
+    """Yield (number from 1, 0, row as JSON) for the rows after the first `start`. Earlier row groups are not read.
 
-    Arrow fills what a row does not have with null, so a null key counts as absent.
+    Arrow fills the keys that a row lacks with null, so a null key counts as absent.
     """
     import pyarrow.parquet
 
@@ -266,12 +274,12 @@ def read_parquet(file: Path, start: int) -> Iterator[tuple[int, int, bytes | Dat
                 (values,) = row.to_pylist()
                 raw = json.dumps(without_null(values), ensure_ascii=False, default=as_text).encode()
                 yield line, 0, raw if len(raw) <= LINE_LIMIT else too_long()
-            except Exception as error:  # dates out of range, text that is not UTF-8, bytes …: each library's own
+            except Exception as error:  # dates out of range, text that is not UTF-8, bytes …: each has its own error
                 yield line, 0, DataError(f"{error}; store text, numbers, lists and structs alone")
 
 
 def as_text(value: Any) -> str:
-    """A date, a time or a decimal, which data sets carry beside their rows."""
+    """Write a date, a time or a decimal as text. Raises TypeError for bytes."""
     if isinstance(value, bytes):
         raise TypeError(f"holds binary data, {value[:20]!r}")
     return str(value)
@@ -284,7 +292,7 @@ def without_null(value: Any) -> Any:
 
 
 def parse_line(raw: bytes) -> dict:
-    """One row. Raises DataError for anything but one JSON object in UTF-8 that Python can hold and write again."""
+    """Parse one row. Raises DataError unless it is one JSON object in UTF-8 that Python can hold and write again."""
     try:
         text = raw.decode().strip()
         if text.startswith("["):
@@ -298,11 +306,11 @@ def parse_line(raw: bytes) -> dict:
 
 
 def load_json(text: str) -> Any:
-    """json.loads without its leniency: a key that stands twice, NaN, infinity, half characters and endless nesting are
-    DataErrors too."""
+    """Parse JSON as json.loads does, but raise DataError also for what it lets pass: duplicate keys, NaN, infinity,
+    unpaired surrogates and deep nesting."""
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant, parse_float=finite)
-        if "\\ud" in text.lower():  # an escaped surrogate, which must be half of a pair
+        if "\\ud" in text.lower():  # an escaped surrogate, valid only as half of a pair
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise DataError(f"holds {error.object[error.start]!r}, half of a surrogate pair; remove it") from None
@@ -325,7 +333,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise DataError(f"{twice!r} stands twice in one object; keep one")
+        raise DataError(f"{twice!r} occurs twice in one object; keep one")
     return row
 
 

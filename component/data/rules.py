@@ -1,4 +1,4 @@
-"""What is done with rows, what was found in them, and whether a run may start on it."""
+"""Rules for rows, the report on what was found in them, and the decision whether a run may start."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,17 +8,17 @@ from loguru import logger
 
 from ..run.errors import DataError
 
-SHOWN = 20  # kinds of faults, and of what is unusual, that are told apart
+SHOWN = 20  # kinds of faults that are counted separately, and as many of notes and of oddities
 OTHERS = "of other kinds"
-# What differs between two faults of one kind: places, and values, which stand in quotes or after "got".
+# Parts of a text that differ between two faults of one kind: numbers, and values in quotes or after "got".
 DETAIL = re.compile(r"""\[\d+\]|(?<!\w)'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\bgot .*|\d+""", re.DOTALL)
 CUT, SHORTENED, DROPPED = "cut", "early turns dropped", "too long, dropped"
-NOTES = (None, CUT, SHORTENED)  # what `notes.bin` counts through
+NOTES = (None, CUT, SHORTENED)  # a byte of `notes.bin` is an index into these
 
 
 @dataclass(frozen=True)
 class DataRules:
-    """What is done with rows; docs/configuration.md explains each."""
+    """Settings that decide what is done with a row; docs/configuration.md explains each."""
 
     max_seq_length: int
     on_too_long: str = "truncate"
@@ -30,7 +30,7 @@ class DataRules:
 
 @dataclass
 class DataReport:
-    """What was found in a source. `faults`, `notes` and `odd`: kind to [rows, place of the first, its text]."""
+    """Findings in a source. `faults`, `notes` and `odd` map each kind to [rows, place of the first, its text]."""
 
     rows: int = 0
     turns: int = 0
@@ -42,10 +42,10 @@ class DataReport:
     faults: dict[str, list] = field(default_factory=dict)  # of bad rows
     notes: dict[str, list] = field(default_factory=dict)  # CUT, SHORTENED, DROPPED
     odd: dict[str, list] = field(default_factory=dict)  # what is unusual but legal
-    calls: dict[str, int] = field(default_factory=dict)  # of each function
+    calls: dict[str, int] = field(default_factory=dict)  # how many, by function
 
     def fault_lines(self) -> list[str]:
-        """One line for each kind of fault: the first of it, and how many are like it."""
+        """One line for each kind of fault: the first fault, and how many more there are."""
         return [
             f"… and {count} rows {OTHERS}"
             if kind == OTHERS
@@ -54,7 +54,7 @@ class DataReport:
         ]
 
     def warnings(self) -> list[tuple[int, str, str]]:
-        """(rows, place of the first, what it is) of everything that is worth a look and no fault."""
+        """Notes and oddities, which are worth a look but no faults, as (rows, place of the first, its text)."""
         return [(count, place, text) for count, place, text in (self.notes | self.odd).values()]
 
     def count_notes(self, kind: str) -> int:
@@ -62,15 +62,15 @@ class DataReport:
 
 
 def kind_of(text: str) -> str:
-    """A text without what differs between two faults of one kind."""
+    """The kind of a fault, note or oddity: its text without numbers and values (DETAIL)."""
     return DETAIL.sub("…", text)
 
 
 def count_kind(totals: dict[str, list], place: str, text: str) -> int:
-    """Count a text with those that differ from it in places and values alone, after SHOWN kinds with all others.
+    """Count a text under its kind. After SHOWN kinds, all further ones are counted together as OTHERS.
 
     Returns:
-        how many there are now of its kind.
+        How many texts of its kind there are now.
     """
     kind = kind_of(text)
     if kind not in totals and len(totals) >= SHOWN:
@@ -81,11 +81,11 @@ def count_kind(totals: dict[str, list], place: str, text: str) -> int:
 
 
 def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
-    """Raise DataError where a run should not start: bad rows that are to stop it, bad or dropped ones above
-    `max_bad_share`, or no sample."""
+    """Raise DataError if a run should not start: because of bad rows with `on_bad_row: stop`, more bad or dropped rows
+    than `max_bad_share` allows, or no sample."""
     name = f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     if report.bad and rules.on_bad_row == "stop":
-        few = report.bad <= rules.max_bad_share * report.rows  # else skipping them would stop the run as well
+        few = report.bad <= rules.max_bad_share * report.rows  # with more, skipping them would stop the run as well
         remedy = "mend them, or set on_bad_row to skip" if few else "mend them"
         raise DataError("\n".join([f"{name}: {report.bad} bad rows of {report.rows}; {remedy}", *report.fault_lines()]))
     if not report.rows:
@@ -97,7 +97,7 @@ def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
 
 
 def judge_share(report: DataReport, name: str, rules: DataRules) -> None:
-    """Raise DataError where bad and dropped rows are above `max_bad_share` of all."""
+    """Raise DataError if more than `max_bad_share` of all rows are bad or dropped."""
     too_long = report.count_notes(DROPPED)
     if report.bad + too_long > rules.max_bad_share * report.rows:
         remedies = ["mend them"] * bool(report.bad)
@@ -108,7 +108,7 @@ def judge_share(report: DataReport, name: str, rules: DataRules) -> None:
 
 
 def log_report(report: DataReport, files: list[Path], rules: DataRules) -> None:
-    """What became of the rows, for the log."""
+    """Log how many rows and tokens were kept, and what was unusual, dropped or bad."""
     name = str(files[0]) if len(files) == 1 else f"{len(files)} files from {files[0]} on"
     mean, learned = report.tokens / report.kept, report.learned / report.tokens
     logger.info(

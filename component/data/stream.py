@@ -1,4 +1,4 @@
-"""Rows that are read and rendered while the run trains."""
+"""A dataset whose rows are read and rendered while the run trains."""
 
 import random
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from .prepare import RowRenderer, as_item, check_tokenizer
 from .reader import Mark, Unreadable, find_files, read_from
 from .rules import DROPPED, DataReport, DataRules, count_kind, judge, judge_share, kind_of, log_report
 
-SHUFFLE_BUFFER = 1000  # rows of a block, within which they are shuffled
-BLOCK_BYTES = 64 << 20  # with more than these a block ends, so that long rows fit in memory
+SHUFFLE_BUFFER = 1000  # rows of a block; rows are shuffled within their block
+BLOCK_BYTES = 64 << 20  # a block ends early when it exceeds these, so that long rows fit in memory
 CHECKED_FIRST = 1000  # rows of a source that are checked before anything expensive starts
 
 
@@ -27,11 +27,11 @@ class Block(NamedTuple):
 
     pass_number: int
     number: int  # of the block in its pass
-    starts: tuple[tuple[int, Mark], ...]  # of each source: which of its files it stands in, and where
+    starts: tuple[tuple[int, Mark], ...]  # for each source: the number of a file, and the place in it
 
 
 class SourceRow(NamedTuple):
-    """A row as it was read, and the place after it."""
+    """A row as it was read, and the place in its file after it."""
 
     source: int
     file: int
@@ -45,50 +45,51 @@ class SourceRow(NamedTuple):
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """What became of a row: a sample, or the note DROPPED, or the reason why it is bad.
+    """The result of rendering a row: a sample, or the note DROPPED, or the reason why the row is bad.
 
     A sample has `input_ids` (length,) int32, `target_mask` (length,) uint8 (1: this token is learned) and `place`.
     """
 
-    key: tuple[int, int, int]  # source, file and row, by number
+    key: tuple[int, int, int]  # numbers of source, file and row
     place: str  # file:line
     sample: dict[str, np.ndarray | str] | None = None
     note: str | None = None  # CUT, SHORTENED or DROPPED
     odd: tuple[str, ...] = ()  # what is unusual but legal
     reason: str | None = None
-    fatal: bool = False  # the file cannot be read on from here
+    fatal: bool = False  # the file cannot be read from here on
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedRow(RenderedRow):
     """A row with its place in the stream."""
 
-    number: int  # of all rows of the stream, from 0
+    number: int  # counted over the whole stream, from 0
     block: Block
-    position: int  # in the block's order
+    position: int  # in the block, after shuffling
 
 
 class StreamingSFTDataset(IterableDataset):
-    """Rows read, checked and rendered as they are needed, pass after pass without end; nothing is kept on disk.
+    """Dataset whose rows are read, checked and rendered as they are needed, pass after pass without end. Nothing is
+    kept on disk.
 
-    Each pass goes in blocks of SHUFFLE_BUFFER rows. Seed, pass and block decide from which source each row of a block
-    is drawn, by weight, and the order in which the block's rows are given. Sources are read in order, and a pass ends
-    with the first of them that does. So the rows and their order follow from seed and place alone.
+    A pass consists of blocks of SHUFFLE_BUFFER rows, and reads each source in order. Seed, pass and block decide from
+    which source each row of a block is drawn, by weight, and how the block is shuffled. A pass ends when the first
+    source does. So the rows and their order follow from the seed and the place alone.
 
-    Iterating gives the rows from the place where the dataset stands: those of `rank` of `ranks`, which are every
-    `ranks`-th. A DataLoader (with batch_size=None) merges its workers' rows in the same order. Every process reads all
-    rows, and renders its own. Iterating does not move the place; `take` does, by what was used.
+    Iterating begins at the dataset's place and yields every `ranks`-th row, those of `rank`. A DataLoader (with
+    batch_size=None) merges its workers' rows in the same order. Every process reads all rows, and renders only its own.
+    Iterating does not move the place; `take` does, once rows are used.
 
-    The first CHECKED_FIRST rows of each source are checked when it is made. A bad row that comes later is left out,
-    whatever `on_bad_row` says, so that it does not end a run; `take` says what does.
+    The first CHECKED_FIRST rows of each source are checked when the dataset is made. A bad row that comes later is left
+    out, whatever `on_bad_row` says, and does not end the run. `take` lists what does.
 
     Args:
         sources, weights: one weight for each source.
-        render: of component.data.render and component.data.chat_template.
-        check: False leaves out the check of the first rows, for a run that goes on.
+        render: a renderer of component.data.render or component.data.chat_template.
+        check: False leaves out the check of the first rows, for a run that continues from a checkpoint.
 
     Raises:
-        DataError: the first rows are bad or dropped, as of files.
+        DataError: the first rows are bad or dropped, by the same rules as for files.
     """
 
     def __init__(
@@ -108,14 +109,14 @@ class StreamingSFTDataset(IterableDataset):
         self.rank, self.ranks = 0, 1
         self.block, self.position = self.first_block(pass_number=0), 0
         self.report = DataReport()  # of the rows that were taken
-        self.kept_before = 0  # samples up to the beginning of this pass
-        self.checked: dict[tuple[int, int, int], RenderedRow] = {}  # the first rows, as long as they are not used
+        self.kept_before = 0  # samples before this pass
+        self.checked: dict[tuple[int, int, int], RenderedRow] = {}  # the first rows, until they are used
         self.told: set[str] = set()  # kinds of faults, notes and oddities that the check has logged
         for source in range(len(self.files) if check else 0):
             self.check_first(source)
 
     def __getstate__(self) -> dict:
-        """All but the checked rows, which are too many for what ranks send one another; others render them again."""
+        """State without the checked rows, which are too large to send to other ranks. Those render them again."""
         return self.__dict__ | {"checked": {}}
 
     def check_first(self, source: int) -> None:
@@ -133,7 +134,7 @@ class StreamingSFTDataset(IterableDataset):
         return Block(pass_number, 0, tuple((0, Mark()) for _ in self.files))
 
     def first_sample(self) -> dict[str, list[int]]:
-        """The first sample from where the dataset stands, as an item of SFTDataset, to be looked at."""
+        """First sample from the dataset's place on, in the form of an item of SFTDataset, for a person to look at."""
         sample = next(row.sample for row in self if row.sample)
         return as_item(sample["input_ids"].tolist(), sample["target_mask"].tolist())
 
@@ -144,7 +145,7 @@ class StreamingSFTDataset(IterableDataset):
         return self.render_share(rows, self.report.rows, self.ranks * workers, self.rank + self.ranks * own)
 
     def render_share(self, rows, first: int, count: int, own: int) -> Iterator[StreamedRow]:
-        """Every `count`-th of the rows, from row `own` on. The number of the first of all is `first`."""
+        """Render every `count`-th of `rows`, from index `own` on. The row at index 0 is row `first` of the stream."""
         for index, (block, position, row) in enumerate(rows):
             known = self.checked.pop(row.key, None)
             if index % count == own:
@@ -153,14 +154,14 @@ class StreamingSFTDataset(IterableDataset):
                 )
 
     def read_shuffled(self, block: Block) -> Iterator[tuple[Block, int, SourceRow]]:
-        """(block, position in it, row) from the beginning of a block on, without end."""
+        """Yield (block, position in it, row) from the beginning of a block on, without end."""
         while True:
             readers = [self.read_source(source, *start) for source, start in enumerate(block.starts)]
             ended = False
             while not ended:
                 draw = random.Random(f"{self.seed} {block.pass_number} {block.number}")
                 rows, ended = self.draw_rows(draw, readers)
-                if not rows and block.number == 0:  # else passes would follow one another for ever
+                if not rows and block.number == 0:  # otherwise empty passes would follow one another for ever
                     rows = [SourceRow(0, 0, Mark(1, 1), Unreadable("nothing to learn: the file has no rows"))]
                 starts = dict(enumerate(block.starts)) | {row.source: (row.file, row.mark) for row in rows}
                 draw.shuffle(rows)
@@ -170,7 +171,7 @@ class StreamingSFTDataset(IterableDataset):
             block = self.first_block(block.pass_number + 1)
 
     def draw_rows(self, draw: random.Random, readers: list[Iterator[SourceRow]]) -> tuple[list[SourceRow], bool]:
-        """The rows of a block as they are read, and whether the pass ends with them."""
+        """Draw the rows of a block, in the order of reading. Also returns whether the pass ends with them."""
         rows, size = [], 0
         for source in draw.choices(range(len(readers)), self.weights, k=SHUFFLE_BUFFER):
             row = next(readers[source], None)
@@ -183,7 +184,7 @@ class StreamingSFTDataset(IterableDataset):
         return rows, False
 
     def read_source(self, source: int, file: int, mark: Mark) -> Iterator[SourceRow]:
-        """A source's rows from a place on."""
+        """Yield a source's rows from a mark in one of its files on."""
         for number, path in enumerate(self.files[source][file:], file):
             for after, raw in read_from(path, mark if number == file else Mark()):
                 yield SourceRow(source, number, after, raw)
@@ -202,14 +203,15 @@ class StreamingSFTDataset(IterableDataset):
         return RenderedRow(row.key, place, sample, note, tuple(odd))
 
     def take(self, rows: list[StreamedRow]) -> None:
-        """Count rows as used, and move the place behind them. Every rank gives the rows of all ranks, in their order.
+        """Count rows as used, and move the place behind them. Every rank passes the rows of all ranks, in order.
 
-        The first row of each kind that is bad, cut, dropped or odd is logged, and after the first pass how many there
-        were.
+        Rows that are bad, cut, dropped or odd are logged: the first of each kind at once, and the number of each kind
+        after the first pass.
 
         Raises:
-            DataError: a file that cannot be read on; more than `max_bad_share` of the rows bad or dropped, once there
-                are more than CHECKED_FIRST; or a whole pass without a sample.
+            DataError: a file cannot be read any further; more than `max_bad_share` of the rows are bad or dropped, once
+                there are more than CHECKED_FIRST; or a whole pass had no sample.
+            ValueError: a row is not the next one of the stream.
         """
         for row in rows:
             if row.number != self.report.rows:
@@ -243,21 +245,21 @@ class StreamingSFTDataset(IterableDataset):
         self.kept_before = report.kept
 
     def state_dict(self) -> dict:
-        """The place and what was found up to it, for JSON."""
+        """The place, and the findings before it, as values for JSON."""
         return {
             "pass": self.block.pass_number,
             "block": self.block.number,
             "starts": [[file, *mark] for file, mark in self.block.starts],
             "position": self.position,
             "kept_before": self.kept_before,
-            "report": asdict(self.report),  # its `rows` is how many were taken
+            "report": asdict(self.report),  # whose `rows` is the number of rows taken
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a state of the same sources, weights, rules and seed.
+        """Continue from a state that was saved with the same sources, weights, rules and seed.
 
         Raises:
-            DataError: a state of another number of sources.
+            DataError: the state has another number of sources.
         """
         starts = tuple((file, Mark(*mark)) for file, *mark in state["starts"])
         if len(starts) != len(self.files):
@@ -270,10 +272,10 @@ class StreamingSFTDataset(IterableDataset):
 
 
 def count_row(report: DataReport, row: RenderedRow) -> list[str]:
-    """Count a row, its turns and calls aside.
+    """Add a row to the report, except for its turns and calls.
 
     Returns:
-        what was found in it, of kinds that the report did not have yet.
+        The row's faults, notes and oddities whose kinds are new to the report.
     """
     report.rows += 1
     report.bad += row.reason is not None

@@ -94,7 +94,7 @@ def test_bom_crlf_blank_lines_and_unicode_separators_change_nothing(tmp_path):
         (b'{"a": "\xed\xa0\x80"}', "byte 8 is not UTF-8"),
         (b'{"a": "\\uD800"}', "holds '\\ud800', half of a surrogate pair; remove it"),
         (b'{"\\uDC00": 1}', "half of a surrogate pair"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice in one object; keep one"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' occurs twice in one object; keep one"),
         (b'{"a": NaN}', "NaN is no JSON number; write null or text"),
         (b'{"a": -Infinity}', "-Infinity is no JSON number"),
         (b'{"a": 1e999}', "the number 1e999 is out of range; write it as text"),
@@ -125,8 +125,8 @@ def test_many_brackets_in_text_are_no_depth():
         ("", 0, "the array is not closed"),
         ('[{"a": 1}] x', 1, "not a JSON array"),
         ('[{"a": 1}][{"a": 2}]', 1, "not a JSON array"),
-        ('[{"a": 1},, {"b": 2}]', 2, "nothing stands beside a comma"),
-        ('[{"a": 1},]', 1, "nothing stands beside a comma"),
+        ('[{"a": 1},, {"b": 2}]', 2, "a row is missing before or after a comma"),
+        ('[{"a": 1},]', 1, "a row is missing before or after a comma"),
         ('[{"a": 1}}', 1, "'}' where the array should end"),
         ('[{"a": 1}, 7]', 1, "a row must be a JSON object, got 7 (int)"),
     ],
@@ -155,14 +155,14 @@ def test_a_file_cut_short_says_where(tmp_path):
             (tmp_path / name).write_text("plain text")
         ((line, error),) = read_rows(tmp_path / name)
         assert line == 1
-        assert "cannot be read on from here" in str(error)
+        assert "cannot be read from here on" in str(error)
 
 
 def test_a_zst_file_cut_between_rows_is_noticed_and_several_frames_are_one_file(tmp_path):
     file, packer = tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor().compressobj()
     file.write_bytes(packer.compress(b'{"n": 1}\n') + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
     *_, (_, error) = read_rows(file)
-    assert "cannot be read on from here (Truncated" in str(error)
+    assert "cannot be read from here on (Truncated" in str(error)
     file.write_bytes(zstandard.compress(b'{"n": 1}\n') + zstandard.compress(b'{"n": 2}\n'))
     assert list(read_rows(file)) == [(1, {"n": 1}), (2, {"n": 2})]
 
@@ -242,7 +242,7 @@ def test_a_file_that_is_cut_short_before_a_mark_says_so(tmp_path, name):
     ((after, error),) = read_from(file, mark)
     assert isinstance(error, Unreadable)
     assert after.line == 100_001
-    assert "cannot be read on from here" in str(error)
+    assert "cannot be read from here on" in str(error)
 
 
 def test_a_line_of_200_mb_is_refused_in_bounded_memory(tmp_path):

@@ -403,7 +403,7 @@ def test_a_file_that_is_cut_short_ends_a_stream_on_every_rank_where_its_row_woul
 def test_a_file_that_is_cut_short_within_the_first_rows_stops_a_run_before_it_starts(tmp_path, make, rule):
     packed = write(tmp_path / "a.jsonl.gz", rows_of(300))
     packed.write_bytes(packed.read_bytes()[:-8])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: cannot be read on from here"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: cannot be read from here on"):
         make(packed, on_bad_row=rule, max_bad_share=1.0)
 
 
