@@ -24,52 +24,54 @@ from .resume import FINAL, Candidates, Start, find_checkpoints, step_of
 
 ASIDE = "aside"
 LOCK = ".lock"
-RESUME = {None: "auto", "true": True, "false": False}  # resume_from_checkpoint as given, and what is meant
+RESUME = {None: "auto", "true": True, "false": False}  # values of resume_from_checkpoint, and what they mean
 
 
 class RunFolder:
-    """An output folder, held by one run until it is left. All is done on rank 0, where the folder was opened.
+    """An output folder, locked by one run until its `with` block ends. Methods run on rank 0 alone, which holds the
+    lock, unless they say otherwise.
 
     Args:
-        path: the folder, made if it is not there.
-        identity: what decides the run's numbers (component.train.identity); the same identity is the same run.
-        renew: makes of an identity that an earlier version wrote what this one would have written.
+        path: the folder, made if it does not exist.
+        identity: what decides the run's numbers (component.train.identity). The same identity is the same run.
+        renew: turns an identity that an earlier version wrote into the one that this version would have written.
     """
 
     def __init__(self, path: str | Path, identity: dict, renew: Callable[[dict], dict] = dict):
         self.path = resolve(path)
         self.identity, self.renew = identity, renew
         self.plan: dict | None = None
-        self.run_id = uuid4().hex  # of the manifests; a run that goes on keeps it, also as another one
-        self.origin: str | None = None  # the checkpoint that the run was told to go on from
+        self.run_id = uuid4().hex  # for manifests; a run that goes on keeps it, even with other settings
+        self.origin: str | None = None  # name of the checkpoint that resume_from_checkpoint asked for, now or earlier
         self.lock = FileLock(self.path / LOCK)
         self.held: os.stat_result | None = None
-        self.made: list[Path] = []  # by this run: the lock and folders, deepest first
+        self.made: list[Path] = []  # the lock and the folders that this run has made, deepest first
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *error) -> None:
-        if self.held and any(error):  # of a run that was refused, no lock and no empty folder stay
+        if self.held and any(error):  # a run that was refused leaves no lock and no empty folder
             for path in self.made:
-                with suppress(OSError):  # a folder that is not empty stays
+                with suppress(OSError):  # unless the folder is not empty
                     path.rmdir() if path.is_dir() else path.unlink()
         self.lock.release()
 
     def open(self, resume: str | bool | None = None, overwrite: bool = False, despite_changes: bool = False) -> Start:
-        """Lock the folder, move aside what is broken, clear what a killed save left, and find where to begin.
+        """Lock the folder, find out where to begin, move aside what is broken, and delete what a killed save left.
 
         Args:
-            resume: "auto" or None, the newest checkpoint that verifies, if any; True, the same, and there must be one;
-                False, none, and the folder must hold no run; or a checkpoint's path or name. Given once more, it is
-                the same run, which goes on from its newest.
-            overwrite: move a folder aside that holds another run, or one that is done, and begin anew; with `resume`
-                False any.
+            resume: where to begin. "auto" or None: at the newest checkpoint that verifies, if there is any. True: the
+                same, but there must be one. False: at the base model, and the folder must hold no run. A checkpoint's
+                path or name: there; if the same command is started again, the run goes on from its newest checkpoint.
+            overwrite: move the folder aside and begin anew if it holds another run or one that is done, or any run if
+                `resume` is False.
             despite_changes: continue a run of another identity, or from a given checkpoint that is damaged.
 
         Raises:
-            CheckpointError: another process holds the folder, it is another run's, or has nothing to continue from.
-            StorageError: it cannot be written to, or no checkpoint in it verifies.
+            CheckpointError: another process has locked the folder, it holds another run, or there is nothing to
+                continue from.
+            StorageError: the folder cannot be written to, or no checkpoint in it verifies.
         """
         if not self.held:
             self.acquire()
@@ -81,7 +83,7 @@ class RunFolder:
         return start
 
     def take_start(self, resume: str | bool, overwrite: bool = False, despite_changes: bool = False) -> Start:
-        """Decide where to begin, and only then move what has to be out of the way."""
+        """Decide where to begin, and only then move what is in the way."""
         decision = Candidates(self.path, self.identity, self.renew).decide(resume, overwrite, despite_changes)
         if decision.information:
             logger.info(decision.information)
@@ -95,7 +97,7 @@ class RunFolder:
         return decision.start
 
     def acquire(self) -> None:
-        """Make the folder, see that it can be written to, and lock it for the life of this process."""
+        """Make the folder, lock it for this process, and check that it can be written to."""
         self.made = [path for path in (self.path / LOCK, self.path, *self.path.parents) if not os.path.exists(path)]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -110,10 +112,10 @@ class RunFolder:
             raise StorageError(f"output_dir {self.path} cannot be written to ({error}); choose another") from None
 
     def check_shared(self) -> None:
-        """See, on all ranks, that every one of them finds this folder, which rank 0 has acquired, and can write there.
+        """Check, on all ranks together, that each of them finds the folder that rank 0 has locked, and can write there.
 
         Raises:
-            ArgumentError: a rank has another folder of this name, or none.
+            ArgumentError: a rank finds another folder of this name, or none.
             StorageError: a rank cannot write to it.
         """
         if not dist.is_initialized():
@@ -125,7 +127,7 @@ class RunFolder:
             on_rank_zero(lambda: mark.unlink(missing_ok=True))
 
     def leave_mark(self) -> tuple[str, Path]:
-        """(name of this machine, a new file in the folder)."""
+        """Make a file by which ranks recognise the folder. Returns the name of this machine, and the file's path."""
         mark = self.path / f".shared-{uuid4().hex}"
         mark.touch()
         return socket.gethostname(), mark
@@ -142,7 +144,7 @@ class RunFolder:
             raise StorageError(f"output_dir {self.path} cannot be written to ({error}); choose another") from None
 
     def check_lock(self) -> None:
-        """Raise StorageError if the lock is no more what was locked: who finds none may take the folder."""
+        """Raise StorageError if the lock file was removed or replaced: another run may then have taken the folder."""
         try:
             if self.held is None or os.path.samestat(self.held, os.stat(self.lock.lock_file)):
                 return
@@ -166,7 +168,7 @@ class RunFolder:
         logger.warning(f"{path.name}: {reason}; moved to {target}")
 
     def begin(self, name: str) -> Path:
-        """An empty temporary folder, for what `finish` publishes under `name`."""
+        """Make an empty temporary folder for what `finish` will publish under `name`."""
         self.check_lock()
         self.made = []
         folder = self.path / f".tmp-{name}"
@@ -175,7 +177,7 @@ class RunFolder:
         return folder
 
     def finish(self, name: str, step: int, world_size: int) -> Path:
-        """Seal the temporary folder of `name` and rename it: from here on it is there, and whole."""
+        """Seal the temporary folder with a manifest and rename it to `name`, which is thus whole from the first."""
         folder, target = self.path / f".tmp-{name}", self.path / name
         self.check_lock()
         facts = {"name": name, "step": step, "run_id": self.run_id, "origin": self.origin, "world_size": world_size}
@@ -184,7 +186,7 @@ class RunFolder:
         return target
 
     def rotate(self, limit: int | None, keep: Iterable[Path] = ()) -> None:
-        """Delete this run's oldest checkpoints, but never its newest two, those in `keep`, or anything else."""
+        """Delete this run's checkpoints except for the newest `limit`, at least two, and those in `keep`."""
         if not limit:
             return
         own = [path for path in find_checkpoints(self.path) if self.is_own(path)]
@@ -192,7 +194,7 @@ class RunFolder:
             if path not in keep:
                 doomed = self.path / f".tmp-{path.name}"
                 try:
-                    path.rename(doomed)  # never half a checkpoint under its name
+                    path.rename(doomed)  # so that there is never half a checkpoint under its name
                     remove(doomed)
                 except OSError as error:
                     logger.warning(f"{path} could not be deleted ({error})")
@@ -204,8 +206,8 @@ class RunFolder:
             return False
 
     def check_room(self, checkpoint_size: int) -> None:
-        """Raise StorageError unless two more checkpoints of so many bytes fit on the disk, one to be written and one to
-        stay."""
+        """Raise StorageError unless the disk has room for two more checkpoints of this many bytes: one is written
+        while the other stays."""
         free = shutil.disk_usage(self.path).free
         if free < 2 * checkpoint_size:
             raise StorageError(
@@ -214,7 +216,7 @@ class RunFolder:
             )
 
     def failed(self, name: str, error: Exception) -> StorageError:
-        """Remove what is left of a save that failed, and return the error that says why and what there was room for."""
+        """Remove what a failed save left. Returns an error that says why it failed, and how much there was room for."""
         folder = self.path / f".tmp-{name}"
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
         shutil.rmtree(folder, ignore_errors=True)
@@ -238,11 +240,11 @@ def foresee_start(
     overwrite: bool,
     despite_changes: bool,
 ) -> str:
-    """What a run of this folder would do first, in words. Nothing is made, moved or locked.
+    """Say what a run in this folder would do first. Nothing is made, moved or locked.
 
     Args:
-        describe: makes the run's identity; not asked where there is no folder.
-        renew, resume, overwrite, despite_changes: as of RunFolder and its `open`.
+        describe: makes the run's identity; called only if the folder exists.
+        renew, resume, overwrite, despite_changes: as for RunFolder and its `open`.
     """
     path = resolve(path)
     there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
@@ -266,15 +268,15 @@ def foresee_start(
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder that a name means. Raises StorageError for a name that no folder can have."""
+    """The absolute path of an output folder. Raises StorageError for a name that no folder can have."""
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null character
-        raise StorageError(f"output_dir {str(path)!r} can be no folder ({error}); choose another") from None
+        raise StorageError(f"output_dir {str(path)!r} cannot be a folder ({error}); choose another") from None
 
 
 def is_locked(lock: Path) -> bool:
-    """Whether a process of this machine holds a lock, found without touching it."""
+    """Whether a process of this machine holds a lock. The lock itself is not touched."""
     try:
         inode = lock.stat().st_ino
         return bool(re.search(rf":{inode} ", Path("/proc/locks").read_text()))
@@ -291,7 +293,7 @@ def move(path: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a link (not what it leads to) or a folder, if it is there."""
+    """Delete a file, a link (not what it leads to) or a folder, if it exists."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

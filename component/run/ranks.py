@@ -1,4 +1,4 @@
-"""Work that one process does for all, work that all do or none has done, and facts on which all machines must agree."""
+"""Work that one rank does for all, work that succeeds on all ranks or fails on all, and facts that must be the same."""
 
 import functools
 import itertools
@@ -25,17 +25,17 @@ from .resume import is_digest
 Result = TypeVar("Result")
 Outcome = tuple[Result | None, Exception | None]
 calls = itertools.count()
-TOLD = "told by rank 0"
-BUCKET = 32 << 20  # bytes that one reduction takes, so that its copy takes little memory
-ARRIVAL = 600  # seconds until the last rank must have started, as torchrun's agents wait for one another
-BEAT, SILENCE = 5, 60  # seconds between two signs of life, and without any until a rank counts as lost
-READING = 5  # seconds that the store's machine waits for the others to read an error before it leaves
+TOLD = "told by rank 0"  # note on an error that rank 0 logs and one rank of every other machine repeats
+BUCKET = 32 << 20  # bytes that one reduction sums, few because it makes a copy of them
+ARRIVAL = 600  # seconds within which the last rank must start; torchrun's agents wait as long for one another
+BEAT, SILENCE = 5, 60  # seconds between signs of life, and seconds without any until a rank counts as lost
+READING = 5  # seconds that the store's machine stays after an error, so that the others can read it
 
 
 def on_rank_zero(make: Callable[[], Result]) -> Result:
     """Run `make` on rank 0 alone and hand its result, or its exception, to every rank. Both must be picklable.
 
-    The others wait at the group's store and not in a collective, whose timeout long work would trip.
+    The other ranks wait at the process group's store. In a collective, long work would run into its timeout.
     """
     if not dist.is_initialized():
         return make()
@@ -53,11 +53,13 @@ def on_rank_zero(make: Callable[[], Result]) -> Result:
 
 
 def on_every_rank(work: Callable[[], Result]) -> Result:
-    """Run `work` on every rank, and return its result when all have; the lowest rank's exception is raised on all, and
-    names the rank and its host where it is not that of all.
+    """Run `work` on every rank, and return this rank's result when all ranks are done.
 
-    In `work`, ranks must not wait for one another: one of them may fail. It may be called before there is a process
-    group: ranks then wait for one another at the launcher's store.
+    If it failed on some ranks, every rank raises the exception of the lowest of them. The exception names that rank and
+    its host, unless all ranks failed alike.
+
+    In `work`, ranks must not wait for one another, since one of them may fail. Before there is a process group, ranks
+    meet at the launcher's store.
     """
     result, error = attempt(work)
     raise_first(gather(error and (error, where_this_is())))
@@ -65,8 +67,10 @@ def on_every_rank(work: Callable[[], Result]) -> Result:
 
 
 def on_each_machine(work: Callable[[], None]) -> None:
-    """Run `work` on the first rank of every machine, however long it takes, and return on all ranks when all have; an
-    exception is raised on all, and names the rank and its host.
+    """Run `work` on the first rank of every machine, and return on all ranks when it is done everywhere.
+
+    The work may take any time. If it failed, every rank raises the exception of the lowest rank that failed. The
+    exception names that rank and its host, unless the work failed alike on all machines.
 
     Raises:
         RankLost: a rank gave no sign of life while others waited for it.
@@ -88,10 +92,10 @@ def on_each_machine(work: Callable[[], None]) -> None:
 
 
 def require_same(find: Callable[[], dict[str, Any]], remedy: str) -> None:
-    """Compare what the first rank of every machine finds with what rank 0 does.
+    """Require that `find` returns the same on the first rank of every machine as on rank 0.
 
     Raises:
-        ArgumentError: on every rank, for values that differ; names both hosts.
+        ArgumentError: on every rank, if values differ. The text names both hosts, and ends with `remedy`.
     """
     if not dist.is_initialized():
         return
@@ -105,7 +109,7 @@ def require_same(find: Callable[[], dict[str, Any]], remedy: str) -> None:
 
 
 def gather(value: Result) -> list[Result]:
-    """Each rank's value, which must be picklable, on every rank."""
+    """Collect the values of all ranks on every rank. They must be picklable."""
     if dist.is_initialized():
         values = [value] * dist.get_world_size()
         dist.all_gather_object(values, value)
@@ -120,7 +124,7 @@ def gather(value: Result) -> list[Result]:
 
 
 def raise_first(errors: list[tuple[Exception, str] | None]) -> None:
-    """Raise the first of these (error, where it was raised), if any, on a rank that all others do the same on."""
+    """Raise the first of these (error, where it was raised), if any. All ranks call this with the same list."""
     raised = list(filter(None, errors))
     if not raised:
         return
@@ -130,7 +134,7 @@ def raise_first(errors: list[tuple[Exception, str] | None]) -> None:
 
 
 def with_place(error: Exception, where: str) -> Exception:
-    """The error, whose text says where it was raised."""
+    """An error like this one that also says where it was raised."""
     if isinstance(error, Fault):
         return type(error)(f"{where}: {error}")
     if isinstance(error, OSError) and error.errno:
@@ -140,14 +144,14 @@ def with_place(error: Exception, where: str) -> Exception:
 
 
 def known_to_all(error: Exception) -> Exception:
-    """An error that is raised on every rank, and need be told once on each machine."""
+    """Mark an error that is raised on every rank, so that it is reported once on each machine."""
     if this_rank():
         error.add_note(TOLD)
     return error
 
 
 def fault_of(error: Exception) -> Fault | None:
-    """The Fault that an error is, or that a library means by it: another process, or the store, is gone."""
+    """The Fault that an error is, or RankLost if a library reports that another process or the store is gone."""
     if isinstance(error, Fault):
         return error
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
@@ -170,7 +174,7 @@ def attempt(work: Callable[[], Result]) -> Outcome:
 
 
 def portable(error: Exception) -> Exception:
-    """The error, or its text where it cannot be pickled."""
+    """The error itself, or a RuntimeError with its text if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -206,8 +210,11 @@ def next_key(name: str) -> str:
 
 @functools.cache
 def group_name() -> str:
-    """A name that the ranks of this process group have in common with no others: torchrun keeps the store when it
-    starts ranks anew, with what the ranks before them wrote, and each machine counts its starts by itself."""
+    """A name that all ranks of this process group share, and no other group has.
+
+    When torchrun restarts the ranks, it keeps the store with all that the earlier ranks wrote. The number of restarts
+    cannot be the name, since each machine counts its own.
+    """
     return gather(uuid4().hex)[0]
 
 
@@ -229,18 +236,18 @@ def launchers_store() -> dist.Store:
 
 
 def read(store: dist.Store, key: str, sign: str | None = None, seconds: float | None = None) -> Any:
-    """What a rank writes under `key`, waited for.
+    """Wait until a rank has written a value under `key`, and return it.
 
     Args:
-        sign: where the rank gives signs of life meanwhile.
-        seconds: to wait at most.
+        sign: the key under which the rank gives signs of life meanwhile.
+        seconds: how long to wait at most, if there is no `sign`.
 
     Raises:
-        RankLost: no sign came for SILENCE seconds, or nothing at all for `seconds`.
+        RankLost: no sign of life came for SILENCE seconds, or no value within `seconds`.
     """
     begun = heard = time.monotonic()
     last = None
-    while not store.check([key]):  # and not store.wait, during which no signal is handled
+    while not store.check([key]):  # during store.wait, no signal would be handled
         time.sleep(0.02)
         now = time.monotonic()
         if sign and store.check([sign]) and (beat := store.get(sign)) != last:
@@ -248,19 +255,19 @@ def read(store: dist.Store, key: str, sign: str | None = None, seconds: float | 
         silent = now - heard > SILENCE if sign else seconds and now - begun > seconds
         if silent:
             raise RankLost(
-                f"{where_this_is()} hears nothing of rank {key.rpartition('/')[2]}; look at the output of its machine, "
-                "and start the same command on all machines"
+                f"{where_this_is()} hears nothing from rank {key.rpartition('/')[2]}; look at the output of its "
+                "machine, and start the same command on all machines"
             )
     return pickle.loads(store.get(key))
 
 
 @contextmanager
 def signs_of_life(store: dist.Store, key: str) -> Iterator[None]:
-    """Within it, what stands under `key` changes every BEAT seconds."""
+    """Change the value under `key` every BEAT seconds until the `with` block ends."""
     done = Event()
 
     def beat() -> None:
-        with suppress(RuntimeError):  # the store is gone, which its next use says
+        with suppress(RuntimeError):  # the store is gone; its next use will raise an error
             for count in itertools.count():
                 store.set(key, str(count))
                 if done.wait(BEAT):
@@ -280,7 +287,7 @@ def sign_of(key: str, rank: int) -> str:
 
 
 def await_readers(store: dist.Store, key: str) -> None:
-    """Where the store may end with this process, wait until every rank has read what stands under `key`."""
+    """On the machine whose store may end with this process, wait until every rank has read the value under `key`."""
     count, deadline = store.add(f"{key}/read", 1), time.monotonic() + READING
     if os.environ.get("GROUP_RANK", "0") == "0":
         while count < world_size() and time.monotonic() < deadline:
@@ -296,7 +303,7 @@ def describe_difference(key: str, expected: Any, first: str, found: Any, where: 
 
 
 def sum_over_ranks(*tensors: torch.Tensor) -> torch.Tensor | None:
-    """Sum each tensor over all ranks, in place. Tensors of one call have one dtype. Returns the first."""
+    """Sum each tensor over all ranks, in place. All tensors of a call have the same dtype. Returns the first."""
     if dist.is_initialized():
         for bucket in buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
@@ -307,7 +314,7 @@ def sum_over_ranks(*tensors: torch.Tensor) -> torch.Tensor | None:
 
 
 def buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Tensors in order, as many at a time as BUCKET bytes hold, at least one."""
+    """Group tensors, in order: as many at a time as fit into BUCKET bytes, but at least one."""
     bucket, size = [], 0
     for tensor in tensors:
         if bucket and size + tensor.nbytes > BUCKET:
@@ -320,7 +327,7 @@ def buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def largest_over_ranks(device: torch.device, *values: int | torch.Tensor) -> list[int]:
-    """The largest of each value over all ranks. Ranks meet on `device`."""
+    """The largest of each value over all ranks. The values are compared on `device`."""
     facts = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=device) for value in values])
     if dist.is_initialized():
         dist.all_reduce(facts, dist.ReduceOp.MAX)

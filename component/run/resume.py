@@ -1,4 +1,4 @@
-"""Where a run goes on from: read off its folder, decided, and said, before anything is moved."""
+"""Decides where a run begins, by what its folder holds. Nothing is moved or changed here."""
 
 import json
 import re
@@ -11,38 +11,41 @@ from .manifest import MANIFEST, Damaged, verify, versions
 
 FINAL = "final"
 UNCHANGEABLE = ("lora_rank", "target_modules", "optim", "lr_scheduler_type")  # they shape what a checkpoint holds
-# With another of these, rows are laid out anew.
+# If one of these settings has changed, rows are laid out anew.
 LAYOUT = ("packing", "packing_length", "fused_layers", "max_seq_length", "activation_checkpointing")
-NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")  # to continue at all
+# Files that even a damaged checkpoint must have, to be continued on request.
+NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at `checkpoint` with the layout of rows (`plan`) that it had, or at the base model."""
+    """Where a run begins: at `checkpoint`, with the layout of rows (`plan`) it was made with, or at the base model."""
 
     checkpoint: str | None = None
     plan: dict | None = None
-    is_done: bool = False
+    is_done: bool = False  # the final adapter is there, so nothing is left to do
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A start, and what has to be done in the folder before it."""
+    """Where a run begins, and what has to be done in its folder before."""
 
     start: Start
-    run_id: str | None = None  # that the run had, if it goes on
-    origin: str | None = None  # name of the checkpoint that it was told to go on from, now or earlier
-    leaves_folder: bool = False  # another run is there, which is moved away
+    run_id: str | None = None  # of the run that goes on, if one does
+    origin: str | None = None  # name of the checkpoint that resume_from_checkpoint asked for, now or earlier
+    leaves_folder: bool = False  # the whole folder is moved away, with the run that it holds
     aside: dict[Path, str] = field(default_factory=dict)  # what is moved aside within the folder, and why
-    warning: str = ""  # why the run is not exactly that which would not have been interrupted
+    warning: str = ""  # why the result may differ from that of a run without interruption
     information: str = ""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The checkpoints and the final adapter of a folder, for a run of this identity. Nothing here changes a file.
+    """The checkpoints and the final adapter of a folder, from which a run of this identity may continue. Nothing here
+    changes a file.
 
-    renew: makes of an identity that an earlier version wrote what this one would have written.
+    Args:
+        renew: turns an identity that an earlier version wrote into the one that this version would have written.
     """
 
     folder: Path
@@ -111,14 +114,14 @@ class Candidates:
     def first_whole(
         self, folders: list[Path], despite_changes: bool
     ) -> tuple[Path | None, dict, list[str], dict[Path, str]]:
-        """The first of `folders` that verifies and can be gone on from, or a final adapter of this very run.
+        """Find the first of `folders` that verifies: a checkpoint, or the final adapter of this very run.
 
         Returns:
-            (it, its manifest, what has changed since, what is wrong with those before it); None and empty values for
-            the first three where there is none.
+            (the folder, its manifest, what has changed since, what is wrong with each folder before it). If none
+            verifies, the first is None, the next two are empty.
 
         Raises:
-            CheckpointError: the first that verifies is of a run that may not be continued.
+            CheckpointError: the first that verifies belongs to a run that may not be continued.
         """
         broken: dict[Path, str] = {}
         for folder in folders:
@@ -135,11 +138,11 @@ class Candidates:
         return None, {}, [], broken
 
     def finals(self) -> list[Path]:
-        """What stands under FINAL's name, were it a link that leads nowhere."""
+        """The path named FINAL, in a list, or an empty list if there is none. A link that leads nowhere counts."""
         return [path for path in (self.folder / FINAL,) if path.is_symlink() or path.exists()]
 
     def went_on_from(self, given: str, folder: Path) -> bool:
-        """Whether it is of this very run, which was told before to go on from the checkpoint `given`."""
+        """Whether `folder` belongs to this very run, and the run has gone on from the checkpoint `given` before."""
         try:
             manifest = verify(folder, folder.name, deep=False)
         except Damaged:
@@ -152,7 +155,7 @@ class Candidates:
         return differences(self.renew(manifest["run"]), self.identity)
 
     def locate(self, given: str) -> Path:
-        """A checkpoint by its name here, or by a path."""
+        """The path of a checkpoint that is given by its name in this folder, or by a path."""
         return self.folder / given if given == Path(given).name else Path(given).expanduser().resolve()
 
     def checkpoint_named(self, given: str) -> Path:
@@ -175,7 +178,7 @@ class Candidates:
             ways.append("to continue that run as it is set now: resume_despite_changes=true")
         elif find_checkpoints(self.folder):
             ways.append(f"(no run can be continued with another {', '.join(UNCHANGEABLE[:-1])} or {UNCHANGEABLE[-1]})")
-        return "\n  ".join([f"{folder} is of another run; what differs:", *changes, *ways])
+        return "\n  ".join([f"{folder} belongs to another run; what differs:", *changes, *ways])
 
     def nothing_verifies(self, broken: dict[Path, str]) -> Fault:
         if not broken:
@@ -203,7 +206,7 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
-KNOWN_AS = {  # part of an identity: what its user calls it
+KNOWN_AS = {  # part of an identity: its name in messages
     "base_model": "model_name_or_path, weights or config.json",
     "data": "train_file",
     "format.name": "data_format",
@@ -213,8 +216,10 @@ KNOWN_AS = {  # part of an identity: what its user calls it
 
 
 def differences(was: dict, now: dict, prefix: str = "") -> list[str]:
-    """A line for each key that both nested objects of JSON values have, with other values, by the name of the setting.
-    A key that one version of a library knows and another does not is no difference."""
+    """Compare two nested JSON objects: a line for each key whose values differ, with the name of its setting.
+
+    A key that only one of them has is no difference, as another version of a library may not know it.
+    """
     lines = []
     for key in sorted(was.keys() & now.keys()):
         old, new, path = was[key], now[key], f"{prefix}{key}"
@@ -228,17 +233,17 @@ def differences(was: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 def is_digest(value) -> bool:
-    """Whether it stands for contents, which nobody can compare by looking at it."""
+    """Whether a value holds a digest of contents, which says nothing to a reader."""
     return bool(re.search(r"\b[0-9a-f]{32}\b", json.dumps(value)))
 
 
 def concern(changes: list[str], settings: tuple[str, ...]) -> bool:
-    """Whether one of these lines of `differences` is of one of these settings."""
+    """Whether one of these lines of `differences` is about one of these settings."""
     return any(line.startswith(f"{key}: ") for line in changes for key in settings)
 
 
 def describe_inexactness(folder: Path, manifest: dict, changes: list[str]) -> str:
-    """Say what differs from when the checkpoint was written, so that going on is not exact; empty if nothing does."""
+    """Say what has changed since the checkpoint was written, so that going on is not exact. Empty if nothing has."""
     then, now = manifest.get("versions", {}), versions()
     changes = changes + [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
     return "\n  ".join([f"going on from {folder.name} is not exact:", *changes]) if changes else ""

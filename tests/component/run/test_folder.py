@@ -152,7 +152,7 @@ def test_a_finished_run_is_done_and_of_other_settings_refused(make_folder):
     write(make_folder(5), FINAL)
     assert make_folder().take_start("auto", despite_changes=False).is_done
     other = RunFolder(make_folder().path, OTHER)
-    with pytest.raises(CheckpointError, match=r"final is of another run; what differs:"):
+    with pytest.raises(CheckpointError, match=r"final belongs to another run; what differs:"):
         other.take_start("auto", despite_changes=False)
     assert other.take_start("auto", despite_changes=True).checkpoint == str(other.path / "checkpoint-5")
     assert moved(other) == {FINAL}

@@ -30,12 +30,12 @@ def test_a_rank_that_gives_signs_of_life_is_waited_for(store):
 def test_a_rank_that_gives_none_any_more_is_lost(store):
     with ranks.signs_of_life(store, "sign"):
         time.sleep(0.2)
-    with pytest.raises(RankLost, match="hears nothing of rank 1; look at the output of its machine"):
+    with pytest.raises(RankLost, match="hears nothing from rank 1; look at the output of its machine"):
         ranks.read(store, "work/1", "sign")
 
 
 def test_a_rank_that_never_comes_is_lost(store):
-    with pytest.raises(RankLost, match="hears nothing of rank 3"):
+    with pytest.raises(RankLost, match="hears nothing from rank 3"):
         ranks.read(store, "work/3", seconds=0.1)
 
 
