@@ -1,4 +1,4 @@
-"""Samples to a padded batch, or to packed rows."""
+"""Lays samples out in padded batches or in packed rows."""
 
 import heapq
 from bisect import bisect_left
@@ -13,20 +13,23 @@ Sample = dict[str, list[int] | np.ndarray]
 
 
 class Layout(Protocol):
-    """How a batch of samples goes through the model. Where `takes_updates`, a batch is all of an update's samples, of
-    which every rank has about as many tokens; else it is `per_device_train_batch_size` of them."""
+    """The form in which a batch of samples goes through the model.
+
+    If `takes_updates`, a batch is a rank's share of a whole update, and all ranks have about as many tokens. Otherwise
+    it has `per_device_train_batch_size` samples.
+    """
 
     takes_updates: bool
 
     def lay_out(self, samples: list[Sample]) -> list[dict]:
-        """The parts in which a batch goes through the model, one after another."""
+        """Lay a batch out in parts, which go through the model one after another."""
 
 
 class SFTDataCollator:
-    """Batches of samples, padded on the right to the longest of them and cut at `max_seq_length`.
+    """Layout in batches whose samples are padded on the right to the longest of them, and cut at `max_seq_length`.
 
-    A batch holds `input_ids` (padded with the tokenizer's padding token), `attention_mask` and `target_mask` (padded
-    with 0), int64 tensors of (batch, length).
+    A batch holds int64 tensors of (batch, length): `input_ids`, padded with the tokenizer's padding token, and
+    `attention_mask` and `target_mask`, padded with 0.
     """
 
     takes_updates = False
@@ -51,7 +54,7 @@ class SFTDataCollator:
 
 
 class PackingCollator:
-    """Rows of at most `tokens` tokens, in which whole samples lie one after another."""
+    """Layout in rows of at most `tokens` tokens, which hold whole samples one after another."""
 
     takes_updates = True
 
@@ -59,11 +62,15 @@ class PackingCollator:
         self.tokens = tokens
 
     def lay_out(self, samples: list[Sample]) -> list[dict]:
-        """As few rows as hold the samples, about equally full.
+        """Lay samples out in as few rows as hold them, about equally full.
 
-        A row is flat: `input_ids` and `position_ids` (length,), which restart with each sample; `ends` (samples + 1,)
-        int32, where samples end, from 0; `longest`, of a sample; `learned` (n,), positions that predict a learned
-        token, and `targets` (n,), those tokens. No sample's first token is learned.
+        No sample's first token is learned. A row has no batch dimension. It holds:
+            input_ids: (length,) int64.
+            position_ids: (length,) int64, which begin at 0 in each sample.
+            ends: (samples + 1,) int32, 0 and the place after each sample.
+            longest: the number of tokens of the longest sample.
+            learned: (n,) int64, positions that predict a learned token.
+            targets: (n,) int64, the tokens that they predict.
         """
         places = pack([len(sample["input_ids"]) for sample in samples], self.tokens)
         return [self.lay_out_row([samples[i] for i in row]) for row in places]
@@ -88,12 +95,16 @@ class PackingCollator:
 
 
 def pack(lengths: list[int], limit: int) -> list[list[int]]:
-    """Places in `lengths`, by row: each in one row, none of which is above `limit`; the same for the same lengths.
+    """Divide samples of these lengths among as few rows as possible, none longer than `limit`.
 
-    The longest first, each to the emptiest row; as few rows as that needs, by bisection.
+    The longest sample is placed first, and each goes to the emptiest row. Bisection finds the least number of rows with
+    which all fit. The same lengths always give the same rows.
+
+    Returns:
+        For each row, the indices of its samples in `lengths`.
 
     Raises:
-        ValueError: one alone is above the limit.
+        ValueError: a sample alone is longer than the limit.
     """
     if max(lengths) > limit:
         raise ValueError(f"a sample of {max(lengths)} tokens does not fit rows of {limit}; raise packing_length")
@@ -104,7 +115,7 @@ def pack(lengths: list[int], limit: int) -> list[list[int]]:
 
 
 def spread(lengths: list[int], limit: int, count: int) -> list[list[int]] | None:
-    """`pack` to so many rows; None: one would overflow."""
+    """Divide samples among `count` rows as `pack` does. Returns None if a row would be longer than `limit`."""
     heap = [(0, row) for row in range(count)]
     rows: list[list[int]] = [[] for _ in range(count)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

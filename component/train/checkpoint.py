@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside its adapter, and how it is written: whole or absent, by all ranks together."""
+"""Writes and loads checkpoints. All ranks write one together, and it is there whole or not at all."""
 
 import json
 import math
@@ -24,22 +24,22 @@ from ..run.ranks import known_to_all, on_every_rank, on_rank_zero
 from ..run.resume import FINAL, find_checkpoints
 
 STATE, STREAM = "trainer_state.json", "stream.json"
-HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "alpha")  # of an optimizer's groups
+HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "alpha")  # in an optimizer's groups
 
 
 class Counters:
-    """What a rank has counted. `loss` is its part of the losses of `updates` updates, those since the last log line;
-    `norm` and `rate` are the gradient norm and the learning rate of the last update."""
+    """Figures that each rank keeps. `updates` counts updates since the last log line, and `loss` is this rank's part of
+    the sum of their losses. `norm` and `rate` are the gradient norm and the learning rate of the last update."""
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.norm, self.rate = torch.zeros(()), 0.0
         self.updates = self.skipped = 0
-        self.epoch_has_ended = True  # what is due at the end of an epoch has been done, if this is one
+        self.epoch_has_ended = True  # False from an update until `end_epoch` has run
 
     def add(self, losses: list[torch.Tensor]) -> None:
-        """Count an update, by what each batch of this rank adds to its loss."""
+        """Count an update. `losses` are what each batch of this rank adds to its loss."""
         for loss in losses:
             self.loss += loss
         self.updates += 1
@@ -68,7 +68,7 @@ class Counters:
 
 
 class RandomNumbers:
-    """The state of this process's random numbers: Python's, numpy's, torch's, and those of its card."""
+    """The states of this process's random number generators: Python's, numpy's, torch's, and its card's."""
 
     def state_dict(self) -> dict:
         state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
@@ -79,15 +79,15 @@ class RandomNumbers:
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["cpu"])
         if torch.cuda.is_available() and "cuda" in state:
-            of_card = state["cuda"]  # earlier versions wrote those of all cards of the machine
+            of_card = state["cuda"]  # earlier versions wrote a list, for all cards of the machine
             torch.cuda.set_rng_state(of_card[torch.cuda.current_device()] if isinstance(of_card, list) else of_card)
 
 
 class Checkpoints:
-    """The checkpoints of a trainer's run in its folder, or none where there is no folder.
+    """Saves and loads the checkpoints of a trainer's run in its folder. Without a folder, nothing is saved.
 
-    A checkpoint holds adapter and tokenizer; the states of optimizer, schedule and scaler; for each rank its random
-    numbers and counters; the place in a stream; and transformers' TrainerState.
+    A checkpoint holds the adapter and the tokenizer; the states of optimizer, schedule and scaler; the random numbers
+    and counters of each rank; the place in a stream; and transformers' TrainerState.
     """
 
     def __init__(self, trainer, folder: RunFolder | None):
@@ -96,19 +96,21 @@ class Checkpoints:
         self.saved_step = 0
 
     def shared_parts(self) -> dict:
-        """What all ranks have alike, by the file that rank 0 keeps it in."""
+        """Objects whose state is the same on all ranks, by the name of the file in which rank 0 saves it."""
         trainer = self.trainer
         parts = {"optimizer.pt": trainer.optimizer, "scheduler.pt": trainer.lr_scheduler}
         return parts | ({"scaler.pt": trainer.accelerator.scaler} if trainer.accelerator.scaler else {})
 
     def own_files(self) -> tuple[str, str]:
-        """The files that this rank keeps its random numbers and its counters in."""
+        """Names of the files for this rank's random numbers and for its counters."""
         rank = self.args.process_index
         return "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{rank}.pth", f"progress_{rank}.json"
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one. All ranks write to a temporary folder, which rank 0
-        seals and renames; then the oldest are deleted."""
+        """Write a checkpoint of this step, unless it was written before.
+
+        All ranks write to a temporary folder, which rank 0 seals and renames. Then rank 0 deletes the oldest ones.
+        """
         state = self.trainer.state
         if self.folder is None or state.global_step == self.saved_step:
             return
@@ -123,7 +125,7 @@ class Checkpoints:
         on_rank_zero(lambda: self.folder.rotate(self.args.save_total_limit, best))
 
     def save_final(self) -> str:
-        """Publish adapter and tokenizer as FINAL: the mark of a run that is done."""
+        """Publish adapter and tokenizer as FINAL, which marks the run as done. Returns the path."""
         on_every_rank(self.trainer.health.check_weights)
         self.fill(FINAL, lambda folder: self.trainer.save_model(str(folder)))
         self.trainer.leave_if_asked()
@@ -131,12 +133,12 @@ class Checkpoints:
         return str(self.folder.path / FINAL)
 
     def fill(self, name: str, write: Callable[[Path], None]) -> None:
-        """Have every rank write to the temporary folder of `name`; StorageError on all where one could not."""
+        """Have every rank write to the temporary folder of `name`. Raises StorageError on all ranks if one cannot."""
 
         def work() -> None:
             try:
                 write(temporary)
-            except (RuntimeError, SafetensorError) as error:  # what libraries make of a full disk
+            except (RuntimeError, SafetensorError) as error:  # which libraries raise when a disk is full
                 raise OSError(str(error)) from error
 
         try:
@@ -168,7 +170,7 @@ class Checkpoints:
             trainer.state.save_to_json(str(folder / STATE))
 
     def load(self, checkpoint: str) -> None:
-        """Put everything back to where it was, and give optimizer and schedule the settings of now."""
+        """Restore everything from a checkpoint, then give optimizer and schedule the current settings."""
         trainer, folder = self.trainer, Path(checkpoint)
         trainer.state = TrainerState.load_from_json(str(folder / STATE))
         self.saved_step = trainer.state.global_step
@@ -178,16 +180,16 @@ class Checkpoints:
         self.load_adapter(folder)
         fresh = [dict(group) for group in trainer.optimizer.param_groups]
         for name, part in self.shared_parts().items():
-            if (folder / name).is_file():  # of a damaged checkpoint that is used on request, one may be gone
+            if (folder / name).is_file():  # a damaged checkpoint, used on request, may lack one
                 part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
         self.renew_optimizer(fresh)
         numbers, counters = (folder / name for name in self.own_files())
-        if numbers.is_file():  # else the checkpoint is of another number of processes, and the log has said so
+        if numbers.is_file():  # otherwise the number of processes has changed, as the log has said
             with safe_globals():
                 self.random.load_state_dict(torch.load(numbers, weights_only=True))
         if counters.is_file():
             progress = json.loads(counters.read_text(encoding="utf-8"))
-            if "last_log" in progress:  # of an earlier version
+            if "last_log" in progress:  # written by an earlier version
                 progress["updates_since_log"] = trainer.state.global_step - progress["last_log"]
             trainer.counters.load_state_dict(progress)
             trainer.control.should_evaluate = progress.get("evaluate", False)
@@ -195,16 +197,20 @@ class Checkpoints:
             trainer.updates.load_state_dict(json.loads((folder / STREAM).read_text(encoding="utf-8")))
 
     def load_adapter(self, folder: Path) -> None:
-        """Load the weights that the manifest vouches for, whatever else lies there."""
+        """Load the adapter's safetensors, which the manifest covers, and no other file of weights."""
         set_peft_model_state_dict(self.trainer.model, load_file(folder / "adapter_model.safetensors"))
 
     def renew_optimizer(self, fresh: list[dict]) -> None:
-        """Set what `fresh`, the optimizer's groups by the settings of now, say; they may be others than the run's."""
+        """Give the optimizer the current settings, which may have changed since the checkpoint.
+
+        Args:
+            fresh: the optimizer's groups as the current settings made them.
+        """
         groups, schedule = self.trainer.optimizer.param_groups, self.trainer.lr_scheduler
         was = groups[0]["lr"]
         for group, new in zip(groups, fresh, strict=True):
             group.update({key: new[key] for key in HYPERPARAMETERS if key in new})
-        if isinstance(schedule, LambdaLR):  # its rate follows from the step; any other's from the rate before
+        if isinstance(schedule, LambdaLR):  # its rate follows from the step; that of others, from the last rate
             schedule.base_lrs = [group["initial_lr"] for group in groups]
             for group, rate in zip(groups, schedule.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * rate(schedule.last_epoch)
@@ -213,13 +219,13 @@ class Checkpoints:
             logger.warning(f"learning rate {was:.2e} until now, {groups[0]['lr']:.2e} at the next update")
 
     def scores(self) -> dict[str, float]:
-        """Scores of the evaluated steps, by the name of the checkpoint that the step has if it was saved."""
+        """Scores of the evaluated steps, by the name that a checkpoint of the step has or would have."""
         key = "eval_" + (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         history = self.trainer.state.log_history
         return {f"checkpoint-{entry['step']}": entry[key] for entry in history if key in entry}
 
     def best(self, about_to_be_written: str = "") -> str | None:
-        """Path of the saved checkpoint with the best score."""
+        """Path of the saved checkpoint with the best score, if any. `about_to_be_written` counts as saved."""
 
         def choose() -> str | None:
             known = {about_to_be_written, *(path.name for path in find_checkpoints(self.folder.path))}
@@ -230,7 +236,7 @@ class Checkpoints:
         return on_rank_zero(choose) if self.folder and self.args.metric_for_best_model else None
 
     def check_best(self, path: str) -> None:
-        """Raise StorageError if the model of this checkpoint is to be the final one, and it is not whole."""
+        """Raise StorageError if the final adapter is to come from this checkpoint, and the checkpoint is damaged."""
 
         def check() -> None:
             try:
@@ -254,17 +260,17 @@ class Checkpoints:
         name = Path(best).name
         score = f"{self.args.metric_for_best_model} {self.scores()[name]:.4f}"
         logger.info(f"the final adapter is that of {name}, the best that was saved: {score}")
-        self.saved_step = self.trainer.state.global_step  # no checkpoint of this step may have these weights
+        self.saved_step = self.trainer.state.global_step  # so that these weights are not saved as this step's
 
     def tell_how_to_go_on(self) -> None:
-        """Log what continues a run that a signal ends."""
+        """Log how to continue a run that a signal has ended."""
         state, folder = self.trainer.state, self.folder.path if self.folder else "nowhere"
         never = str(self.args.resume_from_checkpoint).lower() == "false"
         command = "the same command without resume_from_checkpoint=false" if never else "the same command"
         logger.info(f"stopped at step {state.global_step} of {state.max_steps}; {command} continues from {folder}")
 
     def size(self) -> int:
-        """Bytes of a checkpoint, about: the adapter, and its optimizer's state."""
+        """Estimate the bytes of a checkpoint: the adapter and its optimizer's state."""
         state = optimizer_bytes(self.args.optim, on_card=False)
         return sum(weight.numel() * (weight.element_size() + state) for weight in self.trainer.trained_weights())
 

@@ -1,14 +1,14 @@
-"""The end of a run whose evaluations get no better."""
+"""Ends a run whose evaluations no longer improve."""
 
 from loguru import logger
 from transformers import TrainerCallback
 
 
 class EarlyStopping(TrainerCallback):
-    """Ends a run after `patience` evaluations in a row, none of which is better than the best before it by more than
-    `threshold`: the rule of transformers' EarlyStoppingCallback.
+    """Ends a run after `patience` evaluations in a row without progress, as transformers' EarlyStoppingCallback does.
 
-    The evaluations are read off the run's history, so that a run that goes on decides as one that was not interrupted.
+    An evaluation is progress if it is better than the best before it by more than `threshold`. Evaluations are read
+    from the run's history, so that a run that goes on decides like one that was not interrupted.
     """
 
     def __init__(self, patience: int, threshold: float):
@@ -34,8 +34,12 @@ class EarlyStopping(TrainerCallback):
 def count_without_progress(
     scores: list[tuple[int, float]], threshold: float, greater_is_better: bool
 ) -> tuple[int | None, int]:
-    """The step of the best score of (step, score) pairs, and how many at the end of the list in a row are not better
-    than the best before them by more than `threshold`."""
+    """Find the best of (step, score) pairs, and count the evaluations since the last progress.
+
+    Returns:
+        The step of the best score, and how many scores in a row, at the end of the list, are not better than the best
+        before them by more than `threshold`.
+    """
     best_step, best, without = None, None, 0
     for step, score in scores:
         gain = 0.0 if best is None else score - best if greater_is_better else best - score

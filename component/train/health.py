@@ -1,4 +1,4 @@
-"""Figures that are not finite: what is done with an update that has them, and which rows are the cause."""
+"""Decides what is done with an update whose loss or gradient is not finite, and finds the rows that cause it."""
 
 from itertools import chain
 
@@ -11,15 +11,15 @@ from ..run.ranks import gather, known_to_all
 from .batch import Sample
 from .updates import Update
 
-SHOWN_ROWS = 20  # of an update that has to be named
-OVERFLOWS = 20  # float16 updates in a row that may overflow: its loss scale halves at each
+SHOWN_ROWS = 20  # rows of a bad update that each rank names
+OVERFLOWS = 20  # float16 updates in a row that may overflow; each halves the loss scale
 
 
 class Health:
-    """Decides whether a trainer's updates may be used, and its weights be written.
+    """Decides whether a trainer's updates may be used, and its weights written.
 
     Args:
-        max_skipped: how many updates that are not finite may be left out in a run.
+        max_skipped: how many updates that are not finite a run may leave out.
     """
 
     def __init__(self, trainer, max_skipped: int):
@@ -27,12 +27,12 @@ class Health:
         self.overflows = 0
 
     def accepts(self, update: Update, bad_loss: int, bad_gradient: int) -> bool:
-        """Whether an update may be used. All ranks ask together, with the same facts.
+        """Whether an update may be used. All ranks call this together, with the same facts.
 
-        A gradient that overflows float16 is the business of its loss scale, which also leaves the update out.
+        A gradient that overflows float16 is accepted here: the loss scaler itself leaves the update out.
 
         Raises:
-            NumericError: the update is not finite, and `max_skipped` have been left out before.
+            NumericError: the update is not finite, and `max_skipped` updates have been left out before.
         """
         overflowed = bad_gradient and not bad_loss and self.trainer.accelerator.scaler is not None
         self.overflows = self.overflows + 1 if overflowed else 0
@@ -42,7 +42,7 @@ class Health:
         return not is_bad
 
     def refuse(self, update: Update, what: str) -> None:
-        """Count an update that is left out, or raise NumericError where none may be. Rank 0 names its rows."""
+        """Leave an update out and log its rows, or raise NumericError if too many have been left out."""
         trainer = self.trainer
         rows = "\n  ".join(chain.from_iterable(gather(self.suspects(update))))
         message = f"step {trainer.state.global_step + 1}: the {what} is not finite. Rows of this update:\n  {rows}"
@@ -60,7 +60,7 @@ class Health:
 
     @torch.no_grad()
     def suspects(self, update: Update) -> list[str]:
-        """`file:line` of the update's samples whose loss is not finite; of all its samples where none or all are so."""
+        """`file:line` of this rank's samples whose loss is not finite. If that is none or all of them, of all."""
         self.trainer.model.eval()
         bad = [not torch.isfinite(self.loss_of(sample)) for sample in update.samples]
         self.trainer.model.train()
@@ -74,7 +74,7 @@ class Health:
         return self.trainer.summed_loss(self.trainer.on_device(part))
 
     def check_weights(self) -> None:
-        """Raise NumericError rather than write a weight or an optimizer's figure that is not finite."""
+        """Raise NumericError if a weight or a value of the optimizer's state is not finite, so that none is written."""
         trainer = self.trainer
         states = chain.from_iterable(state.items() for state in trainer.optimizer.state.values())
         tensors = chain(
@@ -90,7 +90,7 @@ class Health:
 
 
 def place_of(dataset, sample: Sample) -> str:
-    """`file:line` of a sample, where it or its dataset knows that."""
+    """`file:line` of a sample, or its first tokens if neither it nor its dataset knows the place."""
     ids: np.ndarray = sample["input_ids"]
     place = sample.get("place") or (dataset.find_place(ids) if hasattr(dataset, "find_place") else None)
     return place or f"a sample of {len(ids)} tokens that begins with {ids[:10].tolist()}"

@@ -1,4 +1,4 @@
-"""What makes two runs the same run: everything that decides its numbers, as JSON that can be compared and shown."""
+"""The identity of a run: everything that decides its numbers, as JSON. Runs of the same identity are the same run."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,7 @@ from ..settings.legacy import rows_of_pack_to
 from ..settings.optimization import FOLLOWING_EVALUATIONS
 from ..trust import find_model_file, find_weights
 
-# Settings that no trained number depends on, by name or by the beginning of the name.
+# Settings on which no trained number depends, besides those whose names start with one of BEGINNINGS.
 WITHOUT_EFFECT = {
     "batch_eval_metrics",
     "cache_dir",
@@ -44,8 +44,8 @@ WITHOUT_EFFECT = {
     "torch_empty_cache_steps",
 }
 BEGINNINGS = ("ddp_", "logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
-ELSEWHERE = {"train_file", "model_name_or_path", "data_format"}  # by content, below
-WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # a file of weights above WHOLE bytes counts by samples of it
+ELSEWHERE = {"train_file", "model_name_or_path", "data_format"}  # settings that describe_run describes by content
+WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # of a file above WHOLE bytes, SAMPLES blocks of BLOCK bytes count
 
 
 def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
@@ -56,7 +56,7 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
         training_args: transformers.TrainingArguments.
     """
     settings = training_args.to_dict() | dataclasses.asdict(args)
-    settings["fused_layers"] = args.packing and args.fused_layers  # padded batches know none
+    settings["fused_layers"] = args.packing and args.fused_layers  # padded batches have no fused layers
     settings["stream_order"] = "blocks" if args.streaming else None
     skipped, beginnings = WITHOUT_EFFECT | ELSEWHERE, BEGINNINGS
     follows = training_args.lr_scheduler_type in FOLLOWING_EVALUATIONS or training_args.load_best_model_at_end
@@ -75,7 +75,7 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
 
 
 def renew_identity(identity: dict) -> dict:
-    """An identity that an earlier version wrote, under the names that settings have now."""
+    """Translate an identity that an earlier version wrote to the names that settings have now."""
     settings = dict(identity["settings"])
     if "pack_to" in settings:
         settings |= rows_of_pack_to(settings.pop("pack_to"))
@@ -85,8 +85,8 @@ def renew_identity(identity: dict) -> dict:
 
 
 def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -> list | str:
-    """A digest of the files' contents, of a mixture with weights; of a stream, which may be larger than can be read
-    twice, of names and sizes."""
+    """Digest of the files' contents. Of a stream, which may be too large to read twice, only names and sizes count. A
+    mixture becomes a list of [digest, weight]."""
     if isinstance(source, dict):
         return [[describe_data(part, streaming), weight] for part, weight in source.items()]
     files = find_files(source)
@@ -104,17 +104,17 @@ def describe_tokenizer(tokenizer) -> str:
 
 
 def describe_base(args) -> str:
-    """The hub's commit, or a digest of a folder's configuration and weights, of large files by samples."""
+    """Name and commit of a hub's model, or digest of a folder's configuration and weights (large files by samples)."""
     folder = Path(args.model_name_or_path)
     if not folder.is_dir():
-        commit = find_model_file(args.model_name_or_path, "config.json").parent.name  # the hub's cache has one for each
+        commit = find_model_file(args.model_name_or_path, "config.json").parent.name  # a folder of the hub's cache
         return f"{args.model_name_or_path} {commit}"
-    weights = {*folder.glob("*.safetensors"), *find_weights(args.model_name_or_path)}  # torch's, where those are used
+    weights = {*folder.glob("*.safetensors"), *find_weights(args.model_name_or_path)}  # torch's .bin, if used
     return fingerprint([folder / "config.json", *map(digest_of, sorted(weights))])
 
 
 def digest_of(path: Path) -> str:
-    """A digest of a file's size, head and evenly spread blocks; of the whole of a small one."""
+    """Digest of a file's size and contents. Of a large file, evenly spread blocks are read, from head to tail."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with open(path, "rb") as file:

@@ -5,15 +5,15 @@ from torch.nn.functional import cross_entropy
 
 
 def learned_positions(target_mask: torch.Tensor) -> torch.Tensor:
-    """Positions of one sequence (length,) that predict a learned token: the one after them."""
+    """Positions of one sequence, (length,), whose next token is learned. They predict it."""
     return target_mask[1:].nonzero()[:, 0]
 
 
 class TargetLMLoss:
-    """Cross-entropy of learned tokens, each in float32."""
+    """Cross-entropy of learned tokens, computed in float32."""
 
     def __call__(self, logits: torch.Tensor, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """The sum over learned tokens, a float64 scalar. Unlearned positions are left out before the upcast.
+        """Sum the losses of learned tokens, as a float64 scalar. Unlearned positions are left out before the upcast.
 
         Args:
             logits: (batch, length, vocab); position t predicts token t + 1.
@@ -25,5 +25,5 @@ class TargetLMLoss:
         return losses.sum(dtype=torch.float64)
 
     def count_learned(self, target_mask: torch.Tensor) -> torch.Tensor:
-        """Learned tokens of each row, (batch,). The first token has nothing to predict it and is not counted."""
+        """Count the learned tokens of each row, (batch,). The first token is not counted, as nothing predicts it."""
         return target_mask[:, 1:].sum(1)

@@ -1,4 +1,4 @@
-"""What a run says while it trains: progress, and losses that look like a mistake."""
+"""Messages during training: progress, and warnings of losses that look like a mistake."""
 
 import statistics
 import sys
@@ -13,13 +13,13 @@ from transformers import TrainerCallback
 
 from .report import plot_loss
 
-LONG = 600  # seconds, of which a run speaks after its first update
+LONG = 600  # seconds; a run that will take longer says so after its first update
 
 
 class LossWatch(TrainerCallback):
-    """Warns, once for each, of losses that look like a mistake, with the likely cause."""
+    """Warns of losses that look like a mistake, once for each kind, and names the likely cause."""
 
-    WINDOW, SPIKE, ZERO = 50, 3.0, 1e-6  # logged losses; times their median; a loss
+    WINDOW, SPIKE, ZERO = 50, 3.0, 1e-6  # number of logged losses; multiple of their median; loss
 
     def __init__(self):
         self.losses: list[float] = []
@@ -52,7 +52,7 @@ class LossWatch(TrainerCallback):
 
 
 class ProgressReport(TrainerCallback):
-    """Loss, learning rate, tokens/s and time left: a log line every `logging_steps`, and a bar on a terminal."""
+    """Shows loss, learning rate, tokens/s and time left: a log line every `logging_steps`, and a bar on a terminal."""
 
     def __init__(self, total_tokens: Callable[[], int], show_bar: bool):
         self.total_tokens = total_tokens
@@ -83,7 +83,7 @@ class ProgressReport(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_save(self, args, state, control, **kwargs):
-        """Evaluations and saves are no part of the next figure of tokens/s."""
+        """Leave the time of an evaluation or a save out of the next tokens/s."""
         now = time.monotonic()
         self.logged_at += now - self.paused_at
         self.paused_at = now

@@ -1,4 +1,4 @@
-"""What a person looks at: tables, a rendered sample, the picture of the loss."""
+"""Shows a run to a person: settings in words, tables, a rendered sample, the picture of the loss."""
 
 import io
 import math
@@ -33,7 +33,7 @@ WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 def describe_update(training_args) -> str:
-    """The samples of an update, in words."""
+    """Say how many samples an update has, and why."""
     ranks, batch = training_args.world_size, training_args.per_device_train_batch_size
     batches = training_args.gradient_accumulation_steps
     return (
@@ -43,7 +43,7 @@ def describe_update(training_args) -> str:
 
 
 def describe_schedule(rows: int | None, training_args) -> str:
-    """How long a run over so many samples (None: a stream) is, and its learning rate, in words."""
+    """Say how long a run is and how its learning rate moves. `rows` is the number of samples, None for a stream."""
     steps, schedule = count_steps(rows, training_args), training_args.lr_scheduler_type.value
     if rows is None:
         length = f"{steps:,} updates (max_steps) from a stream"
@@ -62,7 +62,7 @@ def describe_schedule(rows: int | None, training_args) -> str:
 
 
 def explain_memory(checkpointing: str) -> str:
-    """What the estimates of kernel.memory.table are of, for a run with this activation_checkpointing."""
+    """Explain the estimates of kernel.memory.table, for a run with this activation_checkpointing."""
     choice = (
         "auto takes the first that fits the card's free memory"
         if checkpointing == "auto"
@@ -72,7 +72,7 @@ def explain_memory(checkpointing: str) -> str:
 
 
 def parameter_table(model: nn.Module) -> str:
-    """Parameters by dtype and trainability, 4-bit ones counted as weights, not as the bytes that they are packed in."""
+    """Table of parameters by dtype and trainability. 4-bit ones count as weights, not as the bytes that hold them."""
     counts: dict[tuple[str, bool], int] = defaultdict(int)
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -86,7 +86,7 @@ def parameter_table(model: nn.Module) -> str:
 
 
 def render_sample(sample: dict[str, list[int]], tokenizer) -> str:
-    """A sample as text, its learned stretches in green on a terminal and between ⟦ and ⟧ elsewhere."""
+    """Show a sample as text. Learned stretches are green on a terminal, and between ⟦ and ⟧ elsewhere."""
     ids, mask = sample["input_ids"], sample["target_mask"]
     # ChatGLM's decoding drops the end of sequence, which the reader wants to see.
     end_text = "" if tokenizer.decode([tokenizer.eos_token_id]) else tokenizer.eos_token
@@ -102,8 +102,9 @@ def render_sample(sample: dict[str, list[int]], tokenizer) -> str:
 
 
 def plot_loss(history: list[dict], path: str | Path) -> None:
-    """Draw training loss by step, and evaluation loss where there is any, as a PNG. A picture that cannot be drawn is
-    no reason to lose a run: why it could not is logged.
+    """Draw the training loss by step, and the evaluation loss if there is any, as a PNG.
+
+    An error is only logged, since a missing picture is no reason to end a run.
 
     Args:
         history: `trainer.state.log_history`.

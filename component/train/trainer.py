@@ -25,17 +25,17 @@ from .updates import Update, make_updates, size_of_update
 
 
 class LoRATrainer(Trainer):
-    """transformers' Trainer with a loop of its own, `train`. Of Trainer are its optimizer, its schedule, its callbacks
-    and their order, `log`, and TrainingArguments.
+    """transformers' Trainer with a training loop of our own, `train`. Trainer provides the optimizer, the schedule, the
+    callbacks and their order, `log`, and TrainingArguments.
 
-    An update's loss is the sum over its learned tokens, of all parts and ranks, divided by their number, so that 4
-    batches of 1 weigh every token as 1 batch of 4 does. Every rank has the same weights: gradients are summed over
-    ranks once an update.
+    An update's loss is the sum over its learned tokens, on all ranks, divided by their number. So 4 batches of 1 weigh
+    every token as 1 batch of 4 does. All ranks have the same weights, since gradients are summed over ranks once an
+    update.
 
     Args:
         data_collator: a component.train.batch.Layout.
         folder: where checkpoints go, opened on rank 0. Without a folder nothing is saved.
-        watch: the signals that came. After the update in which one came, `train` saves and leaves by Interrupted.
+        watch: the signals that have come. After an update in which one came, `train` saves and raises Interrupted.
         max_skipped_updates: how many updates that are not finite are left out before NumericError is raised.
     """
 
@@ -53,18 +53,18 @@ class LoRATrainer(Trainer):
         self.counters = Counters(self.args.device)
         self.checkpoints = Checkpoints(self, folder)
         self.health = Health(self, max_skipped_updates)
-        self.signal = 0  # that all ranks know of
-        self.epoch = self.in_epoch = 0  # and the updates of this epoch that are done
+        self.signal = 0  # one that all ranks know of, or 0
+        self.epoch = self.in_epoch = 0  # in_epoch counts the updates of this epoch that are done
         for shown in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown)
         self.add_callback(ProgressReport(self.total_tokens, show_bar=not self.args.disable_tqdm))
         self.add_callback(LossWatch())
 
     def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
-        """Train until `max_steps`, or until a callback ends it, from the start or from a checkpoint that is whole.
+        """Train from the base model, or from a checkpoint that is whole, until `max_steps` or until a callback ends it.
 
         Raises:
-            Interrupted: a signal came. A checkpoint of the last update is there.
+            Interrupted: a signal came. The last update has been saved as a checkpoint.
             NumericError: a loss, gradient or weight is not finite.
             StorageError: a checkpoint could not be written.
         """
@@ -84,13 +84,13 @@ class LoRATrainer(Trainer):
         return self.finish()
 
     def begin(self, checkpoint: str | None) -> None:
-        """Make optimizer, schedule and state, as the checkpoint has them if there is one, with the settings of now."""
+        """Make optimizer, schedule and state, and restore them from a checkpoint if one is given."""
         args = self.args
         self.updates = make_updates(self.train_dataset, self.data_collator, args)
         max_steps = self.updates.steps
         copy_from_rank_zero(weight.data for weight in self.trained_weights())
         self.create_optimizer()
-        # For arithmetic in half precision alone: gradients are summed in `agree`, by no DistributedDataParallel.
+        # This prepares half precision alone, without DistributedDataParallel: `agree` sums the gradients.
         self.model = self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.create_scheduler(num_training_steps=max_steps)
@@ -99,7 +99,7 @@ class LoRATrainer(Trainer):
         handler.train_dataloader = self.updates.loader
 
         self.state = TrainerState(train_batch_size=args.train_batch_size)
-        if args.process_index:  # rank 0 keeps the random numbers that one process has
+        if args.process_index:  # rank 0 draws the random numbers that a single process draws
             torch.manual_seed(args.seed + args.process_index)
         if checkpoint:
             self.checkpoints.load(checkpoint)
@@ -117,7 +117,7 @@ class LoRATrainer(Trainer):
             self.in_epoch = 0
 
     def finish_step(self) -> None:
-        """Do what the run that wrote the checkpoint would have done after it, before its next update."""
+        """Do what the run that wrote the checkpoint had still to do before its next update."""
         self.log_evaluate_save()  # an evaluation that a signal cut short
         step, ends = self.state.global_step, self.control.should_training_stop
         ends = ends or step >= self.state.max_steps or step % self.updates.per_epoch == 0
@@ -125,13 +125,13 @@ class LoRATrainer(Trainer):
             self.end_epoch()
 
     def is_under_way(self) -> bool:
-        """Whether another epoch begins. A callback may have ended the run, or so many epochs that there is no other."""
+        """Whether another epoch begins. Callbacks may end the run, or end epochs early until none is left."""
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             return False
         return self.epoch < self.state.num_train_epochs
 
     def rest_of_epoch(self) -> Iterator[Update]:
-        """The updates of the epoch that are still to be made."""
+        """The updates that are left in this epoch."""
         updates = self.updates.of_epoch(self.epoch, self.in_epoch)
         return islice(updates, self.updates.per_epoch - self.in_epoch)
 
@@ -141,7 +141,7 @@ class LoRATrainer(Trainer):
         Returns:
             For each of its batches, a float64 scalar: what the batch adds to the update's loss.
         """
-        self.watch.deferred = True  # from here on ranks meet in every update, and leave together
+        self.watch.deferred = True  # from here on signals wait for `agree`, so that ranks leave together
         self.model.train()
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
@@ -155,20 +155,20 @@ class LoRATrainer(Trainer):
         return losses
 
     def backward(self, part: dict, learned: torch.Tensor) -> torch.Tensor:
-        """Add a part's gradients to those that are there. Returns its share in the update's loss."""
+        """Add the gradients of a part to those of the parts before. Returns what it adds to the update's loss."""
         loss = self.summed_loss(part) / learned
         self.accelerator.backward(loss)
         self.counters.tokens += part["attention_mask"].sum() if "attention_mask" in part else len(part["input_ids"])
         return loss.detach()
 
     def agree(self, losses: list[torch.Tensor], update: Update) -> tuple[torch.Tensor, bool]:
-        """Sum the gradients over all ranks, and have them agree on what follows.
+        """Sum the gradients over all ranks, and let ranks agree whether all is finite and whether a signal came.
 
         Returns:
             The gradients' norm before they are clipped, and whether the update may be used.
 
         Raises:
-            NumericError: it is not finite, and may not be left out.
+            NumericError: the update is not finite, and may not be left out.
         """
         self.sum_gradients()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
@@ -177,7 +177,7 @@ class LoRATrainer(Trainer):
         return norm, self.health.accepts(update, bad_loss, bad_norm)
 
     def sum_gradients(self) -> None:
-        """Sum the gradients over ranks. A weight that no rank has a gradient of keeps none, as in one process."""
+        """Sum the gradients over ranks. A weight without a gradient on any rank stays without, as in one process."""
         if self.args.world_size == 1:
             return
         weights = list(self.trained_weights())
@@ -189,7 +189,7 @@ class LoRATrainer(Trainer):
         sum_over_ranks(*(weight.grad for weight in weights))
 
     def step(self, losses: list[torch.Tensor], norm: torch.Tensor, is_usable: bool) -> None:
-        """Move the weights by the gradients, unless the update is left out, and count it."""
+        """Change the weights, unless the update is left out, then advance the schedule and count the step."""
         self.call_back("on_pre_optimizer_step")
         if is_usable:
             self.optimizer.step()
@@ -209,7 +209,7 @@ class LoRATrainer(Trainer):
         self.call_back("on_step_end")
 
     def log_evaluate_save(self) -> None:
-        """Do what callbacks ask for. transformers' DefaultFlowCallback is the one that knows the strategies."""
+        """Log, evaluate and save if callbacks ask for it. transformers' DefaultFlowCallback knows the strategies."""
         if self.control.should_log and self.counters.updates:
             self.log_progress()
         if self.control.should_evaluate:
@@ -226,12 +226,16 @@ class LoRATrainer(Trainer):
         self.total_loss += loss
         self.counters.begin_line()
         logs = {"loss": loss / updates, "grad_norm": self.counters.norm.item(), "learning_rate": self.counters.rate}
-        if not math.isfinite(logs["grad_norm"]):  # of an update that was left out
+        if not math.isfinite(logs["grad_norm"]):  # the last update was left out
             del logs["grad_norm"]
         self.log(logs | {"num_tokens": self.total_tokens()})
 
     def note_metric(self, metrics: dict[str, float]) -> bool:
-        """Keep the best metric, and tell a schedule that follows evaluations. Returns whether this is the best."""
+        """Record the best metric, and pass the metric to a schedule that follows evaluations.
+
+        Returns:
+            Whether this metric is the best so far.
+        """
         name = "eval_" + (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         if self.args.lr_scheduler_type in FOLLOWING_EVALUATIONS:
             self.lr_scheduler.step(metrics[name])
@@ -250,7 +254,7 @@ class LoRATrainer(Trainer):
             self.leave_if_asked()
 
     def leave_if_asked(self) -> None:
-        """If a signal came to any rank: a checkpoint of this step, and Interrupted on all of them."""
+        """If a signal came to any rank, save a checkpoint of this step and raise Interrupted, on all ranks."""
         (self.signal,) = largest_over_ranks(self.args.device, self.watch.received)
         if self.signal:
             self.checkpoints.save()
@@ -265,7 +269,7 @@ class LoRATrainer(Trainer):
         self.epoch, self.in_epoch = self.epoch + 1, 0
 
     def finish(self) -> TrainOutput:
-        """Log the figures of the whole run, and take the best model if that is asked for."""
+        """Log the figures of the whole run, and load the best adapter if load_best_model_at_end asks for it."""
         self.total_loss += sum_over_ranks(self.counters.loss.clone()).item()
         steps = self.state.global_step - self.first_step
         loss = self.total_loss / max(steps, 1)
@@ -278,12 +282,12 @@ class LoRATrainer(Trainer):
         return TrainOutput(self.state.global_step, loss, metrics)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss per learned token over the whole of `eval_dataset`, each row counted once on any number of ranks."""
+        """Compute the loss per learned token over `eval_dataset`. Each row counts once, on any number of ranks."""
         dataset, batch = self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_batch_size
         own = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
-        # Its own generator: the state of the random numbers is the same whether a run evaluates or not.
+        # A generator of its own, so that an evaluation does not change the run's random numbers.
         batches = DataLoader(own, batch, collate_fn=self.data_collator.lay_out, generator=torch.Generator())
-        rounds = math.ceil(len(dataset) / (batch * self.args.world_size))  # of the rank with most rows
+        rounds = math.ceil(len(dataset) / (batch * self.args.world_size))  # on the rank with the most rows
         self.model.eval()
         deferred, self.watch.deferred = self.watch.deferred, True
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -310,7 +314,7 @@ class LoRATrainer(Trainer):
         return metrics
 
     def summed_loss(self, part: dict) -> torch.Tensor:
-        """Over the learned tokens of a padded batch, or of a packed row, whose forward computes it (PackedForward)."""
+        """Sum the losses of a part's learned tokens. For a packed row, the model's forward does so (PackedForward)."""
         if "targets" in part:
             return self.model(**part)
         logits = self.model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
@@ -327,18 +331,18 @@ class LoRATrainer(Trainer):
         return (weight for weight in self.model.parameters() if weight.requires_grad)
 
     def total_tokens(self) -> int:
-        """Tokens that all ranks have learned from, unlearned ones and no padding counted."""
+        """Tokens of all ranks' samples so far. Unlearned tokens count, padding does not."""
         return sum_over_ranks(self.counters.tokens.clone()).item()
 
     def call_back(self, event: str, *facts) -> None:
         self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, *facts)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The loader of this rank's updates; of a stream, of its rows."""
+        """The loader of this rank's updates, or of its rows if the dataset is a stream."""
         return make_updates(self.train_dataset, self.data_collator, self.args).loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write adapter and tokenizer, as safetensors and JSON, on rank 0; no pickle of the arguments."""
+        """Write adapter and tokenizer as safetensors and JSON, on rank 0. The arguments are not pickled."""
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             self.model.save_pretrained(folder, save_embedding_layers=False)

@@ -1,7 +1,7 @@
-"""The samples of each update: which they are, and which of them a rank learns from.
+"""Decides which samples each update has, and which of them a rank learns from.
 
-They follow from the seed, the epoch and the step alone, so that any number of ranks learns from the same samples, and a
-run that goes on takes the next ones without passing over those before.
+The seed, the epoch and the step alone decide it. So any number of ranks learns from the same samples, and a run that
+goes on takes the next ones without reading those before.
 """
 
 import math
@@ -21,19 +21,19 @@ from ..run.process import outlive_signals
 from ..run.ranks import gather, on_every_rank
 from .batch import Layout, Sample, spread
 
-STRETCH = 50  # updates whose samples are sorted by length together
+STRETCH = 50  # number of updates whose samples are sorted by length together
 
 
 class Update(NamedTuple):
-    """What a rank has of an update: its samples, and the batches that they are laid out in, each a list of the parts
-    (component.train.batch) in which it goes through the model."""
+    """A rank's share of an update: its samples, and the batches in which they are laid out. A batch is a list of parts
+    (component.train.batch), which go through the model one after another."""
 
     samples: list[Sample]
     batches: list[list[dict]]
 
 
 def make_updates(dataset, layout: Layout, args) -> "FileUpdates | StreamUpdates":
-    """The updates of a dataset, by its kind.
+    """Make the updates of a dataset: StreamUpdates of a stream, FileUpdates of any other.
 
     Args:
         args: transformers.TrainingArguments.
@@ -42,10 +42,10 @@ def make_updates(dataset, layout: Layout, args) -> "FileUpdates | StreamUpdates"
 
 
 class FileUpdates(Sampler[list[int]]):
-    """Updates of a dataset whose samples are known beforehand.
+    """Updates of a dataset whose samples can be counted and read in any order.
 
     Args:
-        dataset: has a length, and `lengths`, the tokens of each sample, where updates are shared or grouped by tokens.
+        dataset: has a length. If it has `lengths`, the tokens of each sample, samples need not be read to be measured.
         args: transformers.TrainingArguments.
     """
 
@@ -63,9 +63,9 @@ class FileUpdates(Sampler[list[int]]):
         )
 
     def of_epoch(self, epoch: int, first: int) -> Iterator[Update]:
-        """This rank's part of an epoch's updates, from number `first` on."""
+        """This rank's share of an epoch's updates, from number `first` on."""
         self.epoch, self.first = epoch, first
-        # An iterator draws a seed of the run's random numbers. A run that goes on within an epoch has drawn it before.
+        # An iterator draws its seed from the run's random numbers. A run that goes on within an epoch drew it before.
         with torch.random.fork_rng(devices=[], enabled=first > 0):
             return iter(self.loader)
 
@@ -77,7 +77,7 @@ class FileUpdates(Sampler[list[int]]):
             yield [samples[place] for place in share(len(samples), lengths, self.args)]
 
     def order(self, epoch: int) -> list[int]:
-        """The samples of an epoch, by their numbers in the dataset."""
+        """The samples of an epoch in their order, by number in the dataset."""
         count, strategy = len(self.dataset), self.args.train_sampling_strategy
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if strategy == "sequential":
@@ -92,17 +92,17 @@ class FileUpdates(Sampler[list[int]]):
         return [len(self.dataset[number]["input_ids"]) for number in samples]
 
     def state_dict(self) -> dict:
-        return {}  # the step says all
+        return {}  # the step alone decides what comes next
 
     def load_state_dict(self, state: dict) -> None:
         pass
 
 
 class StreamUpdates:
-    """Updates of a component.data.stream.StreamingSFTDataset: one epoch of as many as the run has.
+    """Updates of a component.data.stream.StreamingSFTDataset. All updates of the run are one epoch.
 
-    Each rank renders its part of the next rows. Since bad and too long rows give no sample, ranks exchange what they
-    have rendered until the samples of an update are there, and share those.
+    Each rank renders its part of the next rows, and ranks exchange what they have rendered. As bad and too long rows
+    give no sample, they repeat this until an update has all its samples. Then they share these among themselves.
     """
 
     def __init__(self, dataset, layout: Layout, args):
@@ -113,8 +113,8 @@ class StreamUpdates:
         self.loader = DataLoader(dataset, batch_size=None, **loader_settings(args))
 
     def of_epoch(self, epoch: int, first: int) -> Iterator[Update]:
-        """This rank's part of all updates that come, from where the dataset stands."""
-        with torch.random.fork_rng(devices=[]):  # an iterator draws a seed, on which no row depends
+        """This rank's share of all further updates, from the dataset's place on."""
+        with torch.random.fork_rng(devices=[]):  # an iterator draws a seed, which no row uses
             rows = iter(self.loader)
         taken = 0
         while True:
@@ -129,7 +129,7 @@ class StreamUpdates:
             yield make_update(self.layout, self.args.train_batch_size, [samples[place] for place in places])
 
     def render(self, rows: Iterator[StreamedRow], numbers: range) -> list[StreamedRow]:
-        """The rows of these numbers, counted from where iteration began; each rank renders those that are its own."""
+        """The rows with these numbers, of which each rank renders its own. Numbers count from where `rows` began."""
         rank, ranks = self.args.process_index, self.args.world_size
         own = sum(number % ranks == rank for number in numbers)
         by_rank = [iter(part) for part in gather(on_every_rank(lambda: list(islice(rows, own))))]
@@ -143,8 +143,8 @@ class StreamUpdates:
 
 
 def make_update(layout: Layout, batch: int, samples: list[Sample]) -> Update:
-    """Lay samples out, `batch` at a time or all together. They are kept as arrays, which a loader's processes hand on
-    at once."""
+    """Lay samples out: all together if the layout takes whole updates, otherwise `batch` at a time. Samples become
+    arrays, which a loader's processes pass on faster than lists."""
     keys = ("input_ids", "target_mask")
     samples = [sample | {key: np.asarray(sample[key], np.int32) for key in keys} for sample in samples]
     size = max(len(samples), 1) if layout.takes_updates else batch
@@ -153,7 +153,7 @@ def make_update(layout: Layout, batch: int, samples: list[Sample]) -> Update:
 
 
 def loader_settings(args) -> dict:
-    """What a DataLoader is told by TrainingArguments. Its workers leave signals to this process."""
+    """Arguments of a DataLoader, taken from TrainingArguments. Its workers leave signals to this process."""
     return {
         "num_workers": args.dataloader_num_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
@@ -168,12 +168,12 @@ def begin_worker(worker: int) -> None:
 
 
 def size_of_update(args) -> int:
-    """Samples of an update, over all ranks."""
+    """Number of samples in an update, over all ranks."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def count_batches(rows: int, args) -> int:
-    """Batches that each rank has in an epoch. Raises ArgumentError where there is none."""
+    """Number of batches that each rank has in an epoch. Raises ArgumentError if there is none."""
     batch = args.train_batch_size * args.world_size
     batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
     if not batches:
@@ -185,21 +185,21 @@ def count_batches(rows: int, args) -> int:
 
 
 def count_updates(rows: int, args) -> int:
-    """Updates of an epoch."""
+    """Number of updates in an epoch."""
     return math.ceil(count_batches(rows, args) / args.gradient_accumulation_steps)
 
 
 def count_steps(rows: int | None, args) -> int:
-    """Updates of the whole run, over so many rows (None: a stream)."""
+    """Number of updates in the whole run. `rows` is the number of samples, None for a stream."""
     updates = rows and count_updates(rows, args)
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
 
 
 def share(count: int, lengths: Sequence[int] | None, args) -> list[int]:
-    """Places, among the `count` samples of an update, of those that this rank learns from.
+    """Choose this rank's samples among the `count` samples of an update, by index.
 
-    Batches go round the ranks. With `lengths`, in tokens, each rank has about as many tokens instead, since ranks wait
-    for the slowest. A rank may have none.
+    Batches are dealt to the ranks in turn. With `lengths`, the tokens of each sample, each rank gets about as many
+    tokens instead, since ranks wait for the slowest. A rank may get no sample.
     """
     batch, ranks, rank = args.train_batch_size, args.world_size, args.process_index
     batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
@@ -212,8 +212,11 @@ def share(count: int, lengths: Sequence[int] | None, args) -> list[int]:
 
 
 def grouped_by_length(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[int]:
-    """An order in which the samples of an update are of like lengths, the longest first of all, so that memory runs
-    out at once or never. Stretches of a random order are sorted, and their updates shuffled; a short one stays last.
+    """Order samples at random, but so that the samples of an update have similar lengths.
+
+    A random order is cut into stretches of STRETCH updates. Each stretch is sorted by length, and then all updates are
+    shuffled. The update with the longest sample comes first, so that memory runs out at once or never. An incomplete
+    update comes last.
 
     Args:
         size: samples of an update.
