@@ -18,7 +18,7 @@ PICTURE = "loss.png"
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors repeat what was typed, which may be a token."""
+    """A parser that hides secrets in its errors, since these repeat what was typed."""
 
     def error(self, message: str):
         from component.run.log import redact  # imports torch, which --help need not wait for
@@ -73,7 +73,7 @@ def train(cli: argparse.Namespace, watch) -> None:
         return describe_run(args, training_args, data_format, tokenizer)
 
     def describe_machine() -> dict:
-        """What must be the same on all machines."""
+        """Collect what must be the same on all machines."""
         settings = training_args.to_dict() | dataclasses.asdict(args) | {"local_rank": None}
         model = {"weights or config.json": describe_base(args), "tokenizer": describe_tokenizer(tokenizer)}
         data = {"train_file": describe_data(args.train_file, streaming=True)} if args.streaming else {}
@@ -98,7 +98,7 @@ def train(cli: argparse.Namespace, watch) -> None:
 
 
 def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, watch) -> None:
-    """From data to the final adapter, in a folder that this run holds."""
+    """Train from the data to the final adapter, in a folder that this run has locked."""
     from loguru import logger
 
     from component.data.dataset import DATA_FORMATS
@@ -128,7 +128,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     # 2. Model
     model = on_every_rank(lambda: make_model(args, training_args))
 
-    # 3. Layout: rows and what layers keep. A run that goes on has the one that it began with.
+    # 3. Layout: the length of rows, and what layers keep for backward. A run that goes on keeps its layout.
     plan = choose_layout(model, args, training_args, begun_with=start.plan)
     folder.plan = dataclasses.asdict(plan)
     padded = plan.tokens == PADDED
@@ -157,7 +157,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
 
 
 def make_model(args, training_args):
-    """The 4-bit base with a new adapter."""
+    """Load the 4-bit base and attach a new adapter."""
     from loguru import logger
     from transformers import set_seed
 
@@ -174,7 +174,7 @@ def make_model(args, training_args):
 
 
 def choose_layout(model, args, training_args, begun_with: dict | None):
-    """The plan that was asked for or is the fastest that fits, proven; the model's forward is set to it."""
+    """Choose the plan that was asked for, or the fastest that fits, and set the model's forward to it."""
     from component.kernel.memory import PADDED, choose_plan, optimizer_bytes
     from component.kernel.model import PackedForward
 
@@ -197,7 +197,7 @@ def make_callbacks(args, picture: Path) -> list:
 
 
 def publish_results(trainer, result, folder, start) -> None:
-    """Figures, picture, and last the final adapter: where it is, the run is done."""
+    """Write figures and picture, and last the final adapter, which marks the run as done."""
     from loguru import logger
 
     from component.run.ranks import on_rank_zero
@@ -223,7 +223,8 @@ def write_results(state, figures: Path, picture: Path) -> None:
         write_atomically(figures, json.dumps(dataclasses.asdict(state), indent=2).encode())
     except OSError as error:
         raise StorageError(
-            f"{figures} could not be written ({error}); the same command only writes the results"
+            f"{figures} could not be written ({error}); mend this and start the same command again, which then only "
+            "writes the results"
         ) from None
     plot_loss(state.log_history, picture)
 
@@ -237,7 +238,7 @@ def peak_memory() -> str:
 
 
 def show_run(args, training_args, data_format: str, tokenizer) -> None:
-    """Print what a real run would do: settings, a sample, memory by estimate, and the length in words."""
+    """Print a run's settings, one sample, the estimated memory, and the number of updates. Nothing is trained."""
     from component.data.dataset import DATA_FORMATS
     from component.data.load import load_datasets
     from component.kernel.memory import optimizer_bytes, table
@@ -266,7 +267,7 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
 
 
 def show_settings(args, training_args) -> None:
-    """Print the settings that are not what they would be if nothing but the required ones were given."""
+    """Print the required settings, and those that differ from a run with the required ones alone."""
     required = {"model_name_or_path": args.model_name_or_path, "train_file": args.train_file}
     required |= {"output_dir": training_args.output_dir}
     plain = values_of(*load_arguments(None, [f"{key}={json.dumps(value)}" for key, value in required.items()]))
