@@ -55,7 +55,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     from component.run.folder import RunFolder, foresee_start
     from component.run.ranks import on_every_rank, on_rank_zero, require_same
     from component.run.resume import FINAL
-    from component.train.identity import describe_base, describe_data, describe_run, describe_tokenizer, renew_identity
+    from component.train.identity import describe_machine, describe_run, renew_identity
     from component.train.report import describe_update
     from component.trust import require_weights
 
@@ -72,20 +72,16 @@ def train(cli: argparse.Namespace, watch) -> None:
     def identify() -> dict:
         return describe_run(args, training_args, data_format, tokenizer)
 
-    def describe_machine() -> dict:
-        """Collect what must be the same on all machines."""
-        settings = training_args.to_dict() | dataclasses.asdict(args) | {"local_rank": None}
-        model = {"weights or config.json": describe_base(args), "tokenizer": describe_tokenizer(tokenizer)}
-        data = {"train_file": describe_data(args.train_file, streaming=True)} if args.streaming else {}
-        return settings | {f"{part} of model_name_or_path": digest for part, digest in model.items()} | data
-
     if cli.dry_run:
         show_run(args, training_args, data_format, tokenizer)
         first = on_rank_zero(lambda: foresee_start(training_args.output_dir, identify, renew_identity, *begin))
         logger.log("WARNING" if "refused" in first else "INFO", f"a run {first}")
         return
     on_every_rank(lambda: require_weights(args.model_name_or_path))
-    require_same(describe_machine, remedy="give every machine the same settings and the same files")
+    require_same(
+        lambda: describe_machine(args, training_args, tokenizer),
+        remedy="give every machine the same settings and the same files",
+    )
     logger.info(describe_update(training_args))
     with RunFolder(training_args.output_dir, on_rank_zero(identify), renew_identity) as folder:
         on_rank_zero(folder.acquire)

@@ -74,6 +74,14 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
     }
 
 
+def describe_machine(args, training_args, tokenizer) -> dict:
+    """What must be the same on all machines of a run. Arguments are as for `describe_run`."""
+    settings = training_args.to_dict() | dataclasses.asdict(args) | {"local_rank": None}
+    model = {"weights or config.json": describe_base(args), "tokenizer": describe_tokenizer(tokenizer)}
+    data = {"train_file": describe_data(args.train_file, streaming=True)} if args.streaming else {}
+    return settings | {f"{part} of model_name_or_path": digest for part, digest in model.items()} | data
+
+
 def renew_identity(identity: dict) -> dict:
     """Translate an identity that an earlier version wrote to the names that settings have now."""
     settings = dict(identity["settings"])
