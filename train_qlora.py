@@ -202,7 +202,7 @@ def publish_results(trainer, result, folder, start) -> None:
     picture, figures = folder.path / PICTURE, folder.path / "trainer_state.json"
     on_rank_zero(folder.check_lock)
     on_rank_zero(lambda: write_results(trainer.state, figures, picture))
-    final = trainer.checkpoints.save_final()
+    final = trainer.save_final()
     begun = step_of(Path(start.checkpoint)) if start.checkpoint else 0
     now = f", {result.global_step - begun} of them now" if begun else ""
     logger.info(f"done: {result.global_step} steps{now}, in {result.metrics['train_runtime']:.0f} s{peak_memory()}")

@@ -182,7 +182,7 @@ def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, packin
 
 def count_learned(trainer: LoRATrainer) -> int:
     """Learned tokens of one pass over the trainer's own updates."""
-    parts = (part for update in trainer.get_train_dataloader() for batch in update.batches for part in batch)
+    parts = (part for update in trainer.updates.of_epoch(0, 0) for batch in update.batches for part in batch)
     return sum(map(trainer.count_learned, parts))
 
 

@@ -75,9 +75,12 @@ def overflow(trainer: LoRATrainer) -> None:
 
 
 def figures(folder: Path) -> list[dict]:
-    """What was logged, but for times."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [{key: value for key, value in entry.items() if "train_" not in key} for entry in history]
+    """What was logged, but for times, and for the loss of what one start trained."""
+    return [{key: value for key, value in entry.items() if "train_" not in key} for entry in history(folder)]
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
 def optimizer_state(folder: Path) -> list[torch.Tensor]:
@@ -332,11 +335,25 @@ def test_ten_stops_in_one_run_change_nothing(job, stopped, settings):
     settings = SETTINGS | {"max_steps": 10} | settings
     whole = job("whole", **settings)
     steps = json.loads((whole / "trainer_state.json").read_text())["global_step"]
-    for _ in range(steps - 1):
-        with at_call(1, LoRATrainer, "forward_and_backward", send(signal.SIGTERM)):
+    for step in range(1, steps):
+        with at_call(1, LoRATrainer, "agree", send(signal.SIGTERM)):
             assert stopped("stopped", **settings) == 143
+        assert find_checkpoints(whole.parent / "stopped")[-1].name == f"checkpoint-{step}"
     job("stopped", **settings)
     assert_same_run(whole, whole.parent / "stopped")
+
+
+def test_the_mean_loss_of_a_resumed_run_is_that_of_its_own_updates(job, stopped, tmp_path):
+    settings = SETTINGS | {"max_steps": 8, "logging_steps": 8}
+    means = []
+    for name in ("whole", "stopped"):
+        if name == "stopped":
+            with at_call(6, LoRATrainer, "agree", send(signal.SIGTERM)):
+                assert stopped(name, **settings) == 143
+        means.append(history(job(name, **settings))[-1]["train_loss"])
+    single = history(job("single", **settings | {"logging_steps": 1}))
+    each = [entry["loss"] for entry in single if "loss" in entry]
+    assert means == pytest.approx([sum(each) / 8, sum(each[6:]) / 2])
 
 
 def test_a_resumed_run_that_draws_other_data_differs(job, stopped):

@@ -32,7 +32,7 @@ from .runs import ROWS, largest_difference, write_rows
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"max_steps": 24, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4}
-SETTINGS |= {"lora_dropout": 0.1, "logging_steps": 1, "save_strategy": "steps", "save_steps": 6, "disable_tqdm": True}
+SETTINGS |= {"lora_dropout": 0.1, "logging_steps": 1, "save_strategy": "steps", "save_steps": 6}
 NAMESPACES = ("unshare", "--mount", "--uts")
 IS_ROOT = subprocess.run([*NAMESPACES, "true"], capture_output=True).returncode == 0
 READ_ONLY = "read only"

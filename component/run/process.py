@@ -68,9 +68,8 @@ class SignalWatch:
             raise Interrupted(self.received)
         if first and os.environ.get("RANK", "0") == "0":  # not by the logger, which the signal may have interrupted
             with suppress(OSError):  # the terminal or the reader of the log may have gone
-                os.write(
-                    2, f"{signal.Signals(signum).name}: leaving as soon as the run can go on from there\n".encode()
-                )
+                name = signal.Signals(signum).name
+                os.write(2, f"{name}: saving a checkpoint as soon as possible, then leaving\n".encode())
 
 
 def die_with_parent() -> None:

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
@@ -106,6 +107,8 @@ def require_same(find: Callable[[], dict[str, Any]], remedy: str) -> None:
         if different:
             lines = [describe_difference(key, facts[key], first, values[key], where) for key in different]
             raise known_to_all(ArgumentError(f"{'; '.join(lines)}; {remedy}"))
+    if local_rank() == 0 and this_rank():
+        logger.bind(any_rank=True).info(f"{where_this_is()} has joined; the log is that of {first}")
 
 
 def gather(value: Result) -> list[Result]:
@@ -328,6 +331,8 @@ def buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 def largest_over_ranks(device: torch.device, *values: int | torch.Tensor) -> list[int]:
     """The largest of each value over all ranks. The values are compared on `device`."""
+    if not dist.is_initialized() and all(isinstance(value, int) for value in values):
+        return list(values)  # without a wait for the card
     facts = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=device) for value in values])
     if dist.is_initialized():
         dist.all_reduce(facts, dist.ReduceOp.MAX)

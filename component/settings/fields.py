@@ -55,6 +55,7 @@ UNPUSHED = "nothing is uploaded"
 WITHOUT_EFFECT = {
     "activation_checkpointing_kwargs": "see activation_checkpointing",
     "batch_eval_metrics": EVALUATES,
+    "dataloader_pin_memory": "an update's token ids are a few hundred KB, which reach the card at once",
     "ddp_broadcast_buffers": SUMMED,
     "ddp_bucket_cap_mb": SUMMED,
     "ddp_find_unused_parameters": SUMMED,

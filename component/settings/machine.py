@@ -40,6 +40,10 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
     if not has_cuda and values.get("tf32"):
         logger.warning("tf32 needs CUDA; computing in float32")
         adapted["tf32"] = None
+    if values.get("max_steps", -1) > 0 and "num_train_epochs" in values:
+        logger.info(
+            f"num_train_epochs={values['num_train_epochs']:g} has no effect: max_steps={values['max_steps']} decides"
+        )
     if values.get("save_total_limit") == 1:
         logger.info("save_total_limit: 1 is raised to 2, since a run keeps a whole checkpoint while it writes another")
         adapted["save_total_limit"] = 2
@@ -51,8 +55,11 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
                 "early_stopping_patience ends a run after its best checkpoint, but load_best_model_at_end is false; "
                 "remove one of them"
             )
-        values = values | {"load_best_model_at_end": True}
+        if not values.keys() & {"eval_strategy", "eval_steps", "save_strategy", "save_steps"}:
+            adapted["save_strategy"] = "epoch"  # every 500 steps, transformers' own, is beyond many runs
+            logger.info("early_stopping_patience: the run evaluates and saves after each epoch, unless eval_steps says")
         adapted["load_best_model_at_end"] = True
+        values = values | {"load_best_model_at_end": True, "save_strategy": adapted.get("save_strategy", "steps")}
     if args.eval_file is not None:
         adapted |= choose_evaluation(values)
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:

@@ -183,14 +183,19 @@ SEED = (lambda value: 0 <= value < 2**32), "from 0 to 4294967295"
 
 # Bounds that TrainingArguments itself does not check.
 BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs"), POSITIVE),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), POSITIVE),
     **dict.fromkeys(("gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps"), POSITIVE),
     **dict.fromkeys(("dataloader_prefetch_factor", "ddp_timeout"), POSITIVE),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), NOT_NEGATIVE),
-    **dict.fromkeys(("dataloader_num_workers", "eval_delay"), NOT_NEGATIVE),
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), NOT_NEGATIVE),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "save_total_limit"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
     **dict.fromkeys(("seed", "data_seed"), SEED),
-    "max_steps": (lambda value: value > 0 or value == -1, "above 0, or -1 for as many as num_train_epochs make"),
+    "max_steps": (
+        lambda value: 0 < value < 10**9 or value == -1,
+        "above 0 and below a billion, or -1 for as many as num_train_epochs make",
+    ),
+    "num_train_epochs": (lambda value: 0 < value < 10**6, "above 0 and below a million"),
+    "learning_rate": (lambda value: 0 <= value < 1e30, "at least 0 and below 1e30"),
 }
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from loguru import logger
 from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from ..kernel.memory import optimizer_bytes
-from ..run.errors import StorageError
+from ..run.errors import NumericError, StorageError
 from ..run.folder import RunFolder
 from ..run.manifest import Damaged, verify
 from ..run.ranks import known_to_all, on_every_rank, on_rank_zero
@@ -28,14 +30,21 @@ HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "al
 
 
 class Counters:
-    """Figures that each rank keeps. `updates` counts updates since the last log line, and `loss` is this rank's part of
-    the sum of their losses. `norm` and `rate` are the gradient norm and the learning rate of the last update."""
+    """Counts what a run has done.
+
+    Each rank has its own `loss`, its part of the sum of the losses of `updates` updates, which are those since the last
+    log line, and its own `tokens`, which it has learned from. All else is alike on all ranks. `norm` and `rate` are the
+    gradient norm and the learning rate of the last update. `in_epoch` counts the updates of `epoch`, `skipped` those
+    that were left out, and `overflows` those in a row that overflowed float16.
+    """
+
+    ALIKE = ("updates", "skipped", "overflows", "rate", "epoch", "in_epoch", "epoch_has_ended")
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.norm, self.rate = torch.zeros(()), 0.0
-        self.updates = self.skipped = 0
+        self.updates = self.skipped = self.overflows = self.epoch = self.in_epoch = 0
         self.epoch_has_ended = True  # False from an update until `end_epoch` has run
 
     def add(self, losses: list[torch.Tensor]) -> None:
@@ -49,22 +58,35 @@ class Counters:
         self.updates = 0
 
     def state_dict(self) -> dict:
-        return {
-            "loss_since_log": self.loss.item(),
-            "updates_since_log": self.updates,
-            "grad_norm": self.norm.item() if math.isfinite(self.norm) else None,
-            "learning_rate": self.rate,
-            "tokens_seen": self.tokens.item(),
-            "skipped": self.skipped,
-            "epoch_has_ended": self.epoch_has_ended,
-        }
+        own = {"loss_since_log": self.loss.item(), "tokens_seen": self.tokens.item()}
+        norm = self.norm.item()
+        return (
+            own | {"norm": norm if math.isfinite(norm) else None} | {name: getattr(self, name) for name in self.ALIKE}
+        )
 
-    def load_state_dict(self, state: dict) -> None:
-        self.loss.fill_(state["loss_since_log"])
-        self.tokens.fill_(state["tokens_seen"])
-        self.norm, self.rate = torch.tensor(state.get("grad_norm") or math.nan), state.get("learning_rate", 0.0)
-        self.updates, self.skipped = state["updates_since_log"], state["skipped"]
-        self.epoch_has_ended = state.get("epoch_has_ended", True)
+    def load_state_dicts(self, states: list[dict], rank: int, ranks: int) -> None:
+        """Restore what the ranks of a checkpoint, in their order, had counted. If their number has changed, rank 0 goes
+        on from the sums of all."""
+        alike = {name: states[0][name] for name in self.ALIKE}
+        vars(self).update(alike)
+        self.norm = torch.tensor(math.nan if states[0]["norm"] is None else states[0]["norm"])
+        for counter, key in ((self.loss, "loss_since_log"), (self.tokens, "tokens_seen")):
+            own = [state[key] for state in states]
+            counter.fill_(own[rank] if len(own) == ranks else sum(own) * (rank == 0))
+
+
+def renew_progress(states: list[dict], step: int, updates_per_epoch: int) -> list[dict]:
+    """The counters of a checkpoint's ranks, of which earlier versions wrote fewer, and losses as means over ranks."""
+    if "last_log" not in states[0]:
+        return states
+    epoch, in_epoch = divmod(step, updates_per_epoch)
+    place = {"epoch": epoch, "in_epoch": in_epoch, "epoch_has_ended": True}
+    return [
+        place
+        | {"updates": step - state["last_log"], "skipped": state["skipped"], "overflows": 0, "rate": 0.0, "norm": None}
+        | {"loss_since_log": state["loss_since_log"] / len(states), "tokens_seen": state["tokens_seen"]}
+        for state in states
+    ]
 
 
 class RandomNumbers:
@@ -116,7 +138,7 @@ class Checkpoints:
             return
         name = f"checkpoint-{state.global_step}"
         before, state.best_model_checkpoint = state.best_model_checkpoint, self.best(about_to_be_written=name)
-        on_every_rank(self.trainer.health.check_weights)
+        self.require_finite()
         self.fill(name, self.write)
         self.publish(name)
         self.saved_step = state.global_step
@@ -124,13 +146,15 @@ class Checkpoints:
         best = [Path(path) for path in (before, state.best_model_checkpoint) if path]
         on_rank_zero(lambda: self.folder.rotate(self.args.save_total_limit, best))
 
-    def save_final(self) -> str:
-        """Publish adapter and tokenizer as FINAL, which marks the run as done. Returns the path."""
-        on_every_rank(self.trainer.health.check_weights)
+    def write_final(self) -> None:
+        """Write adapter and tokenizer beside their place, for `publish`."""
+        self.require_finite()
         self.fill(FINAL, lambda folder: self.trainer.save_model(str(folder)))
-        self.trainer.leave_if_asked()
-        self.publish(FINAL)
-        return str(self.folder.path / FINAL)
+
+    def require_finite(self) -> None:
+        """Raise NumericError on all ranks rather than write a figure that is not finite."""
+        trainer = self.trainer
+        on_every_rank(lambda: require_finite(trainer.model, trainer.optimizer, trainer.state.global_step))
 
     def fill(self, name: str, write: Callable[[Path], None]) -> None:
         """Have every rank write to the temporary folder of `name`. Raises StorageError on all ranks if one cannot."""
@@ -147,11 +171,13 @@ class Checkpoints:
         except OSError as error:
             self.fail(name, error)
 
-    def publish(self, name: str) -> None:
+    def publish(self, name: str) -> str:
+        """Seal and rename what was written. Returns the path. From here on the folder is there, and whole."""
         try:
             on_rank_zero(lambda: self.folder.finish(name, self.trainer.state.global_step, self.args.world_size))
         except OSError as error:
             self.fail(name, error)
+        return str(self.folder.path / name)
 
     def fail(self, name: str, error: OSError) -> None:
         raise known_to_all(on_rank_zero(lambda: self.folder.failed(name, error))) from error
@@ -162,7 +188,13 @@ class Checkpoints:
         trainer.save_model(str(folder))
         numbers, counters = self.own_files()
         torch.save(self.random.state_dict(), folder / numbers)
-        write_json(folder / counters, trainer.counters.state_dict() | {"evaluate": trainer.control.should_evaluate})
+        progress = {
+            "evaluate": trainer.control.should_evaluate,  # still, as a signal cut the evaluation short
+            "end_epoch": trainer.control.should_epoch_stop,
+            "due": trainer.control.should_save,  # False if only a signal asked for this checkpoint
+            "updates_per_epoch": trainer.updates.per_epoch,
+        }
+        write_json(folder / counters, trainer.counters.state_dict() | progress)
         if self.args.process_index == 0:
             for name, part in self.shared_parts().items():
                 torch.save(part.state_dict(), folder / name)
@@ -171,28 +203,35 @@ class Checkpoints:
 
     def load(self, checkpoint: str) -> None:
         """Restore everything from a checkpoint, then give optimizer and schedule the current settings."""
-        trainer, folder = self.trainer, Path(checkpoint)
-        trainer.state = TrainerState.load_from_json(str(folder / STATE))
-        self.saved_step = trainer.state.global_step
-        if best := trainer.state.best_model_checkpoint:  # by its name, as the folder may have been moved
-            self.check_best(str(self.folder.path / Path(best).name))
-        trainer.state.best_model_checkpoint = self.best()
+        state = on_every_rank(lambda: TrainerState.load_from_json(str(Path(checkpoint, STATE))))
+        self.trainer.state = state
+        self.saved_step = state.global_step
+        if self.folder and state.best_model_checkpoint:  # by its name, as the folder may have been moved
+            self.check_best(str(self.folder.path / Path(state.best_model_checkpoint).name))
+        state.best_model_checkpoint = self.best()
+        on_every_rank(lambda: self.read(Path(checkpoint)))
+
+    def read(self, folder: Path) -> None:
+        """Restore what this rank needs of a checkpoint."""
+        trainer, rank, ranks = self.trainer, self.args.process_index, self.args.world_size
         self.load_adapter(folder)
         fresh = [dict(group) for group in trainer.optimizer.param_groups]
         for name, part in self.shared_parts().items():
             if (folder / name).is_file():  # a damaged checkpoint, used on request, may lack one
                 part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
         self.renew_optimizer(fresh)
-        numbers, counters = (folder / name for name in self.own_files())
+        numbers = folder / self.own_files()[0]
         if numbers.is_file():  # otherwise the number of processes has changed, as the log has said
             with safe_globals():
                 self.random.load_state_dict(torch.load(numbers, weights_only=True))
-        if counters.is_file():
-            progress = json.loads(counters.read_text(encoding="utf-8"))
-            if "last_log" in progress:  # written by an earlier version
-                progress["updates_since_log"] = trainer.state.global_step - progress["last_log"]
-            trainer.counters.load_state_dict(progress)
-            trainer.control.should_evaluate = progress.get("evaluate", False)
+        if states := read_progress(folder):
+            per_epoch = trainer.updates.per_epoch
+            states = renew_progress(states, trainer.state.global_step, per_epoch)
+            trainer.counters.load_state_dicts(states, rank, ranks)
+            if states[0].get("updates_per_epoch", per_epoch) != per_epoch:  # with another batch, or another max_steps
+                trainer.counters.epoch, trainer.counters.in_epoch = divmod(trainer.state.global_step, per_epoch)
+            trainer.control.should_evaluate = states[0].get("evaluate", False)
+            trainer.control.should_epoch_stop = states[0].get("end_epoch", False)
         if (folder / STREAM).is_file() and not self.args.ignore_data_skip:
             trainer.updates.load_state_dict(json.loads((folder / STREAM).read_text(encoding="utf-8")))
 
@@ -228,7 +267,7 @@ class Checkpoints:
         """Path of the saved checkpoint with the best score, if any. `about_to_be_written` counts as saved."""
 
         def choose() -> str | None:
-            known = {about_to_be_written, *(path.name for path in find_checkpoints(self.folder.path))}
+            known = {about_to_be_written, *(path.name for path in find_checkpoints(self.folder.path) if is_due(path))}
             scores = {name: score for name, score in self.scores().items() if name in known}
             pick = max if self.args.greater_is_better else min
             return str(self.folder.path / pick(scores, key=scores.get)) if scores else None
@@ -254,6 +293,7 @@ class Checkpoints:
         """Load the adapter of the best checkpoint that was saved, if there is one."""
         best = self.trainer.state.best_model_checkpoint = self.best()
         if best is None:
+            logger.warning("no checkpoint was evaluated, so the final adapter is that of the last step")
             return
         self.check_best(best)
         self.load_adapter(Path(best))
@@ -273,6 +313,35 @@ class Checkpoints:
         """Estimate the bytes of a checkpoint: the adapter and its optimizer's state."""
         state = optimizer_bytes(self.args.optim, on_card=False)
         return sum(weight.numel() * (weight.element_size() + state) for weight in self.trainer.trained_weights())
+
+
+def read_progress(folder: Path) -> list[dict]:
+    """What each rank had counted, in order of rank."""
+    files = sorted(folder.glob("progress_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+
+
+def is_due(checkpoint: Path) -> bool:
+    """Whether the run would have made a checkpoint without a signal, so that it may be the best one."""
+    try:
+        return all(state.get("due", True) for state in read_progress(checkpoint))
+    except (OSError, ValueError, AttributeError):
+        return True  # damaged, which is said when it is used
+
+
+def require_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raise NumericError if a trained weight or a figure of the optimizer is not finite."""
+    states = chain.from_iterable(state.items() for state in optimizer.state.values())
+    tensors = chain(
+        ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad),
+        ((f"the optimizer's {name}", value) for name, value in states if isinstance(value, torch.Tensor)),
+    )
+    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise NumericError(
+            f"step {step}: {bad[0]} and {len(bad) - 1} others are not finite, so nothing is written; lower "
+            "learning_rate"
+        )
 
 
 def write_json(path: Path, value: dict) -> None:

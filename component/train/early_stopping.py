@@ -15,8 +15,9 @@ class EarlyStopping(TrainerCallback):
         self.patience, self.threshold = patience, threshold
 
     def on_evaluate(self, args, state, control, **kwargs):
-        name = "eval_" + (args.metric_for_best_model or "loss").removeprefix("eval_")
-        scores = [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
+        name = metric_of(args)
+        # No checkpoint has the weights of step 0, which eval_on_start evaluates.
+        scores = [(entry["step"], entry[name]) for entry in state.log_history if name in entry and entry["step"]]
         best_step, without = count_without_progress(scores, self.threshold, bool(args.greater_is_better))
         if without >= self.patience:
             control.should_training_stop = True
@@ -29,6 +30,11 @@ class EarlyStopping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.log_history:
             self.on_evaluate(args, state, control)
+
+
+def metric_of(args) -> str:
+    """Name, in logs, of the figure by which evaluations are compared."""
+    return "eval_" + (args.metric_for_best_model or "loss").removeprefix("eval_")
 
 
 def count_without_progress(

@@ -24,7 +24,6 @@ class Health:
 
     def __init__(self, trainer, max_skipped: int):
         self.trainer, self.max_skipped = trainer, max_skipped
-        self.overflows = 0
 
     def accepts(self, update: Update, bad_loss: int, bad_gradient: int) -> bool:
         """Whether an update may be used. All ranks call this together, with the same facts.
@@ -35,8 +34,9 @@ class Health:
             NumericError: the update is not finite, and `max_skipped` updates have been left out before.
         """
         overflowed = bad_gradient and not bad_loss and self.trainer.accelerator.scaler is not None
-        self.overflows = self.overflows + 1 if overflowed else 0
-        is_bad = bad_loss or self.overflows > OVERFLOWS or (bad_gradient and not overflowed)
+        counters = self.trainer.counters
+        counters.overflows = counters.overflows + 1 if overflowed else 0
+        is_bad = bad_loss or counters.overflows > OVERFLOWS or (bad_gradient and not overflowed)
         if is_bad:
             self.refuse(update, "loss" if bad_loss else "gradient")
         return not is_bad
@@ -72,21 +72,6 @@ class Health:
     def loss_of(self, sample: Sample) -> torch.Tensor:
         (part,) = self.trainer.data_collator.lay_out([sample])
         return self.trainer.summed_loss(self.trainer.on_device(part))
-
-    def check_weights(self) -> None:
-        """Raise NumericError if a weight or a value of the optimizer's state is not finite, so that none is written."""
-        trainer = self.trainer
-        states = chain.from_iterable(state.items() for state in trainer.optimizer.state.values())
-        tensors = chain(
-            ((name, weight) for name, weight in trainer.model.named_parameters() if weight.requires_grad),
-            ((f"the optimizer's {name}", value) for name, value in states if isinstance(value, torch.Tensor)),
-        )
-        bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
-        if bad:
-            raise NumericError(
-                f"step {trainer.state.global_step}: {bad[0]} and {len(bad) - 1} others are not finite, so nothing is "
-                "written; lower learning_rate"
-            )
 
 
 def place_of(dataset, sample: Sample) -> str:

@@ -76,7 +76,8 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
 
 def describe_machine(args, training_args, tokenizer) -> dict:
     """What must be the same on all machines of a run. Arguments are as for `describe_run`."""
-    settings = training_args.to_dict() | dataclasses.asdict(args) | {"local_rank": None}
+    # transformers sets these by the machine.
+    settings = training_args.to_dict() | dataclasses.asdict(args) | {"local_rank": None, "disable_tqdm": None}
     model = {"weights or config.json": describe_base(args), "tokenizer": describe_tokenizer(tokenizer)}
     data = {"train_file": describe_data(args.train_file, streaming=True)} if args.streaming else {}
     return settings | {f"{part} of model_name_or_path": digest for part, digest in model.items()} | data

@@ -60,14 +60,13 @@ class ProgressReport(TrainerCallback):
         self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.tokens: int | None = None
-        self.logged_at = self.paused_at = time.monotonic()
+        self.tokens, self.first_step = self.total_tokens(), state.global_step
+        self.started = self.logged_at = self.paused_at = time.monotonic()
         if self.show_bar and state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.tokens is None:
-            self.tokens, self.first_step = self.total_tokens(), state.global_step
+        if state.global_step == self.first_step:
             self.started = self.logged_at = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):

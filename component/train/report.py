@@ -52,11 +52,17 @@ def describe_schedule(rows: int | None, training_args) -> str:
         length = f"{steps:,} updates (max_steps), {epochs:.3g} epochs of {rows:,} samples"
     else:
         length = f"{training_args.num_train_epochs:g} epochs of {rows:,} samples: {steps:,} updates"
-    warmup = 0 if schedule in WITHOUT_WARMUP else min(training_args.get_warmup_steps(steps), steps)
+    rate = training_args.learning_rate
+    warmup = 0 if schedule in WITHOUT_WARMUP else training_args.get_warmup_steps(steps)
+    if warmup >= steps:
+        reached = f"to {rate * steps / warmup:g} of {rate:g}"
+        return (
+            f"{length}; the learning rate only rises, {reached}, as warmup_steps={warmup:,} covers the run ({schedule})"
+        )
     rise = (
-        f"rises to {training_args.learning_rate:g} over {warmup:,} updates of warm-up, then"
+        f"rises to {rate:g} over {warmup:,} updates of warm-up, then"
         if warmup
-        else (f"begins at {training_args.learning_rate:g} without a warm-up and")
+        else (f"begins at {rate:g} without a warm-up and")
     )
     return f"{length}; the learning rate {rise} {SCHEDULES[schedule]} ({schedule})"
 

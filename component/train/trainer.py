@@ -12,12 +12,14 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from ..run.errors import NumericError
+from ..run.errors import NumericError, StorageError
 from ..run.folder import RunFolder
 from ..run.process import Interrupted, SignalWatch
 from ..run.ranks import copy_from_rank_zero, known_to_all, largest_over_ranks, sum_over_ranks
+from ..run.resume import FINAL
 from ..settings.optimization import FOLLOWING_EVALUATIONS
 from .checkpoint import Checkpoints, Counters
+from .early_stopping import metric_of
 from .health import Health
 from .loss import TargetLMLoss
 from .progress import LossWatch, ProgressReport
@@ -53,8 +55,8 @@ class LoRATrainer(Trainer):
         self.counters = Counters(self.args.device)
         self.checkpoints = Checkpoints(self, folder)
         self.health = Health(self, max_skipped_updates)
-        self.signal = 0  # one that all ranks know of, or 0
-        self.epoch = self.in_epoch = 0  # in_epoch counts the updates of this epoch that are done
+        self.signal = 0  # the one that all ranks know of
+        self.given = self.optimizer, self.lr_scheduler  # None if `begin` is to make them
         for shown in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown)
         self.add_callback(ProgressReport(self.total_tokens, show_bar=not self.args.disable_tqdm))
@@ -86,6 +88,9 @@ class LoRATrainer(Trainer):
     def begin(self, checkpoint: str | None) -> None:
         """Make optimizer, schedule and state, and restore them from a checkpoint if one is given."""
         args = self.args
+        self.accelerator.free_memory()  # what an earlier call prepared
+        self.optimizer, self.lr_scheduler = self.given
+        self.counters, self.checkpoints.saved_step, self.signal = Counters(args.device), 0, 0
         self.updates = make_updates(self.train_dataset, self.data_collator, args)
         max_steps = self.updates.steps
         copy_from_rank_zero(weight.data for weight in self.trained_weights())
@@ -96,7 +101,7 @@ class LoRATrainer(Trainer):
         self.create_scheduler(num_training_steps=max_steps)
         handler = self.callback_handler
         handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
-        handler.train_dataloader = self.updates.loader
+        handler.train_dataloader = self.updates.loader()
 
         self.state = TrainerState(train_batch_size=args.train_batch_size)
         if args.process_index:  # rank 0 draws the random numbers that a single process draws
@@ -105,35 +110,39 @@ class LoRATrainer(Trainer):
             self.checkpoints.load(checkpoint)
         self.state.compute_steps(args, max_steps)
         self.state.init_training_references(self, max_steps, math.ceil(max_steps / self.updates.per_epoch), None)
-        self.started, self.first_step, self.total_loss = time.time(), self.state.global_step, 0.0
+        self.started, self.first_step = time.time(), self.state.global_step
+        self.total_loss = -sum_over_ranks(self.counters.loss.clone()).item()  # the checkpoint's, of earlier steps
         self.model.zero_grad()
         self.call_back("on_train_begin")
         if checkpoint:
             self.finish_step()
         elif args.eval_on_start:
             self.evaluate()
-        self.epoch, self.in_epoch = divmod(self.state.global_step, self.updates.per_epoch)
         if args.ignore_data_skip:
-            self.in_epoch = 0
+            self.counters.in_epoch = 0
 
     def finish_step(self) -> None:
         """Do what the run that wrote the checkpoint had still to do before its next update."""
+        deferred, self.watch.deferred = self.watch.deferred, True
         self.log_evaluate_save()  # an evaluation that a signal cut short
-        step, ends = self.state.global_step, self.control.should_training_stop
-        ends = ends or step >= self.state.max_steps or step % self.updates.per_epoch == 0
-        if ends and not self.counters.epoch_has_ended:
+        ends = self.epoch_is_over() or self.control.should_training_stop
+        if (ends or self.state.global_step >= self.state.max_steps) and not self.counters.epoch_has_ended:
             self.end_epoch()
+        self.watch.deferred = deferred
 
     def is_under_way(self) -> bool:
         """Whether another epoch begins. Callbacks may end the run, or end epochs early until none is left."""
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             return False
-        return self.epoch < self.state.num_train_epochs
+        return self.counters.epoch < self.state.num_train_epochs
+
+    def epoch_is_over(self) -> bool:
+        return self.control.should_epoch_stop or self.counters.in_epoch == self.updates.per_epoch
 
     def rest_of_epoch(self) -> Iterator[Update]:
         """The updates that are left in this epoch."""
-        updates = self.updates.of_epoch(self.epoch, self.in_epoch)
-        return islice(updates, self.updates.per_epoch - self.in_epoch)
+        epoch, done = self.counters.epoch, self.counters.in_epoch
+        return islice(self.updates.of_epoch(epoch, done), self.updates.per_epoch - done)
 
     def forward_and_backward(self, update: Update) -> list[torch.Tensor]:
         """Compute this rank's part of the gradients.
@@ -198,14 +207,14 @@ class LoRATrainer(Trainer):
             self.accelerator.scaler.update()
         self.call_back("on_optimizer_step")
         self.counters.norm, self.counters.rate = norm, self.optimizer.param_groups[0]["lr"]
-        follows = self.args.lr_scheduler_type in FOLLOWING_EVALUATIONS
-        if not follows and not self.accelerator.optimizer_step_was_skipped:
+        overflowed = is_usable and self.accelerator.optimizer_step_was_skipped
+        if not overflowed and self.args.lr_scheduler_type not in FOLLOWING_EVALUATIONS:
             self.lr_scheduler.step()
         self.model.zero_grad()
-        self.in_epoch += 1
-        done = min(self.in_epoch * self.args.gradient_accumulation_steps, self.updates.batches)
-        self.state.global_step, self.state.epoch = self.state.global_step + 1, self.epoch + done / self.updates.batches
-        self.counters.epoch_has_ended = False
+        counters, batches = self.counters, self.updates.batches
+        counters.in_epoch, counters.epoch_has_ended = counters.in_epoch + 1, False
+        done = min(counters.in_epoch * self.args.gradient_accumulation_steps, batches)
+        self.state.global_step, self.state.epoch = self.state.global_step + 1, counters.epoch + done / batches
         self.call_back("on_step_end")
 
     def log_evaluate_save(self) -> None:
@@ -236,12 +245,11 @@ class LoRATrainer(Trainer):
         Returns:
             Whether this metric is the best so far.
         """
-        name = "eval_" + (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        value, best = metrics[metric_of(self.args)], self.state.best_metric
         if self.args.lr_scheduler_type in FOLLOWING_EVALUATIONS:
-            self.lr_scheduler.step(metrics[name])
+            self.lr_scheduler.step(value)
         if self.args.metric_for_best_model is None:
             return False
-        value, best = metrics[name], self.state.best_metric
         if best is not None and not (value > best if self.args.greater_is_better else value < best):
             return False
         self.state.best_metric = value
@@ -249,24 +257,26 @@ class LoRATrainer(Trainer):
             self.state.best_global_step = self.state.global_step
         return True
 
-    def leave_if_signalled(self) -> None:
-        if self.signal:
-            self.leave_if_asked()
-
     def leave_if_asked(self) -> None:
-        """If a signal came to any rank, save a checkpoint of this step and raise Interrupted, on all ranks."""
+        """Leave if a signal came to any rank. All ranks ask together."""
         (self.signal,) = largest_over_ranks(self.args.device, self.watch.received)
+        self.leave_if_signalled()
+
+    def leave_if_signalled(self) -> None:
+        """If ranks have agreed that a signal came, write a checkpoint of this step, and raise Interrupted."""
         if self.signal:
             self.checkpoints.save()
+            self.call_back("on_save")
             self.checkpoints.tell_how_to_go_on()
             raise Interrupted(self.signal)
 
     def end_epoch(self) -> None:
         self.call_back("on_epoch_end")
         self.counters.epoch_has_ended = True
+        if self.epoch_is_over():  # and not merely the run
+            self.counters.epoch, self.counters.in_epoch = self.counters.epoch + 1, 0
         self.log_evaluate_save()
         self.leave_if_signalled()
-        self.epoch, self.in_epoch = self.epoch + 1, 0
 
     def finish(self) -> TrainOutput:
         """Log the figures of the whole run, and load the best adapter if load_best_model_at_end asks for it."""
@@ -280,6 +290,12 @@ class LoRATrainer(Trainer):
             self.checkpoints.load_best()
         self.call_back("on_train_end")
         return TrainOutput(self.state.global_step, loss, metrics)
+
+    def save_final(self) -> str:
+        """Publish adapter and tokenizer as FINAL, which marks the run as done. Returns the path."""
+        self.checkpoints.write_final()
+        self.leave_if_asked()
+        return self.checkpoints.publish(FINAL)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Compute the loss per learned token over `eval_dataset`. Each row counts once, on any number of ranks."""
@@ -325,7 +341,7 @@ class LoRATrainer(Trainer):
         return len(part["targets"]) if "targets" in part else self.loss.count_learned(part["target_mask"]).sum()
 
     def on_device(self, part: dict) -> dict:
-        return send_to_device(part, self.args.device, non_blocking=self.args.dataloader_pin_memory)
+        return send_to_device(part, self.args.device)
 
     def trained_weights(self) -> Iterator[torch.nn.Parameter]:
         return (weight for weight in self.model.parameters() if weight.requires_grad)
@@ -335,11 +351,16 @@ class LoRATrainer(Trainer):
         return sum_over_ranks(self.counters.tokens.clone()).item()
 
     def call_back(self, event: str, *facts) -> None:
-        self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, *facts)
+        try:
+            self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, *facts)
+        except OSError as error:  # of a tracker, whose folder is full or gone
+            raise StorageError(
+                f"{event}: a tracker could not write ({error}); make room, or set report_to to none"
+            ) from error
 
     def get_train_dataloader(self) -> DataLoader:
-        """The loader of this rank's updates, or of its rows if the dataset is a stream."""
-        return make_updates(self.train_dataset, self.data_collator, self.args).loader
+        """A loader of the samples of this rank's share of each update; of its rows, for a stream."""
+        return make_updates(self.train_dataset, self.data_collator, self.args).loader()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write adapter and tokenizer as safetensors and JSON, on rank 0. The arguments are not pickled."""

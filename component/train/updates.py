@@ -7,18 +7,18 @@ goes on takes the next ones without reading those before.
 import math
 import random
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property
 from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..data.stream import StreamedRow
-from ..run.errors import ArgumentError
+from ..run.errors import ArgumentError, DataError
 from ..run.process import outlive_signals
-from ..run.ranks import gather, on_every_rank
+from ..run.ranks import gather, known_to_all, on_every_rank
 from .batch import Layout, Sample, spread
 
 STRETCH = 50  # number of updates whose samples are sorted by length together
@@ -41,7 +41,7 @@ def make_updates(dataset, layout: Layout, args) -> "FileUpdates | StreamUpdates"
     return (StreamUpdates if isinstance(dataset, IterableDataset) else FileUpdates)(dataset, layout, args)
 
 
-class FileUpdates(Sampler[list[int]]):
+class FileUpdates:
     """Updates of a dataset whose samples can be counted and read in any order.
 
     Args:
@@ -51,27 +51,26 @@ class FileUpdates(Sampler[list[int]]):
 
     def __init__(self, dataset, layout: Layout, args):
         self.dataset, self.layout, self.args = dataset, layout, args
-        self.epoch = self.first = 0
         self.batches = count_batches(len(dataset), args)
         self.per_epoch, self.steps = count_updates(len(dataset), args), count_steps(len(dataset), args)
         self.size = size_of_update(args)
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=self,
-            collate_fn=partial(make_update, layout, args.train_batch_size),
-            **loader_settings(args),
-        )
 
     def of_epoch(self, epoch: int, first: int) -> Iterator[Update]:
         """This rank's share of an epoch's updates, from number `first` on."""
-        self.epoch, self.first = epoch, first
         # An iterator draws its seed from the run's random numbers. A run that goes on within an epoch drew it before.
         with torch.random.fork_rng(devices=[], enabled=first > 0):
-            return iter(self.loader)
+            samples = loaded(self.loader(epoch, first))
+        return (make_update(self.layout, self.args.train_batch_size, share) for share in samples)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self.order(self.epoch)[: self.batches * self.args.train_batch_size * self.args.world_size]
-        for start in range(self.first * self.size, len(order), self.size):
+    def loader(self, epoch: int = 0, first: int = 0) -> DataLoader:
+        """Loads the samples of this rank's share of each update, as arrays."""
+        shares = self.shares(epoch, first)
+        return DataLoader(self.dataset, batch_sampler=shares, collate_fn=as_arrays, **loader_settings(self.args))
+
+    def shares(self, epoch: int, first: int) -> Iterator[list[int]]:
+        """This rank's share of each update, by number in the dataset."""
+        order = self.order(epoch)[: self.batches * self.args.train_batch_size * self.args.world_size]
+        for start in range(first * self.size, len(order), self.size):
             samples = order[start : start + self.size]
             lengths = self.lengths(samples) if self.layout.takes_updates and self.args.world_size > 1 else None
             yield [samples[place] for place in share(len(samples), lengths, self.args)]
@@ -83,13 +82,19 @@ class FileUpdates(Sampler[list[int]]):
         if strategy == "sequential":
             return list(range(count))
         if strategy == "group_by_length":
-            return grouped_by_length(self.lengths(range(count)), self.size, seed, epoch)
+            return grouped_by_length(self.lengths(np.arange(count)), self.size, seed, epoch)
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
 
     def lengths(self, samples: Sequence[int]) -> list[int]:
-        if hasattr(self.dataset, "lengths"):
-            return [self.dataset.lengths[number] for number in samples]
+        if self.all_lengths is not None:
+            return self.all_lengths[samples].tolist()
         return [len(self.dataset[number]["input_ids"]) for number in samples]
+
+    @cached_property
+    def all_lengths(self) -> np.ndarray | None:
+        """The dataset's `lengths`, which it measures anew each time."""
+        lengths = getattr(self.dataset, "lengths", None)
+        return None if lengths is None else np.asarray(lengths)
 
     def state_dict(self) -> dict:
         return {}  # the step alone decides what comes next
@@ -110,23 +115,26 @@ class StreamUpdates:
         self.per_epoch = self.steps = args.max_steps
         self.batches = args.max_steps * args.gradient_accumulation_steps
         dataset.rank, dataset.ranks = args.process_index, args.world_size
-        self.loader = DataLoader(dataset, batch_size=None, **loader_settings(args))
+
+    def loader(self) -> DataLoader:
+        """Loads this rank's part of the stream's rows."""
+        return DataLoader(self.dataset, batch_size=None, **loader_settings(self.args))
 
     def of_epoch(self, epoch: int, first: int) -> Iterator[Update]:
         """This rank's share of all further updates, from the dataset's place on."""
         with torch.random.fork_rng(devices=[]):  # an iterator draws a seed, which no row uses
-            rows = iter(self.loader)
+            rows = loaded(self.loader())
         taken = 0
         while True:
             samples: list[Sample] = []
             while missing := size_of_update(self.args) - len(samples):
                 next_rows = self.render(rows, range(taken, taken + missing))
-                self.dataset.take(next_rows)
+                self.take(next_rows)
                 samples += [row.sample for row in next_rows if row.sample]
                 taken += missing
             lengths = [len(sample["input_ids"]) for sample in samples] if self.layout.takes_updates else None
             places = share(len(samples), lengths, self.args)
-            yield make_update(self.layout, self.args.train_batch_size, [samples[place] for place in places])
+            yield make_update(self.layout, self.args.train_batch_size, as_arrays([samples[place] for place in places]))
 
     def render(self, rows: Iterator[StreamedRow], numbers: range) -> list[StreamedRow]:
         """The rows with these numbers, of which each rank renders its own. Numbers count from where `rows` began."""
@@ -135,6 +143,13 @@ class StreamUpdates:
         by_rank = [iter(part) for part in gather(on_every_rank(lambda: list(islice(rows, own))))]
         return [next(by_rank[number % ranks]) for number in numbers]
 
+    def take(self, rows: list[StreamedRow]) -> None:
+        """Move the dataset's place on. A fault in the rows is raised on all ranks, which have the same rows."""
+        try:
+            self.dataset.take(rows)
+        except DataError as error:
+            raise known_to_all(error) from None
+
     def state_dict(self) -> dict:
         return self.dataset.state_dict()
 
@@ -142,23 +157,45 @@ class StreamUpdates:
         self.dataset.load_state_dict(state)
 
 
-def make_update(layout: Layout, batch: int, samples: list[Sample]) -> Update:
-    """Lay samples out: all together if the layout takes whole updates, otherwise `batch` at a time. Samples become
-    arrays, which a loader's processes pass on faster than lists."""
+def as_arrays(samples: list[Sample]) -> list[Sample]:
+    """Samples whose tokens are arrays, which a loader's processes pass on faster than lists, and without the open
+    files that tensors need."""
     keys = ("input_ids", "target_mask")
-    samples = [sample | {key: np.asarray(sample[key], np.int32) for key in keys} for sample in samples]
+    return [sample | {key: np.asarray(sample[key], np.int32) for key in keys} for sample in samples]
+
+
+def make_update(layout: Layout, batch: int, samples: list[Sample]) -> Update:
+    """Lay samples out: all together if the layout takes whole updates, otherwise `batch` at a time."""
     size = max(len(samples), 1) if layout.takes_updates else batch
     starts = range(0, len(samples), size)
     return Update(samples, [layout.lay_out(samples[start : start + size]) for start in starts])
 
 
+def loaded(loader: DataLoader) -> Iterator:
+    """The items of a loader, which begins to load at once. Raises DataError if one of its processes was killed."""
+    items = iter(loader)
+
+    def give() -> Iterator:
+        try:
+            yield from items
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a process that loads the data was killed, perhaps for want of memory; lower dataloader_num_workers, "
+                "and start the same command again"
+            ) from None
+
+    return give()
+
+
 def loader_settings(args) -> dict:
     """Arguments of a DataLoader, taken from TrainingArguments. Its workers leave signals to this process."""
+    context = getattr(args, "dataloader_multiprocessing_context", None)
     return {
         "num_workers": args.dataloader_num_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
-        "pin_memory": args.dataloader_pin_memory,
-        "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None),
+        "multiprocessing_context": context if args.dataloader_num_workers else None,
         "worker_init_fn": begin_worker,
     }
 

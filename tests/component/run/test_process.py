@@ -43,7 +43,7 @@ except Interrupted as stop:
 def test_a_deferred_signal_is_remembered_and_a_second_interrupt_leaves_at_once():
     process = start("watch = SignalWatch().__enter__(); watch.deferred = True\n" + BUSY)
     process.send_signal(signal.SIGTERM)
-    assert b"SIGTERM: leaving as soon as" in process.stderr.readline()
+    assert b"SIGTERM: saving a checkpoint as soon as possible" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert process.poll() is None

@@ -192,7 +192,6 @@ SEEN_IN_A_TEST = {
     "seed": "test_the_order_of_rows_follows_from_the_seeds",
     "data_seed": "test_the_order_of_rows_follows_from_the_seeds",
     "use_cpu": "test_a_card_is_used_unless_it_is_switched_off",
-    "dataloader_pin_memory": "test_pages_of_batches_are_pinned_as_is_set",
     "bf16": "test_the_card_decides_the_compute_dtype",
     "fp16": "test_the_card_decides_the_compute_dtype",
     "tf32": "test_tf32_is_for_cards",
@@ -296,13 +295,6 @@ def test_tf32_is_for_cards(monkeypatch, tmp_path, tf32):
     monkeypatch.setattr(transformers.training_args, "enable_tf32", set_to.append)
     TrainingArguments(output_dir=str(tmp_path), use_cpu=True, tf32=tf32)
     assert set_to == [tf32]
-
-
-def test_pages_of_batches_are_pinned_as_is_set(run):
-    trainer = run(max_steps=1).trainer
-    for pinned in (True, False):
-        trainer.args.dataloader_pin_memory = pinned
-        assert trainer.get_train_dataloader().pin_memory == pinned
 
 
 def test_the_cache_is_emptied_every_so_many_steps(run, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from component.run.files import make_once
 
-from ...runs import ROWS, largest_difference, losses
+from ...runs import ROWS, largest_difference, losses, write_rows
 from .ranks import EVAL_ROWS, LOGGED, Configuration, write_configurations
 
 ROOT = Path(__file__).parents[3]
@@ -167,6 +168,38 @@ def test_two_processes_that_were_stopped_draw_the_dropouts_of_a_whole_run(job, t
     assert (tmp_path / "stopped/checkpoint-2").is_dir()
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
     assert largest_difference(tmp_path / "whole", tmp_path / "stopped") == 0
+
+
+def test_a_run_that_goes_on_with_another_number_of_processes_does_what_was_due(job, tmp_path):
+    """From the last step of an epoch, whose loss is not logged yet and whose evaluation is still to come."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "epoch", "logging_steps": 2, "max_steps": 6}
+    settings |= {"eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS[:5])), "preprocessing_workers": 1}
+    one = job("one", **settings)
+    ours = json.loads((tmp_path / "one.json").read_text()) | {"per_device_train_batch_size": 2}
+    (tmp_path / "two.json").write_text(json.dumps(ours | {"output_dir": str(tmp_path / "two")}))
+    changed = ours | {"output_dir": str(tmp_path / "more"), "resume_despite_changes": True}
+    (tmp_path / "more.json").write_text(json.dumps(changed))
+    back_to_step_3(one, tmp_path / "more")
+    assert start(tmp_path, "two.json", "more.json") == [0, 0], logs(tmp_path, 2)
+    back_to_step_3(tmp_path / "two", tmp_path / "fewer")
+    job("fewer", **settings, resume_despite_changes=True)
+    for run in ("two", "more", "fewer"):
+        assert what_was_logged(tmp_path / run) == [
+            pytest.approx(entry, abs=TOLERANCE) for entry in what_was_logged(one)
+        ], run
+
+
+def back_to_step_3(run: Path, folder: Path) -> None:
+    shutil.copytree(run, folder)
+    for name in ("final", "checkpoint-6"):
+        shutil.rmtree(folder / name)
+
+
+def what_was_logged(folder: Path) -> list[dict]:
+    """The losses of a run, in order."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    kept = ("step", "loss", "eval_loss", "num_tokens")
+    return [{key: entry[key] for key in kept if key in entry} for entry in history if "train_loss" not in entry]
 
 
 def draw_run(draw: random.Random) -> Configuration:

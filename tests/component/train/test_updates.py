@@ -27,7 +27,6 @@ def arguments(rank: int = 0, ranks: int = 1, batch: int = 4, accumulation: int =
         "dataloader_drop_last": False,
         "dataloader_num_workers": 0,
         "dataloader_prefetch_factor": None,
-        "dataloader_pin_memory": False,
     }
     return SimpleNamespace(**settings | others)
 
