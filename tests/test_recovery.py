@@ -102,7 +102,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         (30, LoRATrainer, "summed_loss"),
         (1, Checkpoints, "write"),
         (7, LoRATrainer, "forward_and_backward"),
-        (1, Checkpoints, "save_final"),
+        (1, LoRATrainer, "save_final"),
         (4, RunFolder, "begin"),
     ],
     ids=["forward", "evaluation", "save", "last update", "export", "writing of the final adapter"],
@@ -195,7 +195,7 @@ EARLY = {"early_stopping_patience": 2, "early_stopping_threshold": 10.0, "eval_s
 
 @pytest.mark.parametrize(
     ("n", "owner", "name"),
-    [(4, LoRATrainer, "forward_and_backward"), (3, LoRATrainer, "evaluate"), (1, Checkpoints, "save_final")],
+    [(4, LoRATrainer, "forward_and_backward"), (3, LoRATrainer, "evaluate"), (1, LoRATrainer, "save_final")],
     ids=["before", "in the evaluation that stops it", "after"],
 )
 def test_a_run_that_gets_no_better_stops_with_its_best_also_if_it_was_interrupted(
@@ -213,13 +213,28 @@ def test_a_run_that_gets_no_better_stops_with_its_best_also_if_it_was_interrupte
     assert_same_run(whole, tmp_path / "stopped")
 
 
-def test_the_picture_of_the_loss_is_drawn_at_every_evaluation_and_checkpoint(job, tmp_path, monkeypatch):
+def test_a_checkpoint_that_only_a_signal_asked_for_is_not_the_best(job, stopped, tmp_path):
+    settings = {**SETTINGS, **BEST, "max_steps": 8, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
+    settings |= {"eval_steps": 1, "save_steps": 4, "greater_is_better": True}  # the first one evaluated
+    whole = job("whole", **settings)
+    with at_call(2, LoRATrainer, "agree", send(signal.SIGTERM)):
+        assert stopped("stopped", **settings) == 143
+    assert [path.name for path in find_checkpoints(tmp_path / "stopped")] == ["checkpoint-2"]
+    job("stopped", **settings)
+    assert_same_run(whole, tmp_path / "stopped")
+
+
+def test_the_picture_of_the_loss_is_drawn_at_every_evaluation_and_checkpoint(job, stopped, tmp_path, monkeypatch):
     drawn = []
     original = report.draw_loss
     monkeypatch.setattr(report, "draw_loss", lambda history: drawn.append(history[-1]["step"]) or original(history))
     settings = {**SETTINGS, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS)), "eval_strategy": "steps"}
-    folder = job(**settings | {"eval_steps": 2, "logging_steps": 1})
+    settings |= {"eval_steps": 2, "logging_steps": 1}
+    folder = job(**settings)
     assert drawn == [2, 3, 4, 6, 7, 7]  # once for the evaluation and the checkpoint of step 6, and at the end
+    with at_call(1, LoRATrainer, "agree", send(signal.SIGTERM)):
+        assert stopped("stopped", **settings) == 143
+    assert (tmp_path / "stopped" / "loss.png").exists()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -285,7 +300,7 @@ def test_a_loss_of_an_evaluation_that_is_not_finite_ends_the_run(stopped, tmp_pa
 def test_no_checkpoint_of_the_last_step_holds_the_best_weights(job, stopped, tmp_path):
     settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
     settings |= {"eval_steps": 3, "save_strategy": "best", "greater_is_better": True}
-    with at_call(1, Checkpoints, "save_final", send(signal.SIGTERM)):
+    with at_call(1, LoRATrainer, "save_final", send(signal.SIGTERM)):
         assert stopped(**settings) == 143
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     job(**settings)
@@ -500,6 +515,24 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(job, stopped, t
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "checkpoint-3", "loss.png"}
     job(**SETTINGS)
     assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_process_that_loads_the_data_and_is_killed_ends_the_run_in_one_line(stopped, monkeypatch, capsys):
+    def die(samples):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("component.train.updates.as_arrays", die)
+    assert stopped(**SETTINGS, dataloader_num_workers=1) == 2
+    assert "a process that loads the data was killed, perhaps for want of memory" in capsys.readouterr().err
+
+
+def test_a_tracker_that_cannot_write_ends_the_run_with_4(stopped, monkeypatch, capsys):
+    def fill(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LossWatch, "on_log", fill)
+    assert stopped(**SETTINGS) == 4
+    assert "on_log: a tracker could not write ([Errno 28] No space left on device)" in capsys.readouterr().err
 
 
 def test_a_full_disk_at_the_results_ends_with_4_and_a_picture_is_no_reason_to_stop(job, stopped, monkeypatch, capsys):

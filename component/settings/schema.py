@@ -191,8 +191,8 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "max_steps": (
-        lambda value: 0 < value < 10**9 or value == -1,
-        "above 0 and below a billion, or -1 for as many as num_train_epochs make",
+        lambda value: 0 < value <= 10**9 or value == -1,
+        "from 1 to a billion, or -1 for as many as num_train_epochs make",
     ),
     "num_train_epochs": (lambda value: 0 < value < 10**6, "above 0 and below a million"),
     "learning_rate": (lambda value: 0 <= value < 1e30, "at least 0 and below 1e30"),

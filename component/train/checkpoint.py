@@ -188,10 +188,12 @@ class Checkpoints:
         trainer.save_model(str(folder))
         numbers, counters = self.own_files()
         torch.save(self.random.state_dict(), folder / numbers)
+        control, follows = trainer.control, self.args.save_strategy == "best"
         progress = {
-            "evaluate": trainer.control.should_evaluate,  # still, as a signal cut the evaluation short
-            "end_epoch": trainer.control.should_epoch_stop,
-            "due": trainer.control.should_save,  # False if only a signal asked for this checkpoint
+            "evaluate": control.should_evaluate,  # still, as a signal cut the evaluation short
+            "end_epoch": control.should_epoch_stop,
+            # False if only a signal asked for this checkpoint
+            "due": control.should_save or (follows and control.should_evaluate),
             "updates_per_epoch": trainer.updates.per_epoch,
         }
         write_json(folder / counters, trainer.counters.state_dict() | progress)

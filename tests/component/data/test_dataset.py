@@ -329,7 +329,10 @@ def test_a_file_that_cannot_be_read_on_stops_even_a_run_that_skips_bad_rows(tmp_
     cut.write_bytes(packed[:-8])
     array.write_text(json.dumps(ROWS)[:-1])
     rules = {"on_bad_row": "skip", "max_bad_share": 1.0}
-    for file, fault in ((cut, r"cut\.jsonl\.gz:1\d*: cannot be read on"), (array, r"array\.json:1: .* not closed")):
+    for file, fault in (
+        (cut, r"cut\.jsonl\.gz:1\d*: cannot be read from"),
+        (array, r"array\.json:1: .* not closed"),
+    ):
         with pytest.raises(DataError, match=fault):
             ChatGLM3SFTDataset([file, write(tmp_path / "rows.jsonl", ROWS)], tiny_tokenizer, 1000, **rules)
 

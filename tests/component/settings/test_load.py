@@ -58,10 +58,10 @@ def test_every_shipped_file_parses_and_routes(file, monkeypatch):
         ({"compute_dtype": "bf16"}, "compute_dtype must be one of auto, bfloat16, float16, float32, got 'bf16' (str)"),
         ({"data_format": "glm"}, "data_format must be one of chatglm2, chatglm3, firefly"),
         ({"learning_rate": "2e-4"}, "learning_rate must be a number, got '2e-4' (str)"),
-        ({"learning_rate": -1}, "learning_rate must be at least 0, got -1 (int)"),
+        ({"learning_rate": -1}, "learning_rate must be at least 0 and below 1e30, got -1 (int)"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be above 0, got 0 (int)"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be above 0, got 0 (int)"),
-        ({"num_train_epochs": 0}, "num_train_epochs must be above 0, got 0 (int)"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be above 0 and below a million, got 0 (int)"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type must be one of linear, cosine"),
         ({"fp16": 1}, "fp16 must be true or false, got 1 (int)"),
         ({"fp16": True, "bf16": True}, "bf16 and fp16 are both true; keep one"),
@@ -81,7 +81,10 @@ def test_every_shipped_file_parses_and_routes(file, monkeypatch):
         ({"metric_for_best_model": "accuracy"}, "metric_for_best_model must be one of loss, eval_loss, got 'accuracy'"),
         ({"dataloader_multiprocessing_context": "thread"}, "must be one of fork, spawn, forkserver, got 'thread'"),
         ({"adam_beta1": 1.5}, "adam_beta1 must be at least 0 and below 1, got 1.5 (float)"),
-        ({"max_steps": 0}, "max_steps must be above 0, or -1 for as many as num_train_epochs make, got 0 (int)"),
+        (
+            {"max_steps": 0},
+            "max_steps must be from 1 to a billion, or -1 for as many as num_train_epochs make",
+        ),
         ({"seed": 2**40}, "seed must be from 0 to 4294967295"),
         ({"report_to": "json"}, "report_to: no tracker is called 'json'; there are azure_ml,"),
         ({"save_strategy": "best"}, "save_strategy 'best' needs eval_file"),
@@ -344,7 +347,10 @@ def test_early_stopping_looks_at_evaluations_and_keeps_the_best(load, tmp_path):
     args, training_args = load(eval_file=rows, early_stopping_patience=2)
     assert (args.early_stopping_patience, args.early_stopping_threshold) == (2, 0.0)
     assert training_args.load_best_model_at_end
+    assert training_args.eval_strategy == training_args.save_strategy == "epoch"
+    _, training_args = load(eval_file=rows, early_stopping_patience=2, save_steps=50)
     assert training_args.eval_strategy == training_args.save_strategy == "steps"
+    assert training_args.eval_steps == 50
     assert load(eval_file=rows, early_stopping_steps=3)[0].early_stopping_patience == 3  # LLaMA-Factory's name
     for settings, fault in (
         ({"early_stopping_patience": 2}, "early_stopping_patience needs eval_file"),
@@ -360,3 +366,16 @@ def test_early_stopping_looks_at_evaluations_and_keeps_the_best(load, tmp_path):
     ):
         with pytest.raises(ArgumentError, match=fault):
             load(**settings)
+
+
+def test_epochs_that_a_number_of_steps_overrules_are_named(load, log):
+    load(num_train_epochs=3, max_steps=5)
+    assert "num_train_epochs=3 has no effect: max_steps=5 decides" in "".join(log)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_train_epochs": 1e308}, {"max_steps": 10**18}, {"learning_rate": 1e300}, {"save_total_limit": -3}]
+)
+def test_numbers_beyond_all_use_are_refused(load, settings):
+    with pytest.raises(ArgumentError, match=f"{next(iter(settings))} must be "):
+        load(**settings)

@@ -356,6 +356,14 @@ def test_a_resumed_run_is_resumed_as_stock_is(run, accumulation, step):
     assert (resumed.adapter, resumed.history[:-1]) == (whole.adapter, whole.history[:-1])
 
 
+def test_a_run_goes_on_after_an_epoch_that_was_left_early(run):
+    settings = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4, "num_train_epochs": 3}
+    leave = {"callbacks": lambda: [Ask("on_step_end", 2, LEAVE_EPOCH)]}
+    whole = run(ours, **leave, **settings)
+    resumed = run(ours, **leave, **settings, resume="checkpoint-3")
+    assert (resumed.adapter, resumed.history[:-1]) == (whole.adapter, whole.history[:-1])
+
+
 def private(names) -> set[str]:
     return {name for name in names if name.startswith("_") and not name.startswith("__")}
 

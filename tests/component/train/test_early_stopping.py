@@ -38,6 +38,14 @@ def test_a_run_stops_where_transformers_would_stop_it_also_one_that_goes_on(tmp_
     assert any(ours_stop)
 
 
+def test_the_evaluation_before_training_does_not_count(tmp_path):
+    args = TrainingArguments(str(tmp_path), metric_for_best_model="loss", greater_is_better=False, use_cpu=True)
+    history = [{"eval_loss": 1.0 + step, "step": step} for step in range(3)]
+    control = TrainerControl()
+    EarlyStopping(2, 0.0).on_evaluate(args, TrainerState(log_history=history), control)
+    assert not control.should_training_stop
+
+
 def test_a_run_that_begins_is_not_stopped():
     control = TrainerControl()
     EarlyStopping(1, 0.0).on_train_begin(SimpleNamespace(), TrainerState(), control)

@@ -90,6 +90,24 @@ def test_ranks_share_the_tokens_of_an_update_evenly():
     assert max(tokens) / min(tokens) > 1.05
 
 
+@pytest.mark.parametrize("settings", [{"ranks": 2}, {"train_sampling_strategy": "group_by_length"}])
+def test_the_lengths_of_a_dataset_are_measured_once(settings):
+    measured = []
+
+    class Measured(Rows):
+        @property
+        def lengths(self):
+            measured.append(None)
+            return [len(sample["input_ids"]) for sample in self]
+
+        @lengths.setter
+        def lengths(self, lengths):
+            pass
+
+    drawn(Measured(40), PackingCollator(64), **settings)
+    assert len(measured) == 1
+
+
 def test_grouping_puts_the_longest_sample_first_and_changes_with_the_epoch():
     lengths = [random.Random(number).randint(1, 500) for number in range(41)]
     first, second = (grouped_by_length(lengths, 4, seed=1, epoch=epoch) for epoch in (0, 1))
