@@ -532,7 +532,7 @@ def test_a_tracker_that_cannot_write_ends_the_run_with_4(stopped, monkeypatch, c
 
     monkeypatch.setattr(LossWatch, "on_log", fill)
     assert stopped(**SETTINGS) == 4
-    assert "on_log: a tracker could not write ([Errno 28] No space left on device)" in capsys.readouterr().err
+    assert "a tracker could not write ([Errno 28] No space left on device)" in capsys.readouterr().err
 
 
 def test_a_full_disk_at_the_results_ends_with_4_and_a_picture_is_no_reason_to_stop(job, stopped, monkeypatch, capsys):

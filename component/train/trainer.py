@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, islice, repeat
 
 import torch
@@ -350,13 +351,13 @@ class LoRATrainer(Trainer):
         """Tokens of all ranks' samples so far. Unlearned tokens count, padding does not."""
         return sum_over_ranks(self.counters.tokens.clone()).item()
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        with faults_of_trackers():
+            super().log(logs, start_time)
+
     def call_back(self, event: str, *facts) -> None:
-        try:
+        with faults_of_trackers():
             self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, *facts)
-        except OSError as error:  # of a tracker, whose folder is full or gone
-            raise StorageError(
-                f"{event}: a tracker could not write ({error}); make room, or set report_to to none"
-            ) from error
 
     def get_train_dataloader(self) -> DataLoader:
         """A loader of the samples of this rank's share of each update; of its rows, for a stream."""
@@ -368,3 +369,12 @@ class LoRATrainer(Trainer):
             folder = output_dir or self.args.output_dir
             self.model.save_pretrained(folder, save_embedding_layers=False)
             self.processing_class.save_pretrained(folder)
+
+
+@contextmanager
+def faults_of_trackers() -> Iterator[None]:
+    """Raise StorageError if a callback cannot write, as one of `report_to` does when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"a tracker could not write ({error}); make room, or set report_to to none") from error

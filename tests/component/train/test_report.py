@@ -94,7 +94,7 @@ def test_a_logged_traceback_shows_no_values(capsys):
         (
             {"max_steps": 4, "warmup_steps": 10, "lr_scheduler_type": "constant_with_warmup", "learning_rate": 1},
             None,
-            "4 updates (max_steps) from a stream; the learning rate only rises, to 0.4 of 1: warmup_steps=10 covers "
+            "4 updates (max_steps) from a stream; the learning rate only rises, to 0.4 of 1, as warmup_steps=10 covers "
             "the run (constant_with_warmup)",
         ),
     ],
