@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from component.run.files import make_once
 
 from ...runs import ROWS, largest_difference, losses, write_rows
-from .ranks import EVAL_ROWS, LOGGED, Configuration, write_configurations
+from .ranks import EVAL_ROWS, LOGGED, Configuration, make_trainer, write_configurations
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-5  # between float32 sums of another order
@@ -200,6 +201,13 @@ def what_was_logged(folder: Path) -> list[dict]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     kept = ("step", "loss", "eval_loss", "num_tokens")
     return [{key: entry[key] for key in kept if key in entry} for entry in history if "train_loss" not in entry]
+
+
+def test_a_trainer_that_trains_again_begins_anew(tmp_path):
+    trainer = make_trainer(Configuration(8, FOUR, "packed"), 4, 1, tmp_path, TrainerCallback())
+    weights = [[weight.clone() for weight in trainer.trained_weights()] for _ in range(2) if trainer.train()]
+    assert not all(map(torch.equal, *weights))
+    assert [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry] == [0.1, 0.05]
 
 
 def draw_run(draw: random.Random) -> Configuration:
