@@ -65,6 +65,7 @@ def main() -> None:
             for (number, program), checks in sorted(outcomes.items())
             for check in checks
         ]
+        cli.json.parent.mkdir(parents=True, exist_ok=True)
         cli.json.write_text(json.dumps(facts | {"tries": entries}, indent=1), encoding="utf-8")
     if cli.output:
         begin = BEGIN.format(cli.device)
