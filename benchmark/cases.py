@@ -754,7 +754,7 @@ SUITE = {  # (number, fault, expected): tests
         f"{MEMORY}::test_where_nothing_fits_the_remedies_are_named",
         f"{JOB}::test_a_card_that_is_too_small_ends_with_exit_code_2_and_the_remedies",
     ),
-    (39, "data that takes rank 0 12 s, ddp_timeout=4", "no timeout"): (
+    (39, "data that takes rank 0 12 s, ddp_timeout=10", "no timeout"): (
         f"{JOB}::test_ranks_wait_for_slow_data_longer_than_a_collective_may_take",
     ),
     (
