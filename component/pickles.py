@@ -58,7 +58,7 @@ def find_fault_of_archive(file: Path) -> str | None:
             foreign = find_foreign_global(archive.read(pickles[0]))
     except zipfile.BadZipFile as error:
         return f"no whole zip archive ({error}): it is damaged, or in torch's older format, which is never opened"
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         return f"cannot be read ({error})"
     return foreign and f"it asks for {foreign}, which is no part of a tensor"
 

@@ -213,6 +213,23 @@ def test_a_run_that_gets_no_better_stops_with_its_best_also_if_it_was_interrupte
     assert_same_run(whole, tmp_path / "stopped")
 
 
+@pytest.mark.parametrize(
+    ("n", "owner", "name"),
+    [(3, LoRATrainer, "agree"), (1, LoRATrainer, "evaluate"), (1, Checkpoints, "write")],
+    ids=["before the end of the epoch", "in its evaluation", "in its save"],
+)
+@pytest.mark.parametrize("by", ["epoch", "steps"])
+def test_the_best_checkpoint_may_be_one_at_which_a_signal_came(job, stopped, tmp_path, n, owner, name, by):
+    settings = {**SETTINGS, **BEST, "max_steps": 6, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
+    settings |= {"eval_strategy": by, "save_strategy": by, "eval_steps": 3, "greater_is_better": True}
+    whole = job("whole", **settings)
+    with at_call(n, owner, name, send(signal.SIGTERM)):
+        assert stopped("stopped", **settings) == 143
+    job("stopped", **settings)
+    assert all(map(torch.equal, adapter(whole / "final").values(), adapter(whole / "checkpoint-3").values()))
+    assert_same_run(whole, tmp_path / "stopped")
+
+
 def test_a_checkpoint_that_only_a_signal_asked_for_is_not_the_best(job, stopped, tmp_path):
     settings = {**SETTINGS, **BEST, "max_steps": 8, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS))}
     settings |= {"eval_steps": 1, "save_steps": 4, "greater_is_better": True}  # the first one evaluated

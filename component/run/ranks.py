@@ -331,9 +331,12 @@ def buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 def largest_over_ranks(device: torch.device, *values: int | torch.Tensor) -> list[int]:
     """The largest of each value over all ranks. The values are compared on `device`."""
-    if not dist.is_initialized() and all(isinstance(value, int) for value in values):
-        return list(values)  # without a wait for the card
-    facts = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=device) for value in values])
+    if all(isinstance(value, int) for value in values):
+        if not dist.is_initialized():
+            return list(values)  # without a wait for the card
+        facts = torch.tensor(values, dtype=torch.int64, device=device)
+    else:
+        facts = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=device) for value in values])
     if dist.is_initialized():
         dist.all_reduce(facts, dist.ReduceOp.MAX)
     return facts.tolist()

@@ -23,7 +23,8 @@ from ..run.errors import NumericError, StorageError
 from ..run.folder import RunFolder
 from ..run.manifest import Damaged, verify
 from ..run.ranks import known_to_all, on_every_rank, on_rank_zero
-from ..run.resume import FINAL, find_checkpoints
+from ..run.resume import FINAL, find_checkpoints, step_of
+from .early_stopping import metric_of
 
 STATE, STREAM = "trainer_state.json", "stream.json"
 HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "alpha")  # in an optimizer's groups
@@ -35,10 +36,11 @@ class Counters:
     Each rank has its own `loss`, its part of the sum of the losses of `updates` updates, which are those since the last
     log line, and its own `tokens`, which it has learned from. All else is alike on all ranks. `norm` and `rate` are the
     gradient norm and the learning rate of the last update. `in_epoch` counts the updates of `epoch`, `skipped` those
-    that were left out, and `overflows` those in a row that overflowed float16.
+    that were left out, and `overflows` those in a row that overflowed float16. `asked` holds the steps at which
+    callbacks asked for a checkpoint, unlike those at which a signal did.
     """
 
-    ALIKE = ("updates", "skipped", "overflows", "rate", "epoch", "in_epoch", "epoch_has_ended")
+    ALIKE = ("updates", "skipped", "overflows", "rate", "epoch", "in_epoch", "epoch_has_ended", "asked")
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), device=device)
@@ -46,6 +48,7 @@ class Counters:
         self.norm, self.rate = torch.zeros(()), 0.0
         self.updates = self.skipped = self.overflows = self.epoch = self.in_epoch = 0
         self.epoch_has_ended = True  # False from an update until `end_epoch` has run
+        self.asked: list[int] = []
 
     def add(self, losses: list[torch.Tensor]) -> None:
         """Count an update. `losses` are what each batch of this rank adds to its loss."""
@@ -75,12 +78,16 @@ class Counters:
             counter.fill_(own[rank] if len(own) == ranks else sum(own) * (rank == 0))
 
 
-def renew_progress(states: list[dict], step: int, updates_per_epoch: int) -> list[dict]:
-    """The counters of a checkpoint's ranks, of which earlier versions wrote fewer, and losses as means over ranks."""
+def renew_progress(states: list[dict], step: int, updates_per_epoch: int, saved: list[int]) -> list[dict]:
+    """The counters of a checkpoint's ranks, of which earlier versions wrote fewer, and losses as means over ranks.
+
+    Args:
+        saved: the steps of all checkpoints, each of which may be the best one to an earlier version.
+    """
     if "last_log" not in states[0]:
         return states
     epoch, in_epoch = divmod(step, updates_per_epoch)
-    place = {"epoch": epoch, "in_epoch": in_epoch, "epoch_has_ended": True}
+    place = {"epoch": epoch, "in_epoch": in_epoch, "epoch_has_ended": True, "asked": saved}
     return [
         place
         | {"updates": step - state["last_log"], "skipped": state["skipped"], "overflows": 0, "rate": 0.0, "norm": None}
@@ -188,19 +195,19 @@ class Checkpoints:
         trainer.save_model(str(folder))
         numbers, counters = self.own_files()
         torch.save(self.random.state_dict(), folder / numbers)
-        control, follows = trainer.control, self.args.save_strategy == "best"
-        progress = {
-            "evaluate": control.should_evaluate,  # still, as a signal cut the evaluation short
+        control, step = trainer.control, trainer.state.global_step
+        progress = {  # with what callbacks have asked for, and a signal has prevented
+            "evaluate": control.should_evaluate,
+            "save": control.should_save and step not in trainer.counters.asked,
             "end_epoch": control.should_epoch_stop,
-            # False if only a signal asked for this checkpoint
-            "due": control.should_save or (follows and control.should_evaluate),
             "updates_per_epoch": trainer.updates.per_epoch,
         }
         write_json(folder / counters, trainer.counters.state_dict() | progress)
         if self.args.process_index == 0:
             for name, part in self.shared_parts().items():
                 torch.save(part.state_dict(), folder / name)
-            write_json(folder / STREAM, trainer.updates.state_dict())
+            if place := trainer.updates.state_dict():
+                write_json(folder / STREAM, place)
             trainer.state.save_to_json(str(folder / STATE))
 
     def load(self, checkpoint: str) -> None:
@@ -210,8 +217,8 @@ class Checkpoints:
         self.saved_step = state.global_step
         if self.folder and state.best_model_checkpoint:  # by its name, as the folder may have been moved
             self.check_best(str(self.folder.path / Path(state.best_model_checkpoint).name))
-        state.best_model_checkpoint = self.best()
         on_every_rank(lambda: self.read(Path(checkpoint)))
+        state.best_model_checkpoint = self.best()
 
     def read(self, folder: Path) -> None:
         """Restore what this rank needs of a checkpoint."""
@@ -228,11 +235,13 @@ class Checkpoints:
                 self.random.load_state_dict(torch.load(numbers, weights_only=True))
         if states := read_progress(folder):
             per_epoch = trainer.updates.per_epoch
-            states = renew_progress(states, trainer.state.global_step, per_epoch)
+            saved = [step_of(path) for path in find_checkpoints(folder.parent)]
+            states = renew_progress(states, trainer.state.global_step, per_epoch, saved)
             trainer.counters.load_state_dicts(states, rank, ranks)
             if states[0].get("updates_per_epoch", per_epoch) != per_epoch:  # with another batch, or another max_steps
                 trainer.counters.epoch, trainer.counters.in_epoch = divmod(trainer.state.global_step, per_epoch)
             trainer.control.should_evaluate = states[0].get("evaluate", False)
+            trainer.control.should_save = states[0].get("save", False)
             trainer.control.should_epoch_stop = states[0].get("end_epoch", False)
         if (folder / STREAM).is_file() and not self.args.ignore_data_skip:
             trainer.updates.load_state_dict(json.loads((folder / STREAM).read_text(encoding="utf-8")))
@@ -261,15 +270,18 @@ class Checkpoints:
 
     def scores(self) -> dict[str, float]:
         """Scores of the evaluated steps, by the name that a checkpoint of the step has or would have."""
-        key = "eval_" + (self.args.metric_for_best_model or "loss").removeprefix("eval_")
-        history = self.trainer.state.log_history
+        key, history = metric_of(self.args), self.trainer.state.log_history
         return {f"checkpoint-{entry['step']}": entry[key] for entry in history if key in entry}
 
     def best(self, about_to_be_written: str = "") -> str | None:
-        """Path of the saved checkpoint with the best score, if any. `about_to_be_written` counts as saved."""
+        """Path of the saved checkpoint with the best score, if any. `about_to_be_written` counts as saved.
+
+        A checkpoint that only a signal asked for does not count, so that a stop changes no result.
+        """
 
         def choose() -> str | None:
-            known = {about_to_be_written, *(path.name for path in find_checkpoints(self.folder.path) if is_due(path))}
+            asked = {f"checkpoint-{step}" for step in self.trainer.counters.asked}
+            known = asked & {about_to_be_written, *(path.name for path in find_checkpoints(self.folder.path))}
             scores = {name: score for name, score in self.scores().items() if name in known}
             pick = max if self.args.greater_is_better else min
             return str(self.folder.path / pick(scores, key=scores.get)) if scores else None
@@ -321,14 +333,6 @@ def read_progress(folder: Path) -> list[dict]:
     """What each rank had counted, in order of rank."""
     files = sorted(folder.glob("progress_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
     return [json.loads(path.read_text(encoding="utf-8")) for path in files]
-
-
-def is_due(checkpoint: Path) -> bool:
-    """Whether the run would have made a checkpoint without a signal, so that it may be the best one."""
-    try:
-        return all(state.get("due", True) for state in read_progress(checkpoint))
-    except (OSError, ValueError, AttributeError):
-        return True  # damaged, which is said when it is used
 
 
 def require_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

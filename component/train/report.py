@@ -122,6 +122,7 @@ def plot_loss(history: list[dict], path: str | Path) -> None:
 
 
 def draw_loss(history: list[dict]) -> bytes:
+    """A PNG of 960 x 540 pixels, from `trainer.state.log_history`."""
     import matplotlib
 
     matplotlib.use("Agg")

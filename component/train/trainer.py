@@ -227,6 +227,7 @@ class LoRATrainer(Trainer):
             if self.args.save_strategy == "best":
                 self.control.should_save = is_best
         if self.control.should_save:
+            self.counters.asked.append(self.state.global_step)
             self.checkpoints.save()
             self.call_back("on_save")
 
