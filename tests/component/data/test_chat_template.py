@@ -98,9 +98,9 @@ CONTROL = [
 ]
 
 
-def make_tokenizer(template: str, bos: str, eos: str, more: str = "") -> PreTrainedTokenizerFast:
+def make_tokenizer(template: str, bos: str, eos: str, more: str = "", control=CONTROL) -> PreTrainedTokenizerFast:
     """Bytes as tokens, and the control tokens of every family."""
-    control = [*CONTROL, *(f"<|{name}|>" for name in more.split())]
+    control = [*control, *(f"<|{name}|>" for name in more.split())]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -118,6 +118,20 @@ FAMILIES = {
     "glm4": make_tokenizer(GLM4, "<sop>", "<|endoftext|>"),
     "mistral": make_tokenizer(MISTRAL, "<s>", "</s>"),
     "smollm2": make_tokenizer(SMOLLM2, "<|im_start|>", "<|im_end|>"),
+}
+LOSSY = {
+    name: make_tokenizer(QWEN25.replace(*change), "<|im_start|>", "<|im_end|>")
+    for name, change in {
+        "without tools": ("{{ tool | tojson }}", ""),  # whose names then stand in the calls alone
+        "first call": ("in m.tool_calls or []", "in (m.tool_calls or [])[:1]"),
+        "without arguments": ("call.function.arguments}", "0}"),
+        "without thoughts": ("{{ m.content }}{% for", "{{ m.content.split('</think>')[-1] }}{% for"),
+        "text behind results": (
+            "{{ m.content }}{% for call in m.tool_calls or [] %}",
+            "{% if m.tool_calls %}{{ messages[loop.index].content }}{% endif %}{{ m.content }}"
+            "{% for call in m.tool_calls or [] %}",
+        ),
+    }.items()
 }
 
 
@@ -237,6 +251,86 @@ def test_control_tokens_inside_a_call_do_not_end_it(thought):
     )
 
 
+# As Mistral's of v11 and later.
+ARGS = (
+    MISTRAL.replace("[TOOL_CALLS][{%", "{%")
+    .replace("{%- endfor %}]{{", "{%- endfor %}{{")
+    .replace(
+        "{{- {'name': call.function.name, 'arguments': call.function.arguments, 'id': call.id} | tojson }}",
+        "{{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + (call.function.arguments | tojson) }}",
+    )
+    .replace("{{ ', ' if not loop.first else '' }}", "")
+)
+
+
+def test_control_tokens_inside_a_call_do_not_end_it_where_the_tools_move_to_the_last_question():
+    row = with_calls("x", "y")
+    row["messages"] += turns("q2", "a2")["messages"]
+    assert shown(row, make_tokenizer(ARGS, "<s>", "</s>", control=[*CONTROL, "[ARGS]"])) == (
+        '<s>[INST] q[/INST]⟦[TOOL_CALLS]weather[ARGS]{"city": "x"}[TOOL_CALLS]weather[ARGS]{"city": "y"}</s>⟧'
+        '[TOOL_RESULTS]24[/TOOL_RESULTS][TOOL_RESULTS]24[/TOOL_RESULTS]⟦ a</s>⟧[AVAILABLE_TOOLS][{"type": "function", '
+        '"function": {"name": "weather"}}][/AVAILABLE_TOOLS][INST] q2[/INST]⟦ a2</s>⟧'
+    )
+
+
+# As gpt-oss's: a result begins with the function's name, the last answer ends otherwise, early calls lose their thoughts.
+HARMONY = """{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>
+{%- elif m.tool_calls %}{% if m.thinking and loop.index == messages | length %}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}<|start|>assistant to=
+{{- m.tool_calls[0].function.name }}<|message|>{{ m.tool_calls[0].function.arguments | tojson }}<|call|>
+{%- elif m.role == 'tool' %}<|start|>{{ m.name }} to=assistant<|message|>{{ m.content }}<|end|>{% else %}
+{%- if m.thinking %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}
+{{- '<|start|>assistant<|message|>' + m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}
+{%- endif %}{% endfor %}{{ '<|start|>assistant' if add_generation_prompt else '' }}"""
+
+
+def test_a_call_is_learned_whole_where_its_result_repeats_its_name():
+    row = with_calls("x")
+    del row["tools"]
+    row["messages"][1]["reasoning_content"], row["messages"][3]["reasoning_content"] = "early", "late"
+    row["messages"] += turns("q2", "a2")["messages"]
+    assert shown(row, make_tokenizer(HARMONY, "<s>", "<|return|>", "start message channel end call")) == (
+        '<|start|>user<|message|>q<|end|><|start|>assistant⟦ to=weather<|message|>{"city": "x"}<|call|>⟧'
+        "<|start|>weather to=assistant<|message|>24<|end|>"
+        "<|start|>assistant⟦<|channel|>analysis<|message|>late<|end|><|start|>assistant<|message|>a<|end|>⟧"
+        "<|start|>user<|message|>q2<|end|><|start|>assistant⟦<|message|>a2<|return|>⟧"
+    )
+
+
+def test_an_answer_ends_alike_in_the_middle_and_at_the_end():
+    """As Phi-3's, whose template writes EOS after the last message, at which inference never arrives."""
+    template = """{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\n' }}{% endfor %}
+{{- '<|assistant|>' if add_generation_prompt else eos_token }}"""
+    tokenizer = make_tokenizer(template, "<s>", "<|endoftext|>", "end")
+    assert shown(PLAIN, tokenizer) == (
+        "<|user|>q1<|end|>\n<|assistant|>⟦a1<|end|>⟧\n<|user|>q2<|end|>\n<|assistant|>⟦a2<|end|>⟧\n<|endoftext|>"
+    )
+
+
+@pytest.mark.parametrize("arguments", ["f.name + ' ' + f.arguments", "f.name ~ ' ' ~ f.arguments"])
+def test_a_template_that_wants_arguments_as_text_gets_json(arguments):
+    """DeepSeek V3's adds them to a text, which fails with an object; others print an object as Python does."""
+    template = """{% for m in messages %}{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}
+{{- '<|assistant|>' + CALL + eos_token }}{% else %}{{ '<|' + m.role + '|>' + m.content }}{% endif %}{% endfor %}
+{{- '<|assistant|>' if add_generation_prompt else '' }}""".replace("CALL", arguments)
+    row = with_calls("北京")
+    del row["tools"]
+    assert shown(row, make_tokenizer(template, "<s>", "</s>", "tool")) == (
+        '<|user|>q<|assistant|>⟦weather {"city": "北京"}</s>⟧<|tool|>24<|assistant|>⟦a</s>⟧'
+    )
+
+
+def test_today_is_the_same_date_every_day():
+    """As Llama 3.2's, which writes the date into every system prompt."""
+    today = "{% set day = strftime_now('%d %b %Y') if strftime_now is defined else '' %}{{ 'Today: ' + day }}"
+    assert shown(turns("q", "a"), make_tokenizer(today + QWEN25, "<|im_start|>", "<|im_end|>")).startswith(
+        "Today: 26 Jul 2024<|im_start|>user\nq"
+    )
+    hidden = make_tokenizer("{% set form = '%Y' %}{{ strftime_now(form) }}" + QWEN25, "<|im_start|>", "<|im_end|>")
+    with pytest.raises(DataError, match="strftime_now needs a format in quotes"):
+        shown(turns("q", "a"), hidden)
+
+
 def test_parallel_calls_are_one_message():
     text = shown(with_calls("a", "b"), FAMILIES["mistral"])
     assert (
@@ -335,15 +429,25 @@ def beside_text(row: dict, text: str) -> dict:
 @pytest.mark.parametrize(
     ("row", "family", "fault"),
     [
-        (with_calls("a"), "smollm2", "leaves out a call; change"),
+        (with_calls("a"), "smollm2", "leaves out a call; set chat_template to"),
         (beside_text(with_calls("a"), "let me see"), "llama3.1", "leaves out the text beside a call"),
         (turns("q", "a", tools=[{"name": "weather"}]), "smollm2", "leaves out tools"),
         (SYSTEM, "mistral", "leaves out a message of role system"),
+        (with_calls("a"), "without tools", "leaves out tools"),
+        (with_calls("a", "b"), "first call", "leaves out a call"),
+        (with_calls("a"), "without arguments", "leaves out a call"),
+        (
+            beside_text(with_calls("a"), "let me see"),
+            "text behind results",
+            "writes a part of an answer behind the next",
+        ),
+        (beside_text(with_calls("a"), "<think>hm</think>"), "llama3.1", "leaves out the reasoning before a call"),
+        (turns("q", "<think>hm</think>a"), "without thoughts", "leaves out the reasoning of the last answer"),
     ],
 )
 def test_what_a_template_leaves_out_is_said(row, family, fault):
     with pytest.raises(DataError, match=fault):
-        shown(row, FAMILIES[family])
+        shown(row, (FAMILIES | LOSSY)[family])
 
 
 def test_a_template_without_an_end_is_refused():
@@ -356,7 +460,7 @@ def test_a_template_without_an_end_is_refused():
 def test_an_end_that_stands_after_the_next_question_is_none():
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ eos_token }}"
     tokenizer = make_tokenizer(template, "<s>", "</s>")
-    assert shown(PLAIN, tokenizer, "last") == "user: q1\nassistant: a1\nuser: q2\nassistant: ⟦a2\n</s>⟧"
+    assert shown(PLAIN, tokenizer, "last") == "user: q1\nassistant: a1\nuser: q2\n⟦assistant: a2\n</s>⟧"
     with pytest.raises(DataError, match="no control token that could end an answer"):
         shown(PLAIN, tokenizer)
 
@@ -364,7 +468,7 @@ def test_an_end_that_stands_after_the_next_question_is_none():
 def test_a_call_left_out_by_a_template_that_names_it_among_the_tools_is_said():
     template = "{{ tools | tojson }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     row = with_calls("a")
-    with pytest.raises(DataError, match="leaves out an answer or call"):
+    with pytest.raises(DataError, match="leaves out a call;"):
         shown(row | {"messages": row["messages"][:2]}, make_tokenizer(template, "<s>", "</s>", "assistant user"))
 
 
@@ -401,6 +505,27 @@ def test_a_call_left_out_by_a_template_that_names_it_among_the_tools_is_said():
             "\n<think></think>\na<|user|>",
             "\n<think></think>\na2<|endoftext|>",
         ),
+        (
+            "gemma4_v5",
+            "<turn|>",
+            '<|tool_call>call:weather{city:<|"|>x<|"|>}<tool_call|><|tool_response>',
+            "a<turn|>",
+            "a2<turn|>",
+        ),
+        (
+            "lfm2_2_5_v2",
+            "<|im_end|>",
+            "<|tool_call_start|>[weather(city='x')]<|tool_call_end|><|im_end|>",
+            "a<|im_end|>",
+            "a2<|im_end|>",
+        ),
+        (
+            "llama3_2",
+            "<|eot_id|>",
+            '{"name": "weather", "parameters": {"city": "x"}}<|eot_id|>',
+            "a<|eot_id|>",
+            "a2<|eot_id|>",
+        ),
     ],
 )
 def test_official_templates(name, eos, call, first, last):
@@ -411,7 +536,9 @@ def test_official_templates(name, eos, call, first, last):
     template = Path(package.origin).with_name("chat_templates") / f"{name}.jinja"
     row = with_calls("x")
     row["messages"] += turns("q2", "a2")["messages"]
-    text = shown(row, make_tokenizer(template.read_text(encoding="utf-8"), "<s>", eos))
+    template = template.read_text(encoding="utf-8")
+    control = [*CONTROL, *re.findall(r"<\|\w+\|?>|<\w+\|>", template)]
+    text = shown(row, make_tokenizer(template, "<s>", eos, control=control))
     assert re.findall("⟦(.*?)⟧", text, re.DOTALL) == [call, first, last]
 
 
