@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from .chat_templates import set_chat_template
 from .chatglm.versions import warn_if_untested
 from .run.errors import ArgumentError, unusable
 from .settings.schema import QLoRAArguments
@@ -36,7 +37,8 @@ UNLOADABLE += (SafetensorError,)
 
 
 def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
-    """Load the model's own tokenizer, and set its `embedding_rows` to the number of rows in the model's embedding.
+    """Load the model's own tokenizer, with `chat_template` if that is given, and set its `embedding_rows` to the number
+    of rows in the model's embedding.
 
     If it names no padding token, or one without a row in the embedding, EOS pads: padding is never learned or attended.
 
@@ -44,6 +46,8 @@ def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
         ArgumentError: there is no such model, or it needs Python of its own.
     """
     tokenizer = from_pretrained(AutoTokenizer, args.model_name_or_path)
+    if args.chat_template:
+        set_chat_template(tokenizer, args.chat_template)
     tokenizer.embedding_rows = math.inf
     if find_model_file(args.model_name_or_path, "config.json"):  # the inspector takes a tokenizer's folder too
         tokenizer.embedding_rows = from_pretrained(AutoConfig, args.model_name_or_path).get_text_config().vocab_size

@@ -13,10 +13,11 @@ ROOMS = {  # room: the rooms that it imports
     "train": {"data", "kernel", "run", "settings", "trust"},
     "kernel": {"chatglm", "run"},
     "data": {"chatglm", "run"},
-    "model": {"chatglm", "run", "settings", "trust"},
+    "model": {"chat_templates", "chatglm", "run", "settings", "trust"},
     "trust": {"chatglm", "pickles", "run", "settings"},
     "pickles": {"run"},
     "settings": {"run"},
+    "chat_templates": {"run"},
     "chatglm": {"run"},
     "run": set(),
 }

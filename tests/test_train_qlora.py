@@ -329,7 +329,7 @@ def test_the_dry_run_counts_the_steps_that_the_trainer_makes(job, capsys, settin
             {"rows": ROWS[:3], "dataloader_drop_last": True},
             "dataloader_drop_last: no batch is left, as there are 3 samples to learn from and a batch takes 4",
         ),
-        ({"data_format": "chat_template"}, "data_format chat_template needs a fast tokenizer with a chat template"),
+        ({"data_format": "chat_template"}, "ChatGLM's tokenizer writes its prompts itself"),
         ({"target_modules": ["q_proj"]}, "no linear layer is called 'q_proj'; there are dense, dense_4h_to_h"),
     ],
 )
@@ -421,6 +421,38 @@ def test_any_other_model_trains_in_fireflys_format(job, tmp_path, capsys):
     assert {"q_proj", "down_proj"} <= {name.split(".lora_")[0].rpartition(".")[2] for name in adapter(output / "final")}
     job("dry", rows=rows, model_name_or_path=str(folder), dry_run=True)
     assert "<s>hi</s>⟦hello</s>⟧" in capsys.readouterr().out
+
+
+def test_calls_are_trained_by_a_ready_template_which_is_kept_beside_the_adapter(job, model_folder, tmp_path, capsys):
+    """On a base model as Qwen's: it has ChatML's tokens, no template, and an EOS at which no answer ends."""
+    base = model_folder("llama", vocab_size=260)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(base)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "x"}}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    run = {"model_name_or_path": str(base), "rows": [{"messages": messages, "tools": [{"name": "weather"}]}] * 4}
+
+    def refused(**settings) -> str:
+        with pytest.raises(SystemExit) as done:
+            job(**run, **settings)
+        assert done.value.code == 2
+        return capsys.readouterr().err
+
+    assert "and the tokenizer has none; set chat_template to chatml or to a file" in refused(data_format="chat_template")
+    assert "chat_template needs data_format chat_template, which is 'firefly'" in refused(
+        data_format="firefly", chat_template="chatml"
+    )
+    final = job(**run, chat_template="chatml") / "final"
+    kept = AutoTokenizer.from_pretrained(final)
+    assert kept.eos_token == "<|im_end|>"
+    assert kept.apply_chat_template(messages, tokenize=False).endswith("}\n</tool_call><|im_end|>\n")
+    copy = tmp_path / "moved.jinja"
+    copy.write_text(kept.chat_template)
+    job(**run, chat_template=str(copy), dry_run=True)
+    assert "would continue" not in capsys.readouterr().err
+    copy.write_text(kept.chat_template + "{# another #}")
+    assert "format" in refused(chat_template=str(copy))
 
 
 def test_help_comes_without_importing_torch():

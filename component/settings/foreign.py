@@ -12,6 +12,7 @@ RENAMED = {
     "cutoff_len": "max_seq_length",
     "max_length": "max_seq_length",
     "sequence_len": "max_seq_length",
+    "chat_template_path": "chat_template",
     "sample_packing": "packing",
     "neat_packing": "packing",
     "dataset_streaming": "streaming",
@@ -38,8 +39,9 @@ def to_data_format(template: str) -> dict[str, Any]:
         raise ValueError(
             f"a template {template!r} does not exist here; set data_format to firefly or chat_template instead"
         )
-    ours = {"chatglm2": "chatglm2", "chatglm3": "chatglm3"}
-    return {"data_format": ours.get(template.lower(), "chat_template")}
+    if template.lower() == "chatml":
+        return {"chat_template": "chatml"}
+    return {"data_format": template.lower() if template.lower() in ("chatglm2", "chatglm3") else "chat_template"}
 
 
 def to_target_modules(names: str | list[str]) -> dict[str, Any]:
@@ -156,7 +158,7 @@ ELSEWHERE = {
     **dict.fromkeys(("max_samples", "max_train_samples"), "write the rows that are wanted to a file of their own"),
     **dict.fromkeys(("mix_strategy", "interleave_probs"), "give train_file as an object of files to their weights"),
     **dict.fromkeys(("system", "default_system"), TURN),
-    **dict.fromkeys(("chat_template", "chat_template_path", "chat_template_jinja"), "set data_format to chat_template"),
+    "chat_template_jinja": "write the template to a file, and name it in chat_template",
     **dict.fromkeys(("eos_token", "pad_token", "special_tokens", "new_special_tokens", "tokens"), TOKENS),
     **dict.fromkeys(("resize_vocab", "additional_target", "lora_modules_to_save", "modules_to_save"), EXTENDED),
     **dict.fromkeys(("use_rslora", "use_dora", "peft_use_rslora", "peft_use_dora", "pissa_init"), PLAIN_LORA),

@@ -48,6 +48,13 @@ class QLoRAArguments:
         "template. Default: chatglm2 or chatglm3 where the model's name contains it, else firefly.",
         *one_of(None, "chatglm2", "chatglm3", "firefly", "chat_template"),
     )
+    chat_template: str | None = setting(
+        None,
+        "Chat template instead of the tokenizer's own, for data_format chat_template: chatml (with functions and calls "
+        "as Hermes has them), chatglm3, or a file with a Jinja template. It is saved beside the adapter.",
+        lambda value: value != "",
+        "a name or file, or null",
+    )
     max_seq_length: int = setting(1024, "Longest sample, in tokens.", lambda value: value > 1, "an integer above 1")
     on_too_long: str = setting(
         "truncate",
@@ -165,6 +172,12 @@ class QLoRAArguments:
             holds, value = item.metadata["holds"], getattr(self, item.name)
             if holds and not holds(value):
                 raise ValueError(f"{item.name} must be {item.metadata['expected']}, got {show(value)}")
+        if self.chat_template and self.data_format not in (None, "chat_template"):
+            raise ValueError(
+                f"chat_template needs data_format chat_template, which is {self.data_format!r}; remove one"
+            )
+        if self.chat_template:
+            self.data_format = "chat_template"
         if self.early_stopping_threshold and not self.early_stopping_patience:
             raise ValueError("early_stopping_threshold has no effect without early_stopping_patience; give both")
         if self.packing_length and not self.packing:

@@ -44,7 +44,8 @@ WITHOUT_EFFECT = {
     "torch_empty_cache_steps",
 }
 BEGINNINGS = ("ddp_", "logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
-ELSEWHERE = {"train_file", "model_name_or_path", "data_format"}  # settings that describe_run describes by content
+# Settings that describe_run describes by content.
+ELSEWHERE = {"train_file", "model_name_or_path", "data_format", "chat_template"}
 WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # of a file above WHOLE bytes, SAMPLES blocks of BLOCK bytes count
 
 

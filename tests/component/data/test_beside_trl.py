@@ -1,7 +1,7 @@
 """Chat templates of 28 families beside TRL's training templates, which mark what is learned by hand.
 
-The package trl carries both (`make test-slow` installs it). Both are applied to the same text. What is learned of it may
-differ in the ways of DIFFERENCES alone.
+The package trl carries both (`make test-slow` installs it). Both are applied to the same text. What is learned of it
+may differ in the ways of DIFFERENCES alone.
 """
 
 import importlib.util

@@ -273,7 +273,7 @@ def test_control_tokens_inside_a_call_do_not_end_it_where_the_tools_move_to_the_
     )
 
 
-# As gpt-oss's: a result begins with the function's name, the last answer ends otherwise, early calls lose their thoughts.
+# As gpt-oss's: a result begins with the function's name, the last answer ends otherwise, early calls lose thoughts.
 HARMONY = """{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>
 {%- elif m.tool_calls %}{% if m.thinking and loop.index == messages | length %}
 {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}<|start|>assistant to=

@@ -93,6 +93,8 @@ def test_a_file_of_another_program_is_translated_and_every_line_said(load, log, 
     ("key", "value", "line"),
     [
         ("template_name", "chatglm2", 'template_name="chatglm2" is data_format="chatglm2" here'),
+        ("template", "chatml", 'template="chatml" is chat_template="chatml" here'),
+        ("chat_template_path", "t.jinja", "chat_template_path is called chat_template here"),
         ("template_name", "qwen", 'template_name="qwen" is data_format="chat_template" here'),
         ("lora_target", "all", 'lora_target="all" is target_modules=null here'),
         ("lora_target", "q_proj, v_proj", 'is target_modules=["q_proj", "v_proj"] here'),
