@@ -439,7 +439,9 @@ def test_calls_are_trained_by_a_ready_template_which_is_kept_beside_the_adapter(
         assert done.value.code == 2
         return capsys.readouterr().err
 
-    assert "and the tokenizer has none; set chat_template to chatml or to a file" in refused(data_format="chat_template")
+    assert "and the tokenizer has none; set chat_template to chatml or to a file" in refused(
+        data_format="chat_template"
+    )
     assert "chat_template needs data_format chat_template, which is 'firefly'" in refused(
         data_format="firefly", chat_template="chatml"
     )

@@ -125,6 +125,7 @@ LOSSY = {
         "without tools": ("{{ tool | tojson }}", ""),  # whose names then stand in the calls alone
         "first call": ("in m.tool_calls or []", "in (m.tool_calls or [])[:1]"),
         "without arguments": ("call.function.arguments}", "0}"),
+        "empty answer": ("{% elif m.role == 'assistant' %}", "{% elif m.role == 'assistant' and m.content %}"),
         "without thoughts": ("{{ m.content }}{% for", "{{ m.content.split('</think>')[-1] }}{% for"),
         "text behind results": (
             "{{ m.content }}{% for call in m.tool_calls or [] %}",
@@ -320,6 +321,25 @@ def test_a_template_that_wants_arguments_as_text_gets_json(arguments):
     )
 
 
+def test_an_answer_begins_after_its_role_where_only_the_prompt_opens_a_thought():
+    """As Qwen3.5's, whose earlier answers have no thought. The answer's first character is that of the opening tag."""
+    template = """{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' and loop.last %}<think>
+{%- endif %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endfor %}
+{{- '<|assistant|><think>' if add_generation_prompt else '' }}"""
+    assert shown(turns("q1", "<i>", "q2", "a2"), make_tokenizer(template, "<s>", "</s>")) == (
+        "<|user|>q1<|assistant|>⟦<i></s>⟧<|user|>q2<|assistant|><think>⟦a2</s>⟧"
+    )
+
+
+def test_an_answer_is_learned_whole_where_the_message_before_it_moves_behind_it():
+    template = """{% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>' + m.content }}
+{{- eos_token if m.role == 'assistant' else '' }}{% endfor %}{% for m in messages if m.role == 'system' %}
+{{- '<|system|>' + m.content }}{% endfor %}{{ '<|assistant|>' if add_generation_prompt else '' }}"""
+    row = turns("q", "a")
+    row["messages"].insert(1, {"role": "system", "content": "obey"})
+    assert shown(row, make_tokenizer(template, "<s>", "</s>")) == "<|user|>q<|assistant|>⟦a</s>⟧<|system|>obey"
+
+
 def test_today_is_the_same_date_every_day():
     """As Llama 3.2's, which writes the date into every system prompt."""
     today = "{% set day = strftime_now('%d %b %Y') if strftime_now is defined else '' %}{{ 'Today: ' + day }}"
@@ -436,6 +456,7 @@ def beside_text(row: dict, text: str) -> dict:
         (with_calls("a"), "without tools", "leaves out tools"),
         (with_calls("a", "b"), "first call", "leaves out a call"),
         (with_calls("a"), "without arguments", "leaves out a call"),
+        (turns("q", ""), "empty answer", "leaves out a message of role assistant"),
         (
             beside_text(with_calls("a"), "let me see"),
             "text behind results",
@@ -575,8 +596,9 @@ THOUGHTFUL = {
 }
 
 
-def test_reasoning_goes_to_a_template_that_reads_it_as_what_it_is():
-    text = shown(THOUGHTFUL, make_tokenizer(THINKS, "<|im_start|>", "<|im_end|>"))
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_goes_to_a_template_that_reads_it_as_what_it_is(key):
+    text = shown(THOUGHTFUL, make_tokenizer(THINKS.replace("reasoning_content", key), "<|im_start|>", "<|im_end|>"))
     assert "<think>" not in text
     assert text.endswith("assistant\n⟦<thought>hm</thought>a<|im_end|>⟧\n")
     assert "assistant\n⟦early<|im_end|>⟧\n" in text
