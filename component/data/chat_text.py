@@ -91,10 +91,10 @@ class Chat:
         raise refusals[0]
 
     def words_of(self, messages: list[dict], i: int, text: str, *, asks: bool = False) -> slice:
-        """The slice of `text`, which the template writes for `messages`, that holds the words of message i; one behind
-        its end if nothing in it depends on them."""
+        """The slice of `text`, which the template writes for `messages`, that holds the words of message i; empty and
+        at its end if nothing in it depends on them."""
         other = self.write(with_marker(messages, i), asks=asks)
-        start = common_prefix(text, other) + (other == text)
+        start = common_prefix(text, other)
         if "tool_calls" in messages[i]:  # whose names a template may repeat for their results
             other = self.write(with_marker(messages, i, names=False), asks=asks)
         return slice(start, max(start, len(text) - common_prefix(text[::-1], other[::-1])))
@@ -147,7 +147,7 @@ class Chat:
                 yield "a call"
             elif message["role"] != "tool" and content.strip() not in shown:
                 yield "the text beside a call" if calls else f"a message of role {message['role']}"
-            elif place.start > len(self.text) and (is_learned or content):
+            elif place.start == len(self.text) and (is_learned or content):
                 yield f"a message of role {message['role']}"
             elif calls and "reasoning_content" not in message and thought.strip() not in shown:
                 yield "the reasoning before a call"
