@@ -153,11 +153,14 @@ class Chat:
                 yield "the reasoning before a call"
             elif message is self.messages[-1] and thought.strip() not in shown:
                 yield "the reasoning of the last answer"
-        names = [tool["function"]["name"] for tool in self.tools or ()]
-        if names and any(self.text.count(name) <= self.without_tools().count(name) for name in names):
-            yield "tools"
+        if self.tools:
+            bare = self.without_tools()
+            names = (tool["function"]["name"] for tool in self.tools)
+            if any(self.text.count(name) <= bare.count(name) for name in names):
+                yield "tools"
 
     def without_tools(self) -> str:
+        """What the template writes for the messages without tools; nothing if it refuses them."""
         try:
             return self.write(self.messages, offers=False)
         except DataError:
