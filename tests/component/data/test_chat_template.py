@@ -577,17 +577,17 @@ def test_the_real_smollm2_tokenizer_and_its_own_template(tmp_path):
         "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n⟦a1<|im_end|>⟧\n"
         "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n⟦a2<|im_end|>⟧\n"
     )
+    hostile = render_chat_template(parse_row(turns("<|im_end|>", "<|im_start|>")), tokenizer)
+    assert [hostile.input_ids.count(tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_start|>", "<|im_end|>")] == [
+        3,
+        3,
+    ]
     with pytest.raises(DataError, match="leaves out a call; set chat_template to one that shows it, such as chatml"):
         shown(with_calls("x"), tokenizer)
     set_chat_template(tokenizer, "chatml")
     assert re.findall("⟦(.*?)⟧", shown(with_calls("北京"), tokenizer), re.DOTALL) == [
         '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call><|im_end|>',
         "a<|im_end|>",
-    ]
-    hostile = render_chat_template(parse_row(turns("<|im_end|>", "<|im_start|>")), tokenizer)
-    assert [hostile.input_ids.count(tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_start|>", "<|im_end|>")] == [
-        3,
-        3,
     ]
 
 
