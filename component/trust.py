@@ -240,10 +240,15 @@ def read_adapter_shapes(folder: Path) -> tuple[Path, dict[str, list[int]]]:
     if not weights:
         raise ArgumentError(f"{folder}: no {' or '.join(ADAPTER)} there; the adapter's weights must be in one of them")
     refuse_pointers(folder, [weights])
-    if weights.suffix == ".bin":
-        return weights, {name: list(tensor.shape) for name, tensor in open_pickle(weights).items()}
     try:
-        with safe_open(weights, "pt") as tensors:
-            return weights, {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        return weights, read_shapes(weights)
     except SafetensorError as error:
         raise ArgumentError(f"{weights}: no safetensors file ({error}); fetch or train it again") from None
+
+
+def read_shapes(weights: Path) -> dict[str, list[int]]:
+    """Shapes of a file's tensors by name; no tensor is read. Raises ArgumentError or SafetensorError."""
+    if weights.suffix == ".bin":
+        return {name: list(tensor.shape) for name, tensor in open_pickle(weights).items()}
+    with safe_open(weights, "pt") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
