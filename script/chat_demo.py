@@ -7,7 +7,6 @@ answer as it was taught.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,27 +19,10 @@ configure_logging(rank=0)  # before peft, whose import is not quiet
 from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from component.chatglm.prompt import TOOLS_PROMPT
-from component.data.conversation import Conversation
-from component.data.formats import read_conversations
 from component.model import from_pretrained, load_adapter
 from component.run.errors import Fault
 from component.trust import check_adapter
-
-
-def find_lessons(data: Path) -> list[Conversation]:
-    """The first conversation of the sample data, and the first that calls the weather function."""
-    conversations = [conversation for _, conversation in read_conversations(data)]
-    weather = next(c for c in conversations if any(turn.name == "get_current_weather" for turn in c.turns))
-    return [conversations[0], weather]
-
-
-def ask(model, tokenizer, lesson: Conversation) -> str | dict:
-    history = []
-    if lesson.tools is not None:
-        history = [{"role": "system", "content": TOOLS_PROMPT, "tools": lesson.tools}]
-    response, _ = model.chat(tokenizer, lesson.turns[0].content, history=history, do_sample=False, max_new_tokens=100)
-    return response
+from component.verify.lessons import ask, find_lessons, shorten, taught_answer
 
 
 def main() -> None:
@@ -63,22 +45,14 @@ def main() -> None:
 
     right = True
     for lesson, untuned, tuned in zip(lessons, before, after, strict=True):
-        answer = lesson.turns[1]
-        taught = answer.content or {"name": answer.name, "parameters": answer.parameters}
         print(f"\nuser   {lesson.turns[0].content}")
         print(f"base   {shorten(untuned)}")
         print(f"tuned  {shorten(tuned)}")
-        right = right and tuned == taught and untuned != taught
+        right = right and tuned == taught_answer(lesson) != untuned
     print(
         "\nThe tuned model answers as it was taught; the base does not." if right else "\nThat is not what was taught."
     )
     sys.exit(0 if right else 1)
-
-
-def shorten(response: str | dict) -> str:
-    text = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False)
-    text = " ".join(text.split())
-    return text if len(text) <= 100 else text[:100] + "…"
 
 
 if __name__ == "__main__":

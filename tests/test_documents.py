@@ -54,6 +54,7 @@ def test_the_other_commands_are_known_and_run():
         "--html /tmp/report.html",  # run by tests/script/test_inspect_data.py
         "python script/merge_lora.py --adapter output/chatglm3-6b/final --base /models/chatglm3-6b "
         "--output models/merged",  # run by tests/script/test_merge_lora.py
+        "python script/verify_real.py /models/chatglm3-6b",  # run by tests/script/test_verify_real.py
     }
 
 
