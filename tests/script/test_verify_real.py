@@ -7,7 +7,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +270,46 @@ def test_a_later_token_must_not_be_seen(verification):
     attentions = [block.self_attention for block in check.model.transformer.encoder.layers]
     with with_values(attentions, is_causal=False):
         assert check.leak() > steps.LARGEST_LEAK
+
+
+@pytest.mark.parametrize(
+    ("losses", "leak", "passes"),
+    [
+        ([1, 2, *[3] * 9], 0.0, True),
+        ([2, 1, *[3] * 9], 0.0, False),
+        ([1, 1, *[3] * 9], 0.0, False),
+        ([math.nan, 2, *[3] * 9], 0.0, False),
+        ([1, 2, *[3] * 9], 0.5, False),
+        ([1, 2, *[3] * 9], math.nan, False),
+    ],
+)
+def test_the_published_wiring_must_be_the_best_and_causal(verification, monkeypatch, losses, leak, passes):
+    check, values = verification(), iter(losses)
+    check.check_tensors()
+    monkeypatch.setattr(check, "losses_of_texts", lambda prefix: {"English": next(values)})
+    monkeypatch.setattr(check, "leak", lambda: leak)
+    if passes:
+        assert check.check_wiring().startswith("   1.000  as published\n   2.000  halves of")
+    else:
+        with pytest.raises(Failed, match=r"^as published must be the lowest, and the change 0\n"):
+            check.check_wiring()
+    assert not list(values)
+
+
+@pytest.mark.parametrize(("after", "passes"), [(1.0, True), (2.0, False), (math.nan, False)])
+def test_what_was_taught_must_be_likelier_afterwards(verification, monkeypatch, after, passes):
+    check = verification("chatglm2-6b")
+    check.check_tensors()
+    (check.output_dir / "final").mkdir(parents=True)
+    adapted = SimpleNamespace(eval=lambda: adapted, disable_adapter=nullcontext)
+    monkeypatch.setattr(steps, "load_adapter", lambda *_: adapted)
+    losses = iter([(2.0, "who?"), (after, "I am")])
+    monkeypatch.setattr(check, "try_lesson", lambda *_: next(losses))
+    if passes:
+        assert "\nbefore  who?\nafter   I am\nloss of the taught: 2.000 to 1.000" in check.check_lessons()
+    else:
+        with pytest.raises(Failed, match=r"^each loss of the taught must fall\n"):
+            check.check_lessons()
 
 
 @pytest.mark.parametrize(
