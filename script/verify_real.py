@@ -55,14 +55,20 @@ def verify(cli: argparse.Namespace) -> None:
         warn_of_cpu(verification.args)
         logger.info(COST)
         machine, findings = describe_machine(), []
-        for finding in verification.run():
-            findings.append(finding)
-            logger.info(f"{finding.result}: {finding.step}")
+
+        def save() -> str:
             report = write_report(verification.name, machine, findings, hidden)
-            try:  # after every step, so that nothing is lost if the next one brings the machine down
+            try:
                 write_atomically(cli.output, report.encode())
             except OSError as error:
                 raise unusable(f"--output {cli.output}: could not be written ({error})", error, ArgumentError) from None
+            return report
+
+        report = save()  # before what takes long, and after every step, in case that the next brings the machine down
+        for finding in verification.run():
+            findings.append(finding)
+            logger.info(f"{finding.result}: {finding.step}")
+            report = save()
     print(report)
     logger.info(f"please paste the report into an issue: {cli.output}")
     if failed := [finding.step for finding in findings if finding.result == FAILED]:

@@ -340,11 +340,15 @@ def test_a_folder_without_a_tokenizer_or_weights_is_refused(folder, tmp_path, ca
     assert fault in capsys.readouterr().err
 
 
-def test_an_absent_folder_and_a_folder_as_output_are_refused(folder, tmp_path, capsys):
+def test_an_absent_folder_and_an_unusable_output_are_refused(folder, tmp_path, capsys, monkeypatch):
     assert verify("/models/nowhere") == 2
     assert "no folder /models/nowhere" in capsys.readouterr().err
-    assert verify(folder(), "--output", tmp_path) == 2
+    base = folder()
+    assert verify(base, "--output", tmp_path) == 2
     assert "a link or no file" in capsys.readouterr().err
+    monkeypatch.setattr(Verification, "run", lambda self: pytest.fail("a step was taken"))
+    assert verify(base, "--output", tmp_path / "nowhere/report.md") == 2
+    assert "nowhere/report.md: could not be written" in capsys.readouterr().err
 
 
 def test_a_report_holds_no_paths_and_no_secrets(monkeypatch):
