@@ -25,7 +25,7 @@ from ..model import load_adapter, load_model, load_tokenizer, sketch_base
 from ..run.errors import ArgumentError, Fault
 from ..run.manifest import sha256
 from ..run.resume import FINAL
-from ..settings.load import load_arguments
+from ..settings.load import load_arguments, read_json_object
 from ..train.loss import TargetLMLoss
 from ..trust import find_model_file, find_weights, read_model_json, read_shapes, require_weights
 from . import facts
@@ -83,12 +83,10 @@ class Verification:
         names = f"{self.name} {recorded}".lower()
         self.speaks = f"chatglm{config.chatglm_version}"
         self.calls = self.speaks == "chatglm3" and "base" not in names
-        self.data = (
-            ROOT / "data" / {"chatglm2": "dummy_data.jsonl", "chatglm3": "dummy_data_chatglm3.jsonl"}[self.speaks]
-        )
-        self.output_dir = folder / "run"
         long = "-32k" * (self.speaks == "chatglm3" and "32k" in names)
         self.settings_file = ROOT / f"train_args/qlora/{self.speaks}-6b{long}-sft-qlora.json"
+        self.data = ROOT / read_json_object(self.settings_file)["train_file"]
+        self.output_dir = folder / "run"
         settings = {
             "model_name_or_path": name_or_path,
             "train_file": self.data,
