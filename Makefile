@@ -1,4 +1,6 @@
-PYTHON ?= python3.11
+# The newest Python from 3.11 to 3.13 that starts: the name alone may be there, as a shim of pyenv.
+PYTHON ?= $(firstword $(shell for name in python3.13 python3.12 python3.11 python3; do \
+	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$name; done))
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -51,6 +53,7 @@ $(VENV)-%/ready: $(VENV)/ready
 	touch $@
 
 $(VENV)/ready: requirements.txt
-	$(PYTHON) -m venv $(VENV)
+	$(or $(PYTHON),$(error no Python from 3.11 to 3.13 starts here: install one (on Debian and Ubuntu python3.12 and \
+		python3.12-venv), or give it as PYTHON=/path/to/python)) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
