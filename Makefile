@@ -1,6 +1,6 @@
 # The newest Python from 3.11 to 3.13 that starts: the name alone may be there, as a shim of pyenv.
 PYTHON ?= $(firstword $(shell for name in python3.13 python3.12 python3.11 python3; do \
-	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$name; done))
+	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$name; done; true))
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -47,7 +47,7 @@ clean-demo:
 
 # An environment that has a transformers of its own, and what that asks for; all else it takes from $(VENV).
 $(VENV)-%/ready: $(VENV)/ready
-	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(RUN) -m venv --clear $(VENV)-$*
 	$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(VENV)-$*/lib/python3*/site-packages)/all_else.pth
 	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check transformers==$*
 	touch $@

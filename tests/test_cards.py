@@ -1,0 +1,64 @@
+"""The table of cards and models in docs/speed.md and README_zh.md, against the estimates that a run goes by."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from component.kernel.memory import GIB, PLANS, SPARE, Plan, estimate, fixed_bytes, optimizer_bytes
+from component.kernel.model import PackedForward
+from component.model import attach_lora
+from component.settings.schema import QLoRAArguments
+
+ROOT = Path(__file__).parents[1]
+LLAMA_LIKE = {"hidden_size": 4096, "num_attention_heads": 32, "tie_word_embeddings": False}
+SHAPES = {  # of the published config.json files
+    "ChatGLM3-6B": ("chatglm", {"padded_vocab_size": 65024, "multi_query_group_num": 2}),
+    "Qwen2.5-7B": (
+        "qwen2",
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+    ),
+    "Llama-3.1-8B": (
+        "llama",
+        LLAMA_LIKE
+        | {"intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    ),
+    "GLM-4-9B": (
+        "glm",
+        LLAMA_LIKE
+        | {"intermediate_size": 13696, "num_hidden_layers": 40, "num_key_value_heads": 2, "vocab_size": 151552}
+        | {"head_dim": 128, "attention_bias": True},
+    ),
+}
+TAKEN = 1  # GiB of a card that the table leaves to the driver, the context and a desktop
+
+
+def rows_of_cards(page: str) -> dict[int, list[str]]:
+    """Memory in GB of each card that a page lists, and its cells, one for each of SHAPES."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^\| (\d+) GB[^|]*\|" + r" ([^|]*) \|" * len(SHAPES) + r".*$", text, re.MULTILINE)
+    return {int(size): cells for size, *cells in found}
+
+
+@pytest.mark.parametrize("at", range(len(SHAPES)), ids=SHAPES)
+def test_the_table_of_cards_says_what_the_estimate_chooses(at):
+    kind, shape = list(SHAPES.values())[at]
+    config = AutoConfig.for_model(kind, **shape)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = attach_lora(base, QLoRAArguments(model_name_or_path="x", train_file="x"))
+    forward = PackedForward(model, max_length=1024)
+    fixed = fixed_bytes(forward, optimizer_bytes("paged_adamw_32bit", on_card=True))
+    english, chinese = rows_of_cards("docs/speed.md"), rows_of_cards("README_zh.md")
+    assert list(english) == list(chinese) == [8, 12, 16, 24, 48, 80]
+    for card, cells in english.items():
+        sizes = {plan: estimate(forward.layers, forward.vocab, fixed, Plan(*plan)) / GIB for plan in PLANS}
+        fitting = [plan for plan, size in sizes.items() if size < SPARE * (card - TAKEN)]
+        expected = "–"
+        if fitting:
+            (tokens, kept) = fitting[0]
+            expected = f"`{kept}`, {tokens}: {sizes[fitting[0]]:.1f}"
+        assert cells[at] == chinese[card][at] == expected, card
