@@ -62,3 +62,15 @@ def test_the_table_of_cards_says_what_the_estimate_chooses(at):
             (tokens, kept) = fitting[0]
             expected = f"`{kept}`, {tokens}: {sizes[fitting[0]]:.1f}"
         assert cells[at] == chinese[card][at] == expected, card
+
+
+def test_the_minutes_of_an_epoch_follow_from_the_speed_of_an_h100_and_the_ratio_of_the_cards():
+    page, readmes = (ROOT / "docs/speed.md").read_text(), [(ROOT / f"README{x}.md").read_text() for x in ("", "_zh")]
+    speed = 16_800  # of an H100 with 24 GiB free
+    assert f"| H100, 24 GiB free, measured | {speed:,} | {5000 * 456 / speed / 60:.1f} minutes |" in page
+    for card, tflops in (("RTX 4090", 165), ("RTX 3090", 71)):
+        slower = speed * tflops / 989
+        minutes = round(5000 * 456 / slower / 60)
+        assert f"| {card}, by estimate: × {tflops} / 989 | {round(slower, -2):,.0f} | {minutes} minutes |" in page
+        assert f"{card} 约 {minutes} 分钟" in readmes[1]
+        assert f"{minutes} minutes an epoch on an {card}" in readmes[0] or f"{minutes} on an {card}" in readmes[0]
