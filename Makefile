@@ -52,8 +52,9 @@ $(VENV)-%/ready: $(VENV)/ready
 	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check transformers==$*
 	touch $@
 
+# An environment that is there keeps its Python.
 $(VENV)/ready: requirements.txt
-	$(or $(PYTHON),$(error no Python from 3.11 to 3.13 starts here: install one (on Debian and Ubuntu python3.12 and \
-		python3.12-venv), or give it as PYTHON=/path/to/python)) -m venv $(VENV)
+	$(if $(wildcard $(VENV)/bin/pip),,$(or $(PYTHON),$(error no Python from 3.11 to 3.13 starts here: install one (on \
+		Debian and Ubuntu python3.12 and python3.12-venv), or give it as PYTHON=/path/to/python)) -m venv $(VENV))
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@

@@ -62,6 +62,12 @@ def test_make_takes_the_python_that_it_is_given(make):
     assert make("PYTHON=/opt/py/bin/python", python3_13=13).stdout.startswith("/opt/py/bin/python -m venv ")
 
 
+def test_an_environment_that_is_there_keeps_its_python(make, tmp_path):
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/pip").touch()
+    assert make(python3_13=13).stdout.lstrip().startswith(f"{tmp_path}/venv/bin/pip install ")
+
+
 def test_every_file_names_the_same_versions_of_python():
     (minors,) = re.findall(r"for name in (.*?) python3;", (ROOT / "Makefile").read_text())
     assert minors.split() == ["python3.13", "python3.12", "python3.11"]
