@@ -100,7 +100,8 @@ def test_the_container_is_built_from_requirements_and_starts_the_training_comman
     assert json.loads(texts[7]) == ["python", "train_qlora.py"]
     (command,) = re.findall(r"^docker run .*$", (ROOT / "README_zh.md").read_text(), re.MULTILINE)
     words = shlex.split(command)
-    assert f"-v ./models:{texts[2]}/models -v ./output:{texts[2]}/output" in command
+    mounts = [word for word in words if word.startswith("./")]
+    assert mounts == [f"./{name}:{texts[2]}/{name}" for name in ("data", "models", "output")]
     assert words[words.index("--train_args_file") + 1] in map(str, (p.relative_to(ROOT) for p in ROOT.rglob("*.json")))
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".venv*", "models", "output"} <= set(ignored)

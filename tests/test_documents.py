@@ -75,8 +75,10 @@ OTHERS = {
     "make .venv/ready PYTHON=/root/autodl-tmp/python/bin/python": "tests/test_demo.py",
     "/usr/bin/shutdown": "fixed",
     "docker build -t luciole .": "tests/test_demo.py reads the Dockerfile",
-    "docker run --rm --gpus all -v ./models:/luciole/models -v ./output:/luciole/output luciole --train_args_file "
-    "train_args/qlora/chatglm3-6b-sft-qlora.json model_name_or_path=models/chatglm3-6b": "tests/test_demo.py",
+    "docker run --rm --gpus all -v ./data:/luciole/data -v ./models:/luciole/models -v ./output:/luciole/output "
+    "luciole --train_args_file train_args/qlora/chatglm3-6b-sft-qlora.json model_name_or_path=models/chatglm3-6b": (
+        "tests/test_demo.py"
+    ),
 }
 
 
