@@ -144,12 +144,13 @@ def lora_input_grad_(
 
 def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The summed loss, float64; `logits` (learned, vocab) become its gradient."""
-    wide = logits.float()
-    log_total = wide.logsumexp(-1)
-    loss = (log_total - wide.gather(1, targets[:, None])[:, 0]).sum(dtype=torch.float64)
-    logits.copy_((wide - log_total[:, None]).exp_())
-    rows = torch.arange(len(targets), device=logits.device)
-    logits[rows, targets] -= 1
+    wide = logits.float()  # a float32 copy of half precision; float32 itself is overwritten at once
+    log_total = wide.logsumexp(-1, keepdim=True)
+    loss = (log_total - wide.gather(1, targets[:, None])).sum(dtype=torch.float64)
+    wide.sub_(log_total).exp_()
+    # Before the only rounding: a probability near one rounds to one, and leaves no gradient.
+    wide[torch.arange(len(targets), device=wide.device), targets] -= 1
+    logits.copy_(wide)
     return loss
 
 
