@@ -53,5 +53,6 @@ class HeadLoss(torch.autograd.Function):
         learned, *grads = ctx.saved_tensors
         chosen = torch.cat(grads)
         total = chosen.new_zeros(ctx.tokens, chosen.shape[1])
-        total[learned] = (chosen * grad).to(chosen.dtype)
+        # In float32: a card rounds a factor without dimensions to the other's type, and float16 has no 65,536.
+        total[learned] = chosen.float().mul_(grad).to(chosen.dtype)
         return total, *[None] * 7

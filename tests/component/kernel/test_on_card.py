@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from component.kernel import attention
+from component.kernel import attention, plain
 from component.kernel.attention import Bounds
+from component.kernel.head import HeadLoss
 from component.kernel.layer import CHECKPOINTING
 from component.kernel.memory import choose_plan
 from component.kernel.model import PackedForward
@@ -72,3 +73,14 @@ def test_a_plan_is_proven_and_leaves_nothing_behind():
     assert (plan.tokens, plan.checkpointing) == (8192, "none")
     assert torch.equal(torch.get_rng_state(), state)
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_the_loss_scale_of_float16_is_applied_before_the_gradient_is_rounded():
+    """65,536 does not exist in float16: as a factor of that type it makes every gradient of a first update infinite."""
+    hidden = torch.full((4, 8), 0.01, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    learned, targets = torch.tensor([1, 3], device=DEVICE), torch.tensor([0, 5], device=DEVICE)
+    head = torch.eye(8, dtype=torch.float16, device=DEVICE)
+    loss = HeadLoss.apply(hidden, learned, targets, None, 0.0, head, plain, True)
+    (loss * 65536).backward()
+    assert hidden.grad[1].tolist() == pytest.approx([-57344.0, *[8192.0] * 7], rel=1e-3)
+    assert hidden.grad[[0, 2]].abs().max() == 0
