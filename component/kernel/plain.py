@@ -9,7 +9,8 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch.nn.functional import silu
 
-CHUNK = 1 << 15  # elements of a mask that are made at a time, in the processor's cache
+# Elements of a mask that are made at a time: in the processor's cache, and on a card by few launches.
+CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
 
 
 def dequantize_(out: torch.Tensor, packed: torch.Tensor, state: QuantState) -> torch.Tensor:
@@ -91,8 +92,9 @@ def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
 def dropout_mask(tokens: int, width: int, dropout: float, seed: int, device: torch.device) -> torch.Tensor:
     """(tokens, width) bool, True where an element is kept: a hash of its place and the seed, the same on any device."""
     kept = torch.empty(tokens * width, dtype=torch.bool, device=device)
-    for start in range(0, len(kept), CHUNK):
-        part = kept[start : start + CHUNK]
+    chunk = CHUNK[device.type]
+    for start in range(0, len(kept), chunk):
+        part = kept[start : start + chunk]
         x = torch.arange(len(part), dtype=torch.int32, device=device)
         x.mul_(signed(0x9E3779B1)).add_(signed((start * 0x9E3779B1 + seed) & 0xFFFFFFFF))
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):

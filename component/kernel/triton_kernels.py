@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from bitsandbytes.functional import QuantState
 
-from . import plain
 from .plain import empty_with_room, matmul_float32, threshold
 
 BLOCK = 1024  # elements that one program of an elementwise kernel handles
@@ -222,9 +221,37 @@ def kept(rows, columns, width, seed, limit):
     return (x ^ (x >> 16)) >= limit.to(tl.uint32)
 
 
+def masked(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    tokens, width = x.shape
+    out = x.new_empty(tokens, width)
+    masked_kernel[(tokens, triton.cdiv(width, BLOCK))](
+        x, out, width, x.stride(0), seed, threshold(dropout), BLOCK, num_warps=4
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["seed", "limit"])
+def masked_kernel(x_ptr, out_ptr, width, stride, seed, limit, SIZE: tl.constexpr):
+    """SIZE columns of one token."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = columns < width
+    x = tl.load(x_ptr + row * stride + columns, inside, 0.0)
+    x = tl.where(kept(row, columns, width, seed, limit), x, 0.0).to(x.dtype)
+    tl.store(out_ptr + row * width + columns, x, inside)
+
+
+def uses_tensor_cores(x: torch.Tensor) -> bool:
+    """Whether Triton multiplies by tensor cores. Without them its products do not fit the registers, on Turing not even
+    the shared memory, and torch's are used instead."""
+    return x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     if not dropout:
         return torch.mm(x, down.t(), out=out)
+    if not uses_tensor_cores(x):
+        return torch.mm(masked(x, dropout, seed), down.t(), out=out).div_(1 - dropout)
     tokens, width = x.shape
     rank = down.shape[0]
     ranks = min(max(triton.next_power_of_2(rank), 16), 128)
@@ -255,7 +282,7 @@ def lora_down_kernel(
             (ranks[None, :] < rank) & (columns[:, None] < width),
             0.0,
         )
-        total += tl.dot(x, down, input_precision="ieee")
+        total += tl.dot(x, down)
     places = out_ptr + rows[:, None].to(tl.int64) * out_stride + ranks[None, :]
     tl.store(places, (total * scale).to(out_ptr.dtype.element_ty), (rows[:, None] < tokens) & (ranks[None, :] < rank))
 
@@ -263,6 +290,8 @@ def lora_down_kernel(
 def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     if not dropout:
         return matmul_float32(grad.t(), x)
+    if not uses_tensor_cores(x):
+        return matmul_float32(grad.t(), masked(x, dropout, seed)) / (1 - dropout)
     tokens, width = x.shape
     rank = grad.shape[1]
     ranks = min(max(triton.next_power_of_2(rank), 16), 128)
@@ -300,7 +329,7 @@ def lora_down_grad_kernel(
             inside[None, :] & (ranks[:, None] < rank),
             0.0,
         )
-        total += tl.dot(grad, x, input_precision="ieee")
+        total += tl.dot(grad, x)
     places = sums_ptr + tl.program_id(1).to(tl.int64) * rank * width + ranks[:, None] * width + columns[None, :]
     tl.store(places, total * scale, (ranks[:, None] < rank) & (columns[None, :] < width))
 
@@ -313,8 +342,8 @@ def lora_input_grad_(
     tokens, width = total.shape
     rank = down.shape[0]
     ranks = max(triton.next_power_of_2(rank), 16)
-    if ranks > 256:  # a block of that many does not fit the registers
-        return plain.lora_input_grad_(total, grad, down, dropout, seed)
+    if ranks > 256 or not uses_tensor_cores(total):  # a block of more ranks does not fit the registers either
+        return total.add_(masked(grad @ down, dropout, seed), alpha=1 / (1 - dropout))
     grid = (triton.cdiv(tokens, 64), triton.cdiv(width, 128))
     lora_input_grad_kernel[grid](
         total, grad, down, tokens, width, rank, seed, threshold(dropout), 1 / (1 - dropout), 64, 128, ranks,
@@ -340,7 +369,7 @@ def lora_input_grad_kernel(
     down = tl.load(
         down_ptr + ranks[:, None] * width + columns[None, :], (ranks[:, None] < rank) & (columns[None, :] < width), 0.0
     )
-    share = tl.dot(grad, down, input_precision="ieee") * scale
+    share = tl.dot(grad, down) * scale
     share = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), share, 0.0)
     places = total_ptr + rows[:, None].to(tl.int64) * width + columns[None, :]
     inside = (rows[:, None] < tokens) & (columns[None, :] < width)

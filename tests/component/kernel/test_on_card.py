@@ -84,3 +84,9 @@ def test_the_loss_scale_of_float16_is_applied_before_the_gradient_is_rounded():
     (loss * 65536).backward()
     assert hidden.grad[1].tolist() == pytest.approx([-57344.0, *[8192.0] * 7], rel=1e-3)
     assert hidden.grad[[0, 2]].abs().max() == 0
+
+
+def test_a_mask_of_dropout_is_the_same_on_a_card():
+    shape = 5000, 4096  # more than the card makes at a time
+    masks = [plain.dropout_mask(*shape, 0.05, 2**32 - 5, torch.device(device)) for device in ("cpu", DEVICE)]
+    assert torch.equal(masks[0], masks[1].cpu())
