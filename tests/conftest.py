@@ -176,3 +176,16 @@ def job(checkpoint, tmp_path):
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture
+def stopped(job, monkeypatch):
+    """Runs a job that has to stop; returns its exit code."""
+    monkeypatch.setattr("component.run.process.leave", sys.exit)
+
+    def run(*args, **settings) -> int:
+        with pytest.raises(SystemExit) as stop:
+            job(*args, **settings)
+        return stop.value.code
+
+    return run

@@ -5,9 +5,6 @@ import errno
 import json
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
@@ -26,73 +23,27 @@ from component.train.checkpoint import Checkpoints
 from component.train.progress import LossWatch
 from component.train.trainer import LoRATrainer
 
-from .runs import ROWS, adapter, largest_difference, losses, write_rows
+from .runs import (
+    ROWS,
+    adapter,
+    assert_same_run,
+    at_call,
+    figures,
+    history,
+    largest_difference,
+    losses,
+    overflow,
+    send,
+    write_rows,
+)
 
 SETTINGS = {"max_steps": 7, "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
-
-
-@pytest.fixture
-def stopped(job, monkeypatch):
-    """Runs a job that has to stop; returns its exit code."""
-    monkeypatch.setattr("component.run.process.leave", sys.exit)
-
-    def run(*args, **settings) -> int:
-        with pytest.raises(SystemExit) as stop:
-            job(*args, **settings)
-        return stop.value.code
-
-    return run
-
-
-@contextmanager
-def at_call(n: int, owner: object, name: str, action: Callable) -> Iterator[None]:
-    """Within the block, the n-th call of a function begins with `action(its first argument)`."""
-    original, calls = getattr(owner, name), iter(range(1, 10**9))
-
-    def wrapped(*args, **kwargs):
-        if next(calls) == n:
-            action(args[0])
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, wrapped)
-        yield
-
-
-def send(signum: int) -> Callable:
-    return lambda _: os.kill(os.getpid(), signum)
 
 
 def poison(trainer: LoRATrainer) -> None:
     """A NaN in one weight of the adapter."""
     with torch.no_grad():
         next(trainer.trained_weights())[0, 0] = torch.nan
-
-
-def overflow(trainer: LoRATrainer) -> None:
-    """An infinity in one gradient of the adapter."""
-    next(trainer.trained_weights()).grad.fill_(torch.inf)
-
-
-def figures(folder: Path) -> list[dict]:
-    """What was logged, but for times, and for the loss of what one start trained."""
-    return [{key: value for key, value in entry.items() if "train_" not in key} for entry in history(folder)]
-
-
-def history(folder: Path) -> list[dict]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-def optimizer_state(folder: Path) -> list[torch.Tensor]:
-    """Of the last checkpoint."""
-    saved = torch.load(find_checkpoints(folder)[-1] / "optimizer.pt", weights_only=True)
-    return [value for state in saved["state"].values() for value in state.values()]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert largest_difference(one, other) == 0
-    assert figures(one) == figures(other)
-    assert all(map(torch.equal, optimizer_state(one), optimizer_state(other)))
 
 
 @pytest.mark.parametrize(

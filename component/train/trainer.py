@@ -9,6 +9,7 @@ from itertools import chain, islice, repeat
 import torch
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
+from loguru import logger
 from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
@@ -209,7 +210,13 @@ class LoRATrainer(Trainer):
         self.call_back("on_optimizer_step")
         self.counters.norm, self.counters.rate = norm, self.optimizer.param_groups[0]["lr"]
         overflowed = is_usable and self.accelerator.optimizer_step_was_skipped
-        if not overflowed and self.args.lr_scheduler_type not in FOLLOWING_EVALUATIONS:
+        if overflowed:
+            scale = self.accelerator.scaler.get_scale()
+            logger.info(
+                f"step {self.state.global_step + 1}: a gradient was too large for float16, so no weight has changed; "
+                f"the loss scale is {scale:,.0f} from here on"
+            )
+        elif self.args.lr_scheduler_type not in FOLLOWING_EVALUATIONS:
             self.lr_scheduler.step()
         self.model.zero_grad()
         counters, batches = self.counters, self.updates.batches
