@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from bitsandbytes.functional import QuantState
 
+from . import plain
 from .plain import empty_with_room, matmul_float32, threshold
 
 BLOCK = 1024  # elements that one program of an elementwise kernel handles
@@ -17,6 +18,8 @@ def dequantize_(out: torch.Tensor, packed: torch.Tensor, state: QuantState) -> t
     nested = state.state2
     scales, steps, offset = (nested.absmax, nested.code, state.offset) if nested else (state.absmax,) * 3
     rows, width = out.shape
+    if width % 2:  # a byte would hold values of two rows
+        return plain.dequantize_(out, packed, state)
     dequantize_kernel[(rows, triton.cdiv(width, 2 * BLOCK))](
         packed, state.absmax, scales, steps, offset, state.code, out, width, out.stride(0), state.blocksize,
         nested.blocksize if nested else 1, nested is not None, BLOCK, num_warps=4,
