@@ -19,6 +19,8 @@ def adapt_to_machine(args: QLoRAArguments, values: dict[str, Any]) -> dict[str, 
     import torch
 
     has_cuda = torch.cuda.is_available() and not values.get("use_cpu", False)
+    if has_cuda:
+        check_card()
     args.compute_dtype = choose_compute_dtype(args.compute_dtype, values, has_cuda)
     adapted = (
         values
@@ -99,6 +101,34 @@ def choose_evaluation(values: dict[str, Any]) -> dict[str, Any]:
             f"{save_steps}, which is no multiple of it; set one of them so that it is"
         )
     return {"eval_strategy": evaluates, "eval_steps": every}
+
+
+def check_card() -> None:
+    """Raise ValueError for a card that torch is not built for: its first operation there would fail.
+
+    Code for an architecture (sm_86) runs on cards of its generation from its minor version on, code that the driver
+    compiles (compute_120) on all cards from then on (NVIDIA's CUDA programming guide).
+    """
+    import torch
+
+    capability = torch.cuda.get_device_capability()
+    built = [arch for arch in torch.cuda.get_arch_list() if arch.startswith(("sm_", "compute_"))]
+    for arch in built:
+        kind, version = arch.rstrip("af").split("_")
+        since = divmod(int(version), 10)
+        if since <= capability and (kind == "compute" or since[0] == capability[0]):
+            return
+    if built:
+        remedy = (
+            "torch's build for CUDA 12.6, which its releases up to 2.14 have"
+            if capability < (7, 5)
+            else "a newer torch"
+        )
+        raise ValueError(
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, but torch "
+            f"{torch.__version__} is built for {', '.join(built)}; install {remedy} (docs/cards.md), or set use_cpu to "
+            "true"
+        )
 
 
 def choose_compute_dtype(requested: str, values: dict[str, Any], has_cuda: bool) -> str:

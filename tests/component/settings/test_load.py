@@ -8,7 +8,7 @@ import torch
 from component.data.dataset import select_format
 from component.run.errors import ArgumentError
 from component.settings.load import load_arguments, missing_folder
-from component.settings.machine import choose_compute_dtype
+from component.settings.machine import check_card, choose_compute_dtype
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "train_args/qlora").glob("*.json"))
@@ -235,6 +235,38 @@ def test_the_card_decides_the_compute_dtype(monkeypatch, requested, values, has_
             choose_compute_dtype(requested, values, has_cuda=True)
     else:
         assert choose_compute_dtype(requested, values, has_cuda=True) == chosen
+
+
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of which torch 2.13's own build is
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "remedy"),
+    [
+        ((7, 0), CUDA_13, "torch's build for CUDA 12.6"),  # V100
+        ((7, 0), ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"], None),
+        ((7, 5), CUDA_13, None),
+        ((8, 9), CUDA_13, None),  # by the code for sm_86
+        ((8, 0), ["sm_86"], "a newer torch"),
+        ((9, 0), ["sm_90a"], None),
+        ((12, 0), ["sm_80", "sm_90"], "a newer torch"),
+        ((12, 0), ["sm_80", "compute_90"], None),
+        ((9, 4), ["gfx942"], None),  # not NVIDIA's
+    ],
+)
+def test_a_card_that_torch_is_not_built_for_is_refused_with_the_remedy(load, monkeypatch, capability, built, remedy):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "the card")
+    if remedy is None:
+        check_card()
+    else:
+        number = ".".join(map(str, capability))
+        with pytest.raises(
+            ArgumentError, match=f"the card has compute capability {number}, but torch .*install {remedy}"
+        ):
+            load()
 
 
 def test_an_eval_file_turns_evaluation_on(load, tmp_path):
