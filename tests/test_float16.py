@@ -89,7 +89,7 @@ def test_a_loss_scale_that_is_too_large_is_halved_until_gradients_fit_and_each_t
         folder = job(**settings | {"max_steps": 20, "save_steps": 20})
     said = capsys.readouterr().err
     halved = said.count("a gradient was too large for float16")
-    assert halved >= 8
+    assert halved >= 5
     assert all(SAID.format(2.0 ** (29 - number)) in said for number in range(halved))
 
     assert losses(folder)[-1] < losses(folder)[0]
