@@ -1,12 +1,13 @@
 """Set-up of log lines, and the removal of secrets from all output."""
 
+import atexit
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from loguru import logger
 from tqdm import tqdm
@@ -21,28 +22,68 @@ CHATTER = {
 }
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD)S?$")
 SECRET_TEXT = re.compile(r"(?<=://)[^/\s'\"]+@|\bhf_\w{20,}")
+UNFINISHED = re.compile(r"(:(/(/[^/\s'\"]*)?)?|\bh(f(_\w*)?)?)\Z")  # a beginning of SECRET_TEXT, or one that may grow
 
 
 def redact(text: str) -> str:
     """Remove secrets from a text: the values (8 characters or more) of environment variables with a secret's name,
     credentials in URLs, and Hugging Face tokens."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and SECRET_NAME.search(name):
-            text = text.replace(value, f"<{name}>")
+    return redact_patterns(redact_values(text))
+
+
+def redact_values(text: str) -> str:
+    for name, value in secret_variables():
+        text = text.replace(value, f"<{name}>")
+    return text
+
+
+def redact_patterns(text: str) -> str:
     return SECRET_TEXT.sub(lambda match: "<credentials>@" if match[0].endswith("@") else "<token>", text)
 
 
+def secret_variables() -> list[tuple[str, str]]:
+    return [(name, value) for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)]
+
+
+def find_unfinished(text: str) -> int:
+    """Index from which on a text may be the beginning of a secret; its length if it ends with none."""
+    match = UNFINISHED.search(text)
+    starts = [match.start() if match else len(text)]
+    for _, value in secret_variables():
+        starts += [len(text) - count for count in range(1, len(value)) if text.endswith(value[:count])]
+    return min(starts)
+
+
 class RedactedStream:
-    """Standard output or error that passes everything through `redact`: lines, tables, tracebacks, warnings."""
+    """Standard output or error without secrets: in lines, tables, tracebacks and warnings.
+
+    A secret may come in several parts. So an end that may be a secret's beginning is held back, also at a flush, until
+    the next part shows what it is, or until the program ends.
+    """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.held = stream, ""
+        atexit.register(self.release)
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        return self.stream.write(redact(text))
+        known = redact_values(self.held + text)
+        end = find_unfinished(known)
+        self.held = known[end:]
+        self.stream.write(redact_patterns(known[:end]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def release(self) -> None:
+        """Write what is held back."""
+        held, self.held = self.held, ""
+        with suppress(OSError, ValueError):  # the reader has gone, or the stream is closed
+            self.stream.write(redact_patterns(held))
 
 
 def configure_logging(rank: int) -> None:

@@ -67,8 +67,8 @@ class Candidates:
             return self.decide_among(resume, despite_changes)
         if resume not in ("auto", False):
             raise CheckpointError(
-                f"resume_from_checkpoint is {str(resume).lower()}, but {self.folder} holds no checkpoint; start "
-                "without it"
+                f"resume_from_checkpoint is {json.dumps(resume, ensure_ascii=False)}, but {self.folder} holds no "
+                "checkpoint; start without it"
             )
         return Decision(Start())
 
@@ -244,6 +244,5 @@ def concern(changes: list[str], settings: tuple[str, ...]) -> bool:
 
 def describe_inexactness(folder: Path, manifest: dict, changes: list[str]) -> str:
     """Say what has changed since the checkpoint was written, so that going on is not exact. Empty if nothing has."""
-    then, now = manifest.get("versions", {}), versions()
-    changes = changes + [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
+    changes = changes + differences(manifest.get("versions", {}), versions())
     return "\n  ".join([f"going on from {folder.name} is not exact:", *changes]) if changes else ""

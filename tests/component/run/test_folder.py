@@ -136,7 +136,14 @@ def test_other_versions_are_named_and_no_reason_to_stop(make_folder, log, monkey
     folder = make_folder(5)
     monkeypatch.setattr("component.run.resume.versions", lambda: dict.fromkeys(manifest.LIBRARIES, "0.1"))
     assert folder.take_start("auto", despite_changes=False).checkpoint
-    assert any("torch 2." in line and "0.1 now" in line for line in log)
+    assert any('torch: "2.' in line and '"0.1" now' in line for line in log)
+
+
+def test_a_library_that_is_recorded_no_more_is_no_difference(make_folder, log, monkeypatch):
+    folder = make_folder(5)
+    monkeypatch.setattr("component.run.manifest.LIBRARIES", ("torch", "transformers"))
+    assert folder.take_start("auto", despite_changes=False).checkpoint
+    assert not [line for line in log if "not exact" in line]
 
 
 def test_a_folder_of_something_else_is_refused_and_not_touched(tmp_path):
@@ -428,6 +435,7 @@ def test_what_a_run_would_do_in_a_folder_is_foreseen_without_touching_it(make_fo
     path = tmp_path / "run"
     assert foresee(path) == f"would begin in {path}"
     assert "would be refused: resume_from_checkpoint is true, but" in foresee(path, resume=True)
+    assert 'resume_from_checkpoint is "Runs/CheckPoint-5", but' in foresee(path, resume="Runs/CheckPoint-5")
     folder = make_folder(5)
     assert foresee(path) == f"would be refused now: another run is writing to {path}"
     folder.lock.release()
