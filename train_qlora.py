@@ -51,11 +51,11 @@ def train(cli: argparse.Namespace, watch) -> None:
     from loguru import logger
 
     from component.data.dataset import check_choice, select_format
-    from component.model import load_tokenizer, warn_of_cpu
+    from component.model import check_beginning, load_tokenizer, warn_of_cpu
     from component.run.folder import RunFolder, foresee_start
     from component.run.ranks import on_every_rank, on_rank_zero, require_same
     from component.run.resume import FINAL
-    from component.train.identity import describe_machine, describe_run, renew_identity
+    from component.train.identity import describe_base, describe_machine, describe_run, renew_identity
     from component.train.report import describe_update
     from component.trust import require_weights
 
@@ -67,6 +67,8 @@ def train(cli: argparse.Namespace, watch) -> None:
     tokenizer = on_every_rank(lambda: load_tokenizer(args))
     on_rank_zero(lambda: check_choice(args, data_format, tokenizer))
     on_rank_zero(lambda: warn_of_cpu(args))
+    if args.adapter_name_or_path:
+        on_every_rank(lambda: check_beginning(args, describe_base(args)))
     begin = (training_args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_despite_changes)
 
     def identify() -> dict:
@@ -122,7 +124,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     logger.info(on_rank_zero(lambda: describe_schedule(rows, training_args)))
 
     # 2. Model
-    model = on_every_rank(lambda: make_model(args, training_args))
+    model = on_every_rank(lambda: make_model(args, training_args, folder, start))
 
     # 3. Layout: the length of rows, and what layers keep for backward. A run that goes on keeps its layout.
     plan = choose_layout(model, args, training_args, begun_with=start.plan)
@@ -145,19 +147,22 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
         max_skipped_updates=args.max_skipped_updates,
     )
     on_rank_zero(lambda: folder.check_room(trainer.checkpoints.size()))
-    logger.info(f"continuing from {start.checkpoint}" if start.checkpoint else "training from the base model")
+    beginning = args.adapter_name_or_path or "the base model"
+    logger.info(f"continuing from {start.checkpoint}" if start.checkpoint else f"training from {beginning}")
     result = trainer.train(resume_from_checkpoint=start.checkpoint)
 
     # 5. Results
     publish_results(trainer, result, folder, start)
 
 
-def make_model(args, training_args):
-    """Load the 4-bit base and attach a new adapter."""
+def make_model(args, training_args, folder, start):
+    """Load the 4-bit base and attach the adapter: a new one, or the one to begin from. A checkpoint's comes later."""
     from loguru import logger
     from transformers import set_seed
 
-    from component.model import attach_lora, load_model
+    from component.model import attach_lora, begin_from_adapter, load_model
+    from component.run.errors import ArgumentError
+    from component.train.identity import describe_adapter
     from component.train.report import parameter_table
 
     logger.info(
@@ -165,6 +170,10 @@ def make_model(args, training_args):
     )
     set_seed(training_args.seed)
     model = attach_lora(load_model(args, training_args), args)
+    if args.adapter_name_or_path and not start.checkpoint:
+        begin_from_adapter(model, args.adapter_name_or_path)
+        if describe_adapter(args) != folder.identity["adapter"]:
+            raise ArgumentError(f"{args.adapter_name_or_path}: its weights changed while the run began; start it again")
     logger.info(f"parameters\n{parameter_table(model)}")
     return model
 

@@ -1,5 +1,6 @@
 """The tokenizer, the 4-bit base model and its LoRA adapter."""
 
+import json
 import math
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn import Linear4bit
 from loguru import logger
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -27,8 +28,20 @@ from transformers import (
 from .chat_templates import set_chat_template
 from .chatglm.versions import warn_if_untested
 from .run.errors import ArgumentError, unusable
+from .run.manifest import MANIFEST
+from .run.resume import is_digest
 from .settings.schema import QLoRAArguments
-from .trust import check_adapter, check_model, check_weights, find_model_file, find_weights, read_adapter_shapes
+from .trust import (
+    check_adapter,
+    check_model,
+    check_weights,
+    find_adapter,
+    find_model_file,
+    find_weights,
+    read_adapter,
+    read_adapter_shapes,
+    read_model_json,
+)
 
 DRIVER = "/proc/driver/nvidia/version"  # exists where NVIDIA's driver is loaded
 # Raised by libraries for values, shapes and files of a model that they do not expect, and for want of memory.
@@ -171,11 +184,18 @@ def find_linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def attach_lora(model: PreTrainedModel, args: QLoRAArguments) -> PeftModel:
-    """Freeze the base and add the adapter. Its weights are float32, whatever the base computes in.
+    """Freeze the base and add a new adapter. Its weights are float32, whatever the base computes in.
 
     Raises:
         ArgumentError: `target_modules` names a layer that the model does not have.
     """
+    config = lora_config(model, args)
+    logger.info(f"LoRA of rank {config.r} on {', '.join(sorted(config.target_modules))}")
+    return get_peft_model(model, config)
+
+
+def lora_config(model: PreTrainedModel, args: QLoRAArguments) -> LoraConfig:
+    """peft's settings of the adapter. Raises ArgumentError as `attach_lora` does."""
     available = find_linear_names(model)
     targets = args.target_modules or available
     if not targets:
@@ -184,15 +204,97 @@ def attach_lora(model: PreTrainedModel, args: QLoRAArguments) -> PeftModel:
         raise ArgumentError(
             f"target_modules: no linear layer is called {unknown[0]!r}; there are {', '.join(available)}"
         )
-    logger.info(f"LoRA of rank {args.lora_rank} on {', '.join(targets)}")
-    config = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=targets,
     )
-    return get_peft_model(model, config)
+
+
+def check_beginning(args: QLoRAArguments, base: str) -> None:
+    """Check that the run can begin from `adapter_name_or_path`: that this adapter has the run's shape, scale and base.
+
+    No tensor of the adapter is read, and no weight of the base.
+
+    Args:
+        base: the base's identity (component.train.identity.describe_base), which an adapter's manifest records.
+
+    Raises:
+        ArgumentError: `check_adapter` refuses the adapter, or it differs. The text lists what differs.
+    """
+    folder, model = find_adapter(args.adapter_name_or_path), sketch_base(args.model_name_or_path)
+    config, shapes = check_adapter(folder), read_adapter_shapes(folder)
+    if config["use_dora"]:
+        raise ArgumentError(
+            f"{folder / 'adapter_config.json'}: use_dora is true, and DoRA is not trained here; merge the adapter into "
+            "its base (script/merge_lora.py), and train a new one on the result"
+        )
+    adapted, available = layers_of(shapes), find_linear_names(model)
+    if strays := [name for name in adapted if name not in available]:
+        raise ArgumentError(
+            f"{folder}: it adapts {strays[0]}, and in {args.model_name_or_path} only {', '.join(available)} are "
+            f"adapted; its base is {config['base_model_name_or_path']!r}"
+        )
+    with torch.device("meta"):
+        sketch = get_peft_model_state_dict(get_peft_model(model, lora_config(model, args)), save_embedding_layers=False)
+    wanted = {name: list(weight.shape) for name, weight in sketch.items()}
+    # use_rslora divides alpha by the root of the rank, which is plain LoRA with another alpha.
+    alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config["use_rslora"] else 1)
+    its = {"lora_rank": config["r"], "lora_alpha": alpha, "target_modules": adapted}
+    runs = {"lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha, "target_modules": layers_of(wanted)}
+    if others := [key for key in its if its[key] != runs[key]]:
+        lines = [f"{key}: {json.dumps(its[key])} in the adapter, {json.dumps(runs[key])} in this run" for key in others]
+        settings = ", ".join(f"{key}={json.dumps(its[key])}" for key in others)
+        raise ArgumentError("\n  ".join([f"{folder} is not of this run's shape; set {settings}:", *lines]))
+    if shapes != wanted:
+        name = min(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+        raise ArgumentError(
+            f"{folder}: {name} has the shape {shapes.get(name)} in the adapter, and {wanted.get(name)} beside "
+            f"{args.model_name_or_path}; give the adapter's base, which is {config['base_model_name_or_path']!r}"
+        )
+    check_same_base(folder, config["base_model_name_or_path"], args.model_name_or_path, base)
+    if config["lora_dropout"] != args.lora_dropout:
+        logger.info(f"lora_dropout: {config['lora_dropout']:g} in the adapter, {args.lora_dropout:g} in this run")
+
+
+def layers_of(shapes: dict[str, list[int]]) -> list[str]:
+    """Last parts of the names of the layers that an adapter's tensors adapt."""
+    return sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in shapes})
+
+
+def check_same_base(folder: Path, its_base: str | None, name_or_path: str, base: str) -> None:
+    """Refuse a base with other contents than the manifest of an adapter of ours records. Without such a record, warn of
+    a base with another name: a folder may have been moved or renamed."""
+    run = read_model_json(folder / MANIFEST).get("run") if (folder / MANIFEST).exists() else None
+    recorded = run.get("base_model") if isinstance(run, dict) else None
+    if recorded == base:
+        return
+    if is_digest(recorded) and is_digest(base):
+        raise ArgumentError(
+            f"{folder}: it was trained on a base with other weights or another config.json than {name_or_path}; give "
+            f"that base, {its_base!r} (if they are the same model in other files, remove {MANIFEST} from a copy of the "
+            "adapter)"
+        )
+    if its_base and Path(its_base).name != Path(name_or_path).name:
+        logger.warning(
+            f"{folder} was trained on {its_base}, and this run's base is {name_or_path}: the shapes fit, but make sure "
+            "that it is the same model"
+        )
+
+
+def begin_from_adapter(model: PeftModel, name_or_path: str) -> None:
+    """Give a new adapter the weights of a trained one, which `check_beginning` has found to fit.
+
+    Raises:
+        ArgumentError: a weight is not finite.
+    """
+    folder = find_adapter(name_or_path)
+    weights = read_adapter(folder)
+    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ArgumentError(f"{folder}: {bad[0]} and {len(bad) - 1} others are not finite; take an earlier checkpoint")
+    set_peft_model_state_dict(model, weights)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -202,7 +304,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         ArgumentError: `check_adapter` refuses the adapter, or it belongs to another model.
     """
     check_adapter(Path(folder))
-    _, saved = read_adapter_shapes(Path(folder))
+    saved = read_adapter_shapes(Path(folder))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError) as error:

@@ -3,10 +3,14 @@
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
@@ -15,6 +19,7 @@ from .pickles import open_pickle
 from .run.errors import ArgumentError
 from .run.files import POINTER
 from .run.hub import require_hub_or_cache
+from .run.manifest import MANIFEST, Damaged, verify
 from .settings.load import missing_folder, read_json_object
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their shards by an index; the first that exists is used
@@ -36,7 +41,10 @@ def check_model(name_or_path: str) -> None:
     if not Path(name_or_path).is_dir():
         require_hub_or_cache(name_or_path)
     if found := find_model_file(name_or_path, "adapter_config.json"):
-        raise ArgumentError(f"{found}: this is an adapter, which would load another model; give its base model")
+        raise ArgumentError(
+            f"{found}: this is an adapter, which would load another model; give its base model (to train the "
+            "adapter further, give it as adapter_name_or_path)"
+        )
     if found := find_model_file(name_or_path, "config.json"):
         check_config(found)
     if Path(name_or_path).is_dir():  # a hub's weights are checked when they are fetched for loading
@@ -207,15 +215,46 @@ ADAPTER_KEYS = {
 }
 
 
-def check_adapter(folder: Path) -> dict:
-    """Check an adapter's settings and its tensors' shapes, and return the settings; no tensor is read.
+def find_adapter(name_or_path: str) -> Path:
+    """Find the folder of an adapter. That of a hub's adapter is fetched.
 
     Raises:
-        ArgumentError: it is no LoRA adapter for a causal language model, or asks for more than its tensors.
+        ArgumentError: there is no such adapter, or it cannot be had.
+    """
+    if fault := missing_folder(name_or_path):
+        raise ArgumentError(fault)
+    if not Path(name_or_path).is_dir():
+        require_hub_or_cache(name_or_path, "adapter_name_or_path", ("adapter_config.json", ADAPTER[0]))
+    try:
+        config = find_model_file(name_or_path, "adapter_config.json")
+        for weights in ADAPTER:
+            if find_model_file(name_or_path, weights):
+                break
+    except (OSError, ValueError) as error:  # no such repository, no network, or no name for a hub
+        raise ArgumentError(f"adapter {name_or_path!r}: {error}") from None
+    return config.parent if config else Path(name_or_path)
+
+
+def check_adapter(folder: Path) -> dict:
+    """Check an adapter's manifest if it has one, its settings and its tensors' shapes; no tensor is opened.
+
+    Returns:
+        The settings, with peft's defaults for those that an older peft did not write.
+
+    Raises:
+        ArgumentError: it is damaged, is no LoRA adapter for a causal language model, or asks for more than its tensors.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise ArgumentError(f"{folder}: no adapter_config.json there; give an adapter's folder, such as output/x/final")
+    if (folder / MANIFEST).exists():
+        try:
+            verify(folder)
+        except Damaged as damage:
+            raise ArgumentError(
+                f"{folder}: {damage}; copy it again, or give a checkpoint of the run (if you changed it yourself, "
+                f"remove its {MANIFEST})"
+            ) from None
     config = read_json_object(str(file))
     defaults = LoraConfig().to_dict()
     for key in ("peft_type", "r", "target_modules", *config):
@@ -227,21 +266,43 @@ def check_adapter(folder: Path) -> dict:
         holds, expected = ADAPTER_KEYS.get(key, (lambda _: True, ""))
         if not holds(value):
             raise ArgumentError(f"{file}: {key} is {value!r}; expected {expected}")
-    weights, shapes = read_adapter_shapes(folder)
-    for name, shape in shapes.items():
+    for name, shape in read_adapter_shapes(folder).items():
         if ".lora_" not in name or ("magnitude" not in name and config["r"] not in shape):
-            raise ArgumentError(f"{weights}: {name} of shape {shape} is no part of a LoRA of rank {config['r']}")
-    return config
+            raise ArgumentError(
+                f"{find_adapter_weights(folder)}: {name} of shape {shape} is no part of a LoRA of rank {config['r']}"
+            )
+    return defaults | config
 
 
-def read_adapter_shapes(folder: Path) -> tuple[Path, dict[str, list[int]]]:
-    """(file of an adapter's weights, shapes of its tensors by name); no tensor is read. Raises ArgumentError."""
+def find_adapter_weights(folder: Path) -> Path:
+    """The file that holds an adapter's weights. Raises ArgumentError where there is none."""
     weights = next((folder / name for name in ADAPTER if (folder / name).is_file()), None)
     if not weights:
         raise ArgumentError(f"{folder}: no {' or '.join(ADAPTER)} there; the adapter's weights must be in one of them")
+    return weights
+
+
+def read_adapter_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of an adapter's tensors by name; no tensor is read. Raises ArgumentError."""
+    weights = find_adapter_weights(folder)
     refuse_pointers(folder, [weights])
+    with faults_of_adapter(weights):
+        return read_shapes(weights)
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors by name. Raises ArgumentError."""
+    weights = find_adapter_weights(folder)
+    if weights.suffix == ".bin":
+        return open_pickle(weights)
+    with faults_of_adapter(weights):
+        return load_file(weights)
+
+
+@contextmanager
+def faults_of_adapter(weights: Path) -> Iterator[None]:
     try:
-        return weights, read_shapes(weights)
+        yield
     except SafetensorError as error:
         raise ArgumentError(f"{weights}: no safetensors file ({error}); fetch or train it again") from None
 

@@ -51,21 +51,12 @@ def merge_or_tell(cli: argparse.Namespace) -> None:
 def check_merge(cli: argparse.Namespace) -> str:
     """Return the base to merge into. Raises ArgumentError for what can be refused before a weight is read."""
     from component.run.errors import ArgumentError
-    from component.run.manifest import MANIFEST, Damaged, verify
     from component.trust import check_adapter, check_model, find_model_file, read_model_json
 
     if cli.output.exists() or cli.output.is_symlink():
         raise ArgumentError(f"--output {cli.output}: exists; choose another name, or remove it")
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", cli.max_shard_size):
         raise ArgumentError(f"--max_shard_size {cli.max_shard_size!r}: expected a size such as 500MB or 5GB")
-    if (cli.adapter / MANIFEST).exists():
-        try:
-            verify(cli.adapter)
-        except Damaged as damage:
-            raise ArgumentError(
-                f"--adapter {cli.adapter}: {damage}; copy it again, or give a checkpoint of the run (if you changed it "
-                f"yourself, remove its {MANIFEST})"
-            ) from None
     named = check_adapter(cli.adapter).get("base_model_name_or_path")
     base = cli.base or named
     if not cli.base and (not named or ".." in Path(named).parts or not Path(named).is_dir()):

@@ -43,7 +43,8 @@ def history(folder: Path) -> list[dict]:
 def optimizer_state(folder: Path) -> list[torch.Tensor]:
     """Of the last checkpoint."""
     saved = torch.load(find_checkpoints(folder)[-1] / "optimizer.pt", weights_only=True)
-    return [value for state in saved["state"].values() for value in state.values()]
+    # On a card, a step is a number.
+    return [torch.as_tensor(value) for state in saved["state"].values() for value in state.values()]
 
 
 def assert_same_run(one: Path, other: Path) -> None:

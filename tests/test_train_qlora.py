@@ -121,6 +121,15 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
     assert done.stderr.count("an update is 4 samples: 2 processes x 2 x 1 (per_device_train_batch_size x") == 1
 
 
+def test_two_ranks_begin_from_an_adapter_as_one_process_does(job, tmp_path):
+    first = job("first", learning_rate=0.05)
+    settings = {"adapter_name_or_path": str(first / "final"), "optim": "sgd"}
+    whole = job("whole", per_device_train_batch_size=4, **settings)
+    run_on_two_ranks(tmp_path, json.loads((tmp_path / "whole.json").read_text()) | {"per_device_train_batch_size": 2})
+    assert losses(whole) == pytest.approx(losses(tmp_path / "ranks"), abs=1e-5)
+    assert largest_difference(whole, tmp_path / "ranks") <= 1e-5
+
+
 def test_the_short_update_at_an_epochs_end_is_that_of_padded_batches(job, tmp_path):
     settings = {"optim": "sgd", "max_seq_length": 64, "per_device_train_batch_size": 1, "max_steps": 3}
     settings |= {"gradient_accumulation_steps": 8, "rows": ROWS[:11]}

@@ -318,6 +318,23 @@ def test_a_hostile_adapter_is_refused_before_anything_loads_and_imports_nothing(
         assert file in shown
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"), HOSTILE_ADAPTERS, ids=[str(changes)[:40] for changes, _ in HOSTILE_ADAPTERS]
+)
+def test_no_run_begins_from_a_hostile_adapter(
+    model_folder, adapter_folder, settings, canary, capsys, monkeypatch, changes, message
+):
+    model = model_folder()
+    adapter = adapter_folder(model)
+    plant_python(adapter, canary)
+    monkeypatch.syspath_prepend(str(adapter))
+    monkeypatch.setattr("component.model.load_model", lambda *_: pytest.fail("the base was loaded"))
+    edit(adapter / "adapter_config.json", **changes)
+    shown = refusal(capsys, train_qlora, *settings(model, adapter_name_or_path=str(adapter)))
+    assert message in shown
+    assert f"{adapter}/adapter_" in shown
+
+
 @pytest.mark.parametrize("name", ["../../etc", "../chatglm3-nano", "someone/else", "https://a:b@c/d", "", None])
 def test_the_base_that_an_adapter_names_is_a_folder_here_or_is_not_taken(
     model_folder, adapter_folder, tmp_path, capsys, monkeypatch, name
@@ -333,7 +350,9 @@ def test_the_base_that_an_adapter_names_is_a_folder_here_or_is_not_taken(
     assert (tmp_path / "merged/model.safetensors").exists()
 
 
-def test_an_adapter_of_anything_but_tensors_is_refused(model_folder, adapter_folder, tmp_path, canary, capsys):
+def test_an_adapter_of_anything_but_tensors_is_refused(
+    model_folder, adapter_folder, settings, tmp_path, canary, capsys
+):
     model = model_folder()
     adapter = adapter_folder(model)
     weights, archive = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
@@ -351,6 +370,7 @@ def test_an_adapter_of_anything_but_tensors_is_refused(model_folder, adapter_fol
         spoil()
         for program, options in {chat_demo: ("--model", model), merge_lora: ("--output", tmp_path / "merged")}.items():
             assert message in refusal(capsys, program, "--adapter", adapter, *options)
+        assert message in refusal(capsys, train_qlora, *settings(model, adapter_name_or_path=str(adapter)))
     for name, save in (("by_safetensors", lambda: save_file(tensors, weights)), ("by_bin", weights.unlink)):
         torch.save(tensors, archive)
         save()

@@ -13,10 +13,18 @@ from .errors import ArgumentError
 PATIENCE = 5  # seconds, unless HF_HUB_ETAG_TIMEOUT says otherwise
 
 
-def require_hub_or_cache(name: str) -> None:
+def require_hub_or_cache(
+    name: str,
+    setting: str = "model_name_or_path",
+    files: tuple[str, ...] = ("config.json", "the tokenizer", "*.safetensors"),
+) -> None:
     """Make sure within seconds that the hub answers or the model is in its cache; the hub's library would take minutes.
 
     If the hub does not answer, it is not asked again: later loads use the cache alone.
+
+    Args:
+        setting: the one that gives the name.
+        files: what a folder in its place must hold. The first must be in the cache.
 
     Raises:
         ArgumentError: the hub does not answer and the cache lacks the model. The text lists other ways to get it.
@@ -24,15 +32,15 @@ def require_hub_or_cache(name: str) -> None:
     reason = "HF_HUB_OFFLINE is set" if huggingface_hub.is_offline_mode() else silence_of(constants.ENDPOINT)
     if not reason:
         return
-    if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+    if not isinstance(huggingface_hub.try_to_load_from_cache(name, files[0]), str):
         last = name.rpartition("/")[2]
         raise ArgumentError(
-            f"model {name!r} is no folder in {os.getcwd()} and not in the cache, and the hub {constants.ENDPOINT} "
+            f"{name!r} is no folder in {os.getcwd()} and not in the cache, and the hub {constants.ENDPOINT} "
             f"cannot be reached ({reason}). What you can do:\n"
-            f"  a folder: model_name_or_path=/path/to/{last}, with config.json, the tokenizer and *.safetensors\n"
+            f"  a folder: {setting}=/path/to/{last}, with {', '.join(files[:-1])} and {files[-1]}\n"
             "  a mirror: HF_ENDPOINT=https://hf-mirror.com (or another) before the command\n"
             f"  ModelScope: pip install modelscope; modelscope download --model {name} --local_dir models/{last} (some "
-            f"names differ there), then model_name_or_path=models/{last}"
+            f"names differ there), then {setting}=models/{last}"
         )
     if not huggingface_hub.is_offline_mode():
         logger.warning(f"the hub {constants.ENDPOINT} cannot be reached ({reason}); taking {name} from the cache")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +45,7 @@ def verify(folder: Path, name: str | None = None, deep: bool = True) -> dict:
         claimed = manifest.pop("checksum")
         if claimed != checksum(manifest):
             raise ValueError
-        files = {folder / name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        files = {folder / name: (int(facts["size"]), facts["sha256"]) for name, facts in manifest["files"].items()}
     except FileNotFoundError:
         raise Damaged(f"it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -52,7 +53,7 @@ def verify(folder: Path, name: str | None = None, deep: bool = True) -> dict:
     if name and manifest.get("name", name) != name:
         raise Damaged(f"it is a copy of {manifest['name']}")
     for path, (size, _) in files.items():
-        if not path.is_file():
+        if not os.path.isfile(path):  # also for a name that no file can have
             raise Damaged(f"{path.name} is missing")
         if path.stat().st_size != size:
             raise Damaged(f"{path.name} has {path.stat().st_size:,} bytes, not {size:,}")

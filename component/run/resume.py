@@ -207,6 +207,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 KNOWN_AS = {  # part of an identity: its name in messages
+    "adapter": "adapter_name_or_path",
     "base_model": "model_name_or_path, weights or config.json",
     "data": "train_file",
     "format.name": "data_format",

@@ -22,6 +22,7 @@ RENAMED = {
     "dataset_processes": "preprocessing_workers",
     "lora_r": "lora_rank",
     "lora_dropout_p": "lora_dropout",
+    "lora_model_dir": "adapter_name_or_path",
     "micro_batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",
     "num_epochs": "num_train_epochs",
@@ -65,6 +66,13 @@ def to_too_long(strategy: str) -> dict[str, Any]:
     return {"on_too_long": ours[strategy]}
 
 
+def to_adapter(adapters: str | list[str]) -> dict[str, Any]:
+    given = [adapters] if isinstance(adapters, str) else adapters
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(map(str, given))}: a run begins from one adapter; merge the others into the base")
+    return {"adapter_name_or_path": given[0]} if given else {}
+
+
 def when(**settings: Any) -> Callable[[bool], dict[str, Any]]:
     """Make the converter of a switch: true becomes these settings, false has no effect."""
     return lambda on: settings if on else {}
@@ -78,6 +86,7 @@ CONVERTED: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
     "lora_target_modules": (str | list, to_target_modules),
     "target_modules": (Literal["all", "all-linear", "all_linear"] | list, to_target_modules),
     "lora_target_linear": (bool, when(target_modules=None)),
+    "adapters": (str | list, to_adapter),
     "torch_dtype": (str, to_compute_dtype),
     "dtype": (str, to_compute_dtype),
     "bnb_4bit_compute_dtype": (str, to_compute_dtype),
@@ -168,11 +177,9 @@ ELSEWHERE = {
     **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_tracking_uri"), TRACKED),
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), SHARES),
     **dict.fromkeys(("pref_beta", "beta", "ref_model", "reward_model", "rl", "rlhf_type"), PREFERENCE),
-    **dict.fromkeys(
-        ("adapter_name_or_path", "lora_model_dir", "adapters"),
-        "start the same command again to continue a run (resume_from_checkpoint); merge an adapter of another run into "
-        "its base first (script/merge_lora.py)",
-    ),
+    "create_new_adapter": "an adapter is trained further itself; for a new one beside it, merge it into its base first "
+    "(script/merge_lora.py)",
+    "resume_only_model": "give the checkpoint's folder as adapter_name_or_path, which takes its weights alone",
     "model_revision": "download that revision, and give its folder as model_name_or_path",
     "tool_format": "data_format decides how tools are written",
     "train_from_scratch": ADAPTER,

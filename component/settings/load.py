@@ -197,9 +197,17 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
         raise ValueError(f"model_name_or_path: {fault}")
     if Path(model, "adapter_config.json").is_file():
         raise ValueError(
-            f"model_name_or_path: {model!r} is an adapter; give its base model, and to continue the run that made it "
-            "set resume_from_checkpoint"
+            f"model_name_or_path: {model!r} is an adapter; give its base model. To train the adapter further, give it "
+            "as adapter_name_or_path; to continue the run that made it, start the command of that run again"
         )
+    if adapter := args.adapter_name_or_path:
+        if fault := missing_folder(adapter):
+            raise ValueError(f"adapter_name_or_path: {fault}")
+        if os.path.isdir(adapter) and lies_in(adapter, values["output_dir"]):
+            raise ValueError(
+                f"adapter_name_or_path: {adapter} lies in output_dir, where a run moves and deletes what was there; "
+                "choose another output_dir"
+            )
     if values.get("load_best_model_at_end") and args.eval_file is None:
         raise ValueError("load_best_model_at_end needs eval_file, to tell which model is the best")
     if args.early_stopping_patience and args.eval_file is None:

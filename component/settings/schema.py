@@ -118,6 +118,13 @@ class QLoRAArguments:
         "memory), or auto (the fastest of these that fits).",
         *one_of("auto", "none", "selective", "full", "offload"),
     )
+    adapter_name_or_path: str | None = setting(
+        None,
+        "Folder or hub name of a trained LoRA adapter to begin from. It must have the lora_rank, lora_alpha, "
+        "target_modules and base model of the run. Default: begin with a new adapter.",
+        lambda value: value != "",
+        "a folder or a hub's name, or null",
+    )
     lora_rank: int = setting(64, "Rank of the low-rank update.", is_positive, "a positive integer")
     lora_alpha: float = setting(
         16, "Scale of the update, which is multiplied by lora_alpha / lora_rank.", is_positive, "a positive number"

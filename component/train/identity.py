@@ -9,7 +9,7 @@ from ..data.reader import find_files
 from ..run.files import fingerprint
 from ..settings.legacy import rows_of_pack_to
 from ..settings.optimization import FOLLOWING_EVALUATIONS
-from ..trust import find_model_file, find_weights
+from ..trust import find_adapter, find_adapter_weights, find_model_file, find_weights
 
 # Settings on which no trained number depends, besides those whose names start with one of BEGINNINGS.
 WITHOUT_EFFECT = {
@@ -45,12 +45,12 @@ WITHOUT_EFFECT = {
 }
 BEGINNINGS = ("ddp_", "logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
 # Settings that describe_run describes by content.
-ELSEWHERE = {"train_file", "model_name_or_path", "data_format", "chat_template"}
+ELSEWHERE = {"train_file", "model_name_or_path", "adapter_name_or_path", "data_format", "chat_template"}
 WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # of a file above WHOLE bytes, SAMPLES blocks of BLOCK bytes count
 
 
 def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
-    """The identity of a run: its settings, and digests of data, format and base model.
+    """The identity of a run: its settings, and digests of data, format, base model and adapter.
 
     Args:
         args: QLoRAArguments.
@@ -72,6 +72,7 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
         "data": describe_data(args.train_file, args.streaming),
         "format": {"name": data_format, "tokenizer": describe_tokenizer(tokenizer)},
         "base_model": describe_base(args),
+        "adapter": describe_adapter(args),
     }
 
 
@@ -81,7 +82,8 @@ def describe_machine(args, training_args, tokenizer) -> dict:
     settings = training_args.to_dict() | dataclasses.asdict(args) | {"local_rank": None, "disable_tqdm": None}
     model = {"weights or config.json": describe_base(args), "tokenizer": describe_tokenizer(tokenizer)}
     data = {"train_file": describe_data(args.train_file, streaming=True)} if args.streaming else {}
-    return settings | {f"{part} of model_name_or_path": digest for part, digest in model.items()} | data
+    adapter = {"weights of adapter_name_or_path": describe_adapter(args)}
+    return settings | {f"{part} of model_name_or_path": digest for part, digest in model.items()} | adapter | data
 
 
 def renew_identity(identity: dict) -> dict:
@@ -91,7 +93,7 @@ def renew_identity(identity: dict) -> dict:
         settings |= rows_of_pack_to(settings.pop("pack_to"))
         settings["fused_layers"] = settings["packing"]
     settings.setdefault("stream_order", "a buffer" if settings.get("streaming") else None)
-    return identity | {"settings": settings}
+    return identity | {"settings": settings, "adapter": identity.get("adapter")}
 
 
 def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -> list | str:
@@ -121,6 +123,12 @@ def describe_base(args) -> str:
         return f"{args.model_name_or_path} {commit}"
     weights = {*folder.glob("*.safetensors"), *find_weights(args.model_name_or_path)}  # torch's .bin, if used
     return fingerprint([folder / "config.json", *map(digest_of, sorted(weights))])
+
+
+def describe_adapter(args) -> str | None:
+    """Digest of the weights that the run's adapter begins with; None for a new adapter."""
+    name = args.adapter_name_or_path
+    return name and fingerprint([find_adapter_weights(find_adapter(name))])
 
 
 def digest_of(path: Path) -> str:

@@ -65,7 +65,7 @@ class LoRATrainer(Trainer):
         self.add_callback(LossWatch())
 
     def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
-        """Train from the base model, or from a checkpoint that is whole, until `max_steps` or until a callback ends it.
+        """Train the model as it is, or from a checkpoint that is whole, until `max_steps` or until a callback ends it.
 
         Raises:
             Interrupted: a signal came. The last update has been saved as a checkpoint.

@@ -177,7 +177,7 @@ def test_a_damaged_adapter_is_refused(model_folder, adapter_folder, tmp_path, ca
         whole[:-1]: f"adapter_model.safetensors has {len(whole) - 1:,} bytes, not {len(whole):,}",
     }.items():
         weights.write_bytes(damaged)
-        assert f"--adapter {adapter}: {message}; copy it again" in refusal(capsys, *usual)
+        assert f"{adapter}: {message}; copy it again" in refusal(capsys, *usual)
     weights.unlink()
     assert "adapter_model.safetensors is missing" in refusal(capsys, *usual)
     assert not (tmp_path / "merged").exists()

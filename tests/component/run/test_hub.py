@@ -46,6 +46,16 @@ def test_a_hub_that_cannot_be_reached_is_said_in_seconds_with_the_ways_on(listen
         assert way in str(refused.value)
 
 
+def test_an_adapter_is_looked_for_by_its_own_file_and_named_by_its_own_setting(tmp_path, monkeypatch):
+    cache(tmp_path, "someone/adapter")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    asked = ("someone/adapter", "adapter_name_or_path", ("adapter_config.json", "adapter_model.safetensors"))
+    with pytest.raises(ArgumentError) as refused:
+        require_hub_or_cache(*asked)
+    way = "  a folder: adapter_name_or_path=/path/to/adapter, with adapter_config.json and adapter_model.safetensors\n"
+    assert way in str(refused.value)
+
+
 def test_where_the_hub_is_silent_the_cache_is_used_and_the_hub_not_asked_again(listener, monkeypatch, tmp_path, log):
     cache(tmp_path, "THUDM/chatglm3-6b")
     monkeypatch.setattr(constants, "ENDPOINT", listener)

@@ -5,12 +5,13 @@ import os
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from component.data.dataset import select_format
 from component.model import load_tokenizer
 from component.run.resume import differences
 from component.settings.load import load_arguments
-from component.train.identity import WHOLE, describe_run, digest_of
+from component.train.identity import WHOLE, describe_machine, describe_run, digest_of
 from tests.runs import ROWS, write_rows
 
 
@@ -26,6 +27,18 @@ def identify(checkpoint, tmp_path):
         return describe_run(args, training_args, data_format, load_tokenizer(args))
 
     return identity
+
+
+@pytest.fixture
+def describe_on_this_machine(checkpoint, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+
+    def describe(**changes) -> dict:
+        settings = {"output_dir": str(tmp_path / "out"), "model_name_or_path": str(checkpoint), "train_file": str(data)}
+        args, training_args = load_arguments(None, [f"{k}={json.dumps(v)}" for k, v in (settings | changes).items()])
+        return describe_machine(args, training_args, load_tokenizer(args))
+
+    return describe
 
 
 def test_an_identity_is_json_and_the_same_each_time(identify):
@@ -96,6 +109,15 @@ def test_data_and_base_model_count_by_content_and_not_by_place(identify, checkpo
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
     (line,) = differences(identify(), identify(model_name_or_path=str(copy)))
     assert line.startswith("model_name_or_path, weights or config.json: ")
+
+
+def test_machines_must_have_the_same_adapter(describe_on_this_machine, checkpoint, adapter_folder):
+    adapter = adapter_folder(checkpoint)
+    here = describe_on_this_machine(adapter_name_or_path=str(adapter))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
+    there = describe_on_this_machine(adapter_name_or_path=str(adapter))
+    assert [key for key in here if here[key] != there[key]] == ["weights of adapter_name_or_path"]
 
 
 def test_a_slow_tokenizer_counts_by_the_contents_of_its_file(identify, checkpoint, tmp_path):
