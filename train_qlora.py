@@ -119,7 +119,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
             goes_on=bool(start.checkpoint),
         )
     )
-    on_each_machine(lambda: require_stores(train_dataset, eval_dataset))
+    on_each_machine(lambda: require_stores(args, train_dataset, eval_dataset))
     rows = None if args.streaming else len(train_dataset)
     logger.info(on_rank_zero(lambda: describe_schedule(rows, training_args)))
 

@@ -37,6 +37,7 @@ def main() -> None:
 def inspect(cli: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    from component.data.cache import limit_cache
     from component.data.dataset import DATA_FORMATS, check_choice, select_format
     from component.data.inspection import Inspection
     from component.data.load import rules_of
@@ -58,6 +59,7 @@ def inspect(cli: argparse.Namespace) -> None:
     rules = asdict(rules_of(args)) | {"on_bad_row": "skip", "max_bad_share": 1.0}
     workers = args.preprocessing_workers
     dataset = DATA_FORMATS[data_format](source, tokenizer, cache_dir=args.cache_dir, workers=workers, **rules)
+    limit_cache(args.cache_dir, args.cache_size_limit)
     inspection = Inspection(dataset, tokenizer)
     title = ", ".join(map(str, dataset.files[:3])) + (" …" if len(dataset.files) > 3 else "")
     if cli.row is not None:

@@ -19,14 +19,15 @@ from torch.utils.data import Dataset
 
 from ..chatglm import prompt
 from ..run.errors import DataError, unusable
-from ..run.files import comes_into_sight, default_cache_dir, fingerprint, make_once
+from ..run.files import comes_into_sight, fingerprint, make_once
+from .cache import cache_folder
 from .chat_template import render_chat_template
 from .formats import detect_format
 from .prepare import RowRenderer, as_item, check_tokenizer, fill_store
 from .reader import find_files, read_rows
 from .render import render_chatglm2, render_chatglm3, render_firefly
 from .rules import DataRules, judge
-from .store import TokenStore
+from .store import Missing, TokenStore
 
 Source = str | Path | list[str] | list[Path]
 PROGRAM = [*sorted(Path(__file__).parent.glob("*.py")), Path(prompt.__file__)]  # the code that renders rows
@@ -72,8 +73,7 @@ class SFTDataset(Dataset):
         self.cache_dir, self.workers = cache_dir, workers
         with faults_of_files():
             data, self.key = self.fingerprints()
-            make_once(self.folder, lambda empty: self.fill(empty, data))
-            self.store  # noqa: B018  opens it, as does the first look at it in another process
+            self.open_or_make(data)
         if judged:
             judge(self.store.report, self.files, self.rules)
 
@@ -85,7 +85,7 @@ class SFTDataset(Dataset):
     @property
     def folder(self) -> Path:
         """The store's, in this machine's cache."""
-        return Path(self.cache_dir or default_cache_dir()).expanduser() / self.key
+        return cache_folder(self.cache_dir) / self.key
 
     @cached_property
     def store(self) -> TokenStore:
@@ -94,6 +94,13 @@ class SFTDataset(Dataset):
     def __getstate__(self) -> dict:
         """All but the open store: to another process goes the folder's name, not the data."""
         return {name: value for name, value in self.__dict__.items() if name != "store"}
+
+    def open_or_make(self, data: str) -> None:
+        """Open the store, and make it where there is none, or where another process removes it before it is open."""
+        while "store" not in vars(self):
+            make_once(self.folder, lambda empty: self.fill(empty, data))
+            with suppress(Missing):
+                self.store  # noqa: B018  opens it, as does the first look at it in another process
 
     def fill(self, folder: Path, data: str) -> None:
         fill_store(self.files, self.renderer, self.workers or len(os.sched_getaffinity(0)), folder)
@@ -120,7 +127,7 @@ class SFTDataset(Dataset):
             data, key = self.fingerprints()
             if key != self.key:
                 raise DataError(f"{fault} {self.files[0]} or the program is not what rank 0 made it with; {remedy}")
-            make_once(self.folder, lambda empty: self.fill(empty, data))
+            self.open_or_make(data)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from .conversation import count_rounds
 from .dataset import SFTDataset
 from .reader import read_lines
 from .rules import CUT, DROPPED, NOTES, SHORTENED, SHOWN
+from .store import REJECTED
 from .tools import names_of
 
 PAGE = Path(__file__).with_name("inspection.html")
@@ -122,7 +123,7 @@ class Inspection:
         return ranked[:SHOWN] + ([(f"{len(rest):,} other functions", sum(n for _, n in rest))] if rest else [])
 
     def faults(self) -> list[dict[str, str]]:
-        with open(self.dataset.store.folder / "rejected.jsonl", encoding="utf-8") as lines:
+        with open(self.dataset.store.folder / REJECTED, encoding="utf-8") as lines:
             rejected = [json.loads(line) for line, _ in zip(lines, range(1000), strict=False)]
         return [
             {"place": f"{row['file']}:{row['line']}", "reason": row["reason"], "text": row["row"][:FAULT_TEXT]}

@@ -9,8 +9,10 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..run.errors import unusable
 from ..run.files import write_atomically
+from .cache import limit_cache
 from .dataset import SFTDataset, Source
 from .rules import DataRules, judge, log_report
+from .store import REJECTED
 from .stream import StreamingSFTDataset
 
 
@@ -25,6 +27,8 @@ def load_datasets(
         output_dir: the folder for `rejected.jsonl`, which is written if rows were rejected.
         goes_on: whether the run continues from a checkpoint. If so, a stream's first rows were checked when it began.
 
+    Rendered data that is not used here is removed from the cache if the cache is too large.
+
     Returns:
         The training data (SFTDataset, Mixture or StreamingSFTDataset), and the evaluation data (SFTDataset or None).
         Both are cheap to pickle.
@@ -36,10 +40,10 @@ def load_datasets(
         part = make(source, tokenizer, cache_dir=args.cache_dir, workers=workers, judged=False, **asdict(rules))
         if output_dir and part.store.report.bad:
             with_rejected[part.store.folder] = None
-            path = Path(output_dir, "rejected.jsonl")
+            path = Path(output_dir, REJECTED)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, b"".join((folder / "rejected.jsonl").read_bytes() for folder in with_rejected))
+                write_atomically(path, b"".join((folder / REJECTED).read_bytes() for folder in with_rejected))
             except OSError as error:
                 raise unusable(f"{path} could not be written ({error}); make room, or choose another", error) from error
             logger.warning(f"rejected rows and why: {path}")
@@ -55,15 +59,21 @@ def load_datasets(
     else:
         loaded = [load(source) for source in sources]
         trained = Mixture(loaded, shares, seed) if weights else loaded[0]
+    limit_cache(args.cache_dir, args.cache_size_limit)
     return trained, evaluated
 
 
-def require_stores(*datasets) -> None:
-    """Open the stores of datasets that rank 0 has loaded, on another machine (SFTDataset.require_store)."""
+def require_stores(args, *datasets) -> None:
+    """Open the stores of datasets that rank 0 has loaded, on another machine (SFTDataset.require_store).
+
+    Args:
+        args: QLoRAArguments.
+    """
     for dataset in datasets:
         for part in dataset.dataset.datasets if isinstance(dataset, Mixture) else [dataset]:
             if isinstance(part, SFTDataset):
                 part.require_store()
+    limit_cache(args.cache_dir, args.cache_size_limit)
 
 
 def rules_of(args) -> DataRules:

@@ -22,7 +22,7 @@ from .pool import in_order
 from .reader import Unreadable, parse_line, read_lines, rejected_line
 from .render import TokenizedSample, render_chatglm2, render_chatglm3
 from .rules import CUT, DROPPED, NOTES, SHORTENED, DataReport, DataRules, count_kind, judge, kind_of
-from .store import FILES, PLACE_BITS
+from .store import FILES, PLACE_BITS, REJECTED, REPORT
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 20  # limits of what a process gets at a time; the first that is reached counts
 PARALLEL_FROM = 4 << 20  # bytes of input; for less, starting processes costs more than it saves
@@ -105,7 +105,7 @@ def fill_store(files: list[Path], renderer: RowRenderer, workers: int, folder: P
     stops = renderer.rules.on_bad_row == "stop"
     workers = workers if sum(file.stat().st_size for file in files) > PARALLEL_FROM else 1
     with ExitStack() as stack:
-        rejected = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8", errors=ESCAPE))
+        rejected = stack.enter_context(open(folder / REJECTED, "w", encoding="utf-8", errors=ESCAPE))
         outputs = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
         # Once a bad row means that the run will stop, the rest is only checked, not rendered.
         tasks = ((renderer, chunk, not (stops and report.bad)) for chunk in chunks(read_files(files, not stops)))
@@ -121,7 +121,7 @@ def fill_store(files: list[Path], renderer: RowRenderer, workers: int, folder: P
                 logger.info(f"{report.rows:,} rows prepared, {report.rows / (now - started):,.0f} rows/s")
     if report.bad and stops:
         judge(report, files, renderer.rules)
-    (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8", errors=ESCAPE)
+    (folder / REPORT).write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8", errors=ESCAPE)
 
 
 @dataclass

@@ -59,12 +59,12 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = lock_of_maker(folder)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire()
     except Timeout:
         logger.info(f"another process is making {folder}; waiting for it")
-        lock.acquire()
+        lock.acquire(timeout=-1)
     try:
         if not folder.is_dir():
             temporary = folder.with_name(f".tmp-{folder.name}")
@@ -80,6 +80,11 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     finally:
         lock.release()
     return folder
+
+
+def lock_of_maker(folder: Path) -> FileLock:
+    """The lock that a process holds while it makes `folder` (make_once). Acquiring it raises Timeout at once."""
+    return FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
 
 
 def publish(temporary: Path, folder: Path) -> None:

@@ -88,6 +88,13 @@ class QLoRAArguments:
     cache_dir: str | None = setting(
         None, "Folder to keep rendered data in. Default: $XDG_CACHE_HOME/luciole or ~/.cache/luciole."
     )
+    cache_size_limit: float | None = setting(
+        50.0,
+        "GiB that rendered data may take in cache_dir. What was used longest ago is removed, unless a run has it open. "
+        "null: no limit.",
+        lambda value: value is None or value > 0,
+        "a positive number, or null",
+    )
     preprocessing_workers: int | None = setting(
         None,
         "Number of processes that render the data. Default: one for each core.",

@@ -15,6 +15,7 @@ from ..trust import find_adapter, find_adapter_weights, find_model_file, find_we
 WITHOUT_EFFECT = {
     "batch_eval_metrics",
     "cache_dir",
+    "cache_size_limit",
     "dataloader_num_workers",
     "dataloader_multiprocessing_context",
     "dataloader_pin_memory",

@@ -559,7 +559,7 @@ def test_a_tokenizer_that_was_saved_cutting_prepares_data_as_any_other(tmp_path)
 
 def settings(train_file, tmp_path, **changes) -> SimpleNamespace:
     rules = {name: field.default for name, field in DataRules.__dataclass_fields__.items()}
-    own = {"max_seq_length": 1000, "max_bad_share": 1.0, "cache_dir": str(tmp_path / "cache")}
+    own = {"max_seq_length": 1000, "max_bad_share": 1.0, "cache_dir": str(tmp_path / "cache"), "cache_size_limit": None}
     others = {"train_file": train_file, "eval_file": None, "streaming": False, "preprocessing_workers": 1}
     return SimpleNamespace(**rules | own | others | changes)
 

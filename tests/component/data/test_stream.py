@@ -256,9 +256,8 @@ def test_what_was_rendered_for_the_check_is_used(tmp_path, make, monkeypatch, wo
 def test_a_stream_that_goes_on_is_loaded_without_a_check_and_a_copy_for_another_rank_is_small(tmp_path, make):
     file = write(tmp_path / "a.jsonl", rows_of(300))
     rules = {name: field.default for name, field in DataRules.__dataclass_fields__.items()} | {"max_seq_length": 9}
-    args = SimpleNamespace(
-        **rules, train_file=str(file), eval_file=None, streaming=True, preprocessing_workers=1, cache_dir=None
-    )
+    others = {"eval_file": None, "preprocessing_workers": 1, "cache_dir": None, "cache_size_limit": None}
+    args = SimpleNamespace(**rules, **others, train_file=str(file), streaming=True)
     kind, tokenizer = SimpleNamespace(render=make(file).renderer.render), SimpleNamespace(eos_token_id=2)
     load_datasets(args, kind, tokenizer, 0, None, goes_on=True)
     assert len(make.rendered()) == 300  # by the fixture alone

@@ -50,7 +50,7 @@ def test_an_identity_is_json_and_the_same_each_time(identify):
     [
         {"output_dir": "elsewhere"},
         {"logging_steps": 7, "save_steps": 9, "save_total_limit": 3, "report_to": "tensorboard"},
-        {"dataloader_num_workers": 2, "preprocessing_workers": 1},
+        {"dataloader_num_workers": 2, "preprocessing_workers": 1, "cache_size_limit": 1.5},
         {"on_bad_row": "skip", "disable_tqdm": True, "run_name": "x"},
     ],
 )
