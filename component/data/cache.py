@@ -35,7 +35,8 @@ def limit_cache(cache_dir: str | Path | None, limit: float | None) -> None:
     try:
         with FileLock(folder / ".limit.lock", timeout=0):
             remove_abandoned(folder)
-            stores = [path for path in folder.iterdir() if KEY.fullmatch(path.name) and is_ours(path)]
+            keys = [path for path in folder.iterdir() if KEY.fullmatch(path.name)]
+            stores = [path for path in keys if is_ours(path) and (path / REPORT).exists()]
             sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in stores}
             uses = {path: (path / REPORT).stat().st_mtime for path in stores}
             left, removed = sum(sizes.values()), []

@@ -189,11 +189,12 @@ def test_what_is_removed_and_made_anew_before_it_is_locked_is_opened_anew(render
 
 
 def test_what_is_not_a_stores_files_alone_stays(fill, cache, tmp_path):
-    holding_more, linked, *_ = fill(3)
+    holding_more, linked, damaged, _ = fill(4)
+    (damaged / REPORT).unlink()
     (holding_more / "mine.txt").write_text("precious")
     linked.rename(tmp_path / "elsewhere")
     linked.symlink_to(tmp_path / "elsewhere")
-    for name in ("models/deep", "0" * 32, "1" * 31, f".tmp-{'2' * 32}", f".removed-{'3' * 32}"):
+    for name in ("models/deep", "0" * 32, "5" * 32, "1" * 31, f".tmp-{'2' * 32}", f".removed-{'3' * 32}"):
         (cache / name).mkdir(parents=True)
     for name in ("mine.txt", "models/deep/input_ids.bin", f"{'0' * 32}/mine.bin", f"{'1' * 31}/{REPORT}"):
         (cache / name).write_text("precious")
@@ -206,7 +207,8 @@ def test_what_is_not_a_stores_files_alone_stays(fill, cache, tmp_path):
     before = {path: path.read_bytes() for path in [*cache.rglob("*"), *tmp_path.glob("elsewhere/*")] if path.is_file()}
     limit_cache(cache, 1e-9)
     gone = {path.relative_to(cache).parts[0] for path in before if not path.exists()}
-    assert len(gone) == 1, "the third of our own"
+    assert len(gone) == 1, "the last of our own"
+    assert (cache / ("5" * 32)).exists()
     assert all(path.read_bytes() == data for path, data in before.items() if path.exists())
 
 
