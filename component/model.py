@@ -242,11 +242,12 @@ def check_beginning(args: QLoRAArguments, base: str) -> None:
     wanted = {name: list(weight.shape) for name, weight in sketch.items()}
     # use_rslora divides alpha by the root of the rank, which is plain LoRA with another alpha.
     alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config["use_rslora"] else 1)
-    its = {"lora_rank": config["r"], "lora_alpha": alpha, "target_modules": adapted}
-    runs = {"lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha, "target_modules": layers_of(wanted)}
-    if others := [key for key in its if its[key] != runs[key]]:
-        lines = [f"{key}: {json.dumps(its[key])} in the adapter, {json.dumps(runs[key])} in this run" for key in others]
-        settings = ", ".join(f"{key}={json.dumps(its[key])}" for key in others)
+    in_adapter = {"lora_rank": config["r"], "lora_alpha": alpha, "target_modules": adapted}
+    in_run = {"lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha, "target_modules": layers_of(wanted)}
+    if others := [key for key in in_run if in_adapter[key] != in_run[key]]:
+        wants, has = ({key: json.dumps(values[key]) for key in others} for values in (in_adapter, in_run))
+        settings = ", ".join(f"{key}={wants[key]}" for key in others)
+        lines = [f"{key}: {wants[key]} in the adapter, {has[key]} in this run" for key in others]
         raise ArgumentError("\n  ".join([f"{folder} is not of this run's shape; set {settings}:", *lines]))
     if shapes != wanted:
         name = min(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
@@ -271,7 +272,7 @@ def check_same_base(folder: Path, its_base: str | None, name_or_path: str, base:
     recorded = run.get("base_model") if isinstance(run, dict) else None
     if recorded == base:
         return
-    if is_digest(recorded) and is_digest(base):
+    if is_digest(recorded) and is_digest(base) and find_weights(name_or_path):  # a dry run needs no weights
         raise ArgumentError(
             f"{folder}: it was trained on a base with other weights or another config.json than {name_or_path}; give "
             f"that base, {its_base!r} (if they are the same model in other files, remove {MANIFEST} from a copy of the "

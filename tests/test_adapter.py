@@ -368,9 +368,13 @@ def test_a_run_that_is_moved_aside_leaves_the_adapter_where_it_is(first, job):
     assert largest_difference(first, first.parent / "second") == 0
 
 
-def test_a_dry_run_shows_the_adapter_and_reads_none_of_its_weights(first, job, monkeypatch, capsys):
+def test_a_dry_run_shows_the_adapter_and_needs_no_weights(first, job, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("component.trust.load_file", lambda *_: pytest.fail("weights were read"))
-    folder = job("second", adapter_name_or_path=str(first / "final"), dry_run=True)
+    (checkpoint / "model.safetensors").rename(checkpoint / "hidden")
+    try:
+        folder = job("second", adapter_name_or_path=str(first / "final"), dry_run=True)
+    finally:
+        (checkpoint / "hidden").rename(checkpoint / "model.safetensors")
     shown = capsys.readouterr()
     assert re.search(rf'adapter_name_or_path +"{first / "final"}"', shown.out)
     assert f"a run would begin in {folder}" in shown.err

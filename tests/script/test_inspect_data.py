@@ -150,8 +150,11 @@ def test_the_command_writes_table_row_and_page(data, tmp_path, tiny_tokenizer: C
     one = run("--data", data, "--model", model, "--row", 1, "max_seq_length=500")
     assert "weather" in one.stdout.replace("│", "")
     settings = {"model_name_or_path": str(model), "train_file": {str(data): 1}, "output_dir": str(tmp_path / "out")}
+    settings["cache_dir"] = str(tmp_path / "cache")
     (tmp_path / "args.json").write_text(json.dumps(settings))
-    assert "rows" in run("--train_args_file", tmp_path / "args.json").stdout
+    for changes in ((), ("max_seq_length=500", "cache_size_limit=1e-9")):
+        assert "rows" in run("--train_args_file", tmp_path / "args.json", *changes).stdout
+        assert len(list((tmp_path / "cache").glob("*[0-9a-f]"))) == 1, "what was rendered before was removed"
     for words, fault in (
         (["--data", data, "--model", model, "--row", 99], "--row 99: there are samples 0 to"),
         (["--data", tmp_path / "gone.jsonl", "--model", model], "gone.jsonl"),
