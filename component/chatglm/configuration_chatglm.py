@@ -5,6 +5,12 @@ from transformers import PreTrainedConfig
 from .versions import CACHE
 
 
+def find_version(recorded: int | None, *names: str | None) -> int:
+    """ChatGLM's version, 2 or 3: the recorded one, else by the first name of a folder or model that says it, else 3."""
+    named = (version for name in names for version in (2, 3) if f"chatglm{version}" in str(name).lower())
+    return recorded or next(named, 3)
+
+
 class ChatGLMConfig(PreTrainedConfig):
     """Shape of a ChatGLM2/3 decoder, with ChatGLM3-6B's values as defaults.
 
@@ -15,7 +21,8 @@ class ChatGLMConfig(PreTrainedConfig):
         chatglm_version: 2 or 3, the format of `model.chat`. Where it is absent, the checkpoint's name decides, else 3.
 
     Raises:
-        ValueError: for `pre_seq_len`, `quantization_bit`, `fp32_residual_connection` and the first ChatGLM-6B.
+        ValueError: for `pre_seq_len`, `quantization_bit`, `fp32_residual_connection`, `tie_word_embeddings`, a
+            `num_key_value_heads` that contradicts the official keys, and the first ChatGLM-6B.
     """
 
     model_type = "chatglm"
@@ -75,13 +82,29 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError(
                 "this is the first ChatGLM-6B, another architecture; only ChatGLM2 and ChatGLM3 are supported."
             )
-        if self.chatglm_version is None:
-            names = (str(kwargs.get(key, "")).lower() for key in ("name_or_path", "_name_or_path"))
-            versions = [version for name in names for version in (2, 3) if f"chatglm{version}" in name]
-            self.chatglm_version = versions[0] if versions else 3
+        groups = kwargs.pop("num_key_value_heads", None)  # to_dict() wrote it
+        if groups not in (None, self.num_key_value_heads):
+            raise ValueError(
+                f"num_key_value_heads={groups}: set multi_query_attention and multi_query_group_num instead, which say "
+                f"{self.num_key_value_heads}."
+            )
+        names = kwargs.get("name_or_path"), kwargs.get("_name_or_path")
+        self.chatglm_version = find_version(self.chatglm_version, *names)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """All values, with `num_key_value_heads`, which peft and others read there."""
+        return super().to_dict() | {"num_key_value_heads": self.num_key_value_heads}
 
     @property
     def num_key_value_heads(self) -> int:
         """Key/value heads: `multi_query_group_num` with multi-query attention, else one for each query head."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+
+    def __setattr__(self, name: str, value):
+        if name == "tie_word_embeddings" and value:
+            raise ValueError(
+                "tie_word_embeddings=true: ChatGLM's output head has weights of its own, beside its embedding. Remove "
+                "the key, or make it false."
+            )
+        super().__setattr__(name, value)

@@ -181,6 +181,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # a buffer in old checkpoints
 
+    def get_encoder(self, modality: str | None = None) -> PreTrainedModel:
+        """The model itself, as of every decoder: `encoder` is only the official name of its layers."""
+        return self if modality is None else super().get_encoder(modality)
+
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, layers and final norm. It also owns `output_layer`, as the official tensor names have it."""

@@ -257,6 +257,8 @@ def test_python_in_the_checkpoint_folder_never_runs(make_model, tiny_tokenizer, 
         ("pre_seq_len", 128, "tune with LoRA instead"),
         ("quantization_bit", 4, "Use the full checkpoint"),
         ("position_encoding_2d", True, "only ChatGLM2 and ChatGLM3"),
+        ("tie_word_embeddings", True, "Remove the key, or make it false"),
+        ("num_key_value_heads", 4, "set multi_query_attention and multi_query_group_num instead, which say 2"),
     ],
 )
 def test_unsupported_checkpoints_are_refused_with_a_remedy(tmp_path, key, value, remedy):
@@ -282,3 +284,32 @@ def test_the_version_follows_the_folder_then_the_recorded_name_and_is_saved(tmp_
     assert config.chatglm_version == version
     config.save_pretrained(tmp_path / "elsewhere")
     assert AutoConfig.from_pretrained(tmp_path / "elsewhere").chatglm_version == version
+
+
+def test_weights_are_never_tied_however_it_is_asked(make_model, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ChatGLM's output head has weights of its own"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="ChatGLM's output head has weights of its own"):
+        model.config.tie_word_embeddings = True
+
+
+@pytest.mark.parametrize(("grouped", "heads"), [(True, 2), (False, 4)])
+def test_the_configuration_as_a_dict_names_the_key_value_heads(make_model, tmp_path, grouped, heads):
+    config = make_model(multi_query_attention=grouped).config
+    assert config.to_dict()["num_key_value_heads"] == config.num_key_value_heads == heads
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == heads
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict() | {"_name_or_path": str(tmp_path)}
+    loaded.multi_query_group_num = 1
+    assert loaded.to_dict()["num_key_value_heads"] == (1 if grouped else heads)
+
+
+def test_a_decoder_has_no_encoder(make_model):
+    model = make_model()
+    assert model.get_encoder() is model
+    assert model.transformer.get_encoder() is model.transformer
+    assert model.get_encoder("image") is model
+    assert model.get_decoder() is model.transformer

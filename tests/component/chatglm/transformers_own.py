@@ -43,3 +43,7 @@ class ChatGLMTest(ModelTesterMixin, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = ChatGLMTester()
+
+    def test_tied_weights_keys(self):
+        with self.assertRaisesRegex(ValueError, "tie_word_embeddings"):
+            super().test_tied_weights_keys()
