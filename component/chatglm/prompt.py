@@ -18,7 +18,13 @@ def tools_message(tools: Any, prompt: str = TOOLS_PROMPT) -> str:
 
 
 def tool_call(parameters: dict[str, Any]) -> str:
-    """ChatGLM3's text of a call; parameters' names must be identifiers. The function's name goes into the metadata."""
+    """ChatGLM3's text of a call, whose function's name goes into the metadata.
+
+    Raises:
+        ValueError: a parameter's name is no identifier.
+    """
+    if others := [name for name in parameters if not name.isidentifier()]:
+        raise ValueError(f"the parameter {others[0]!r} cannot be a keyword argument; rename it")
     keywords = [ast.keyword(name, ast.Constant(value)) for name, value in parameters.items()]
     text = ast.unparse(ast.Call(ast.Name("tool_call"), [], keywords))
     return f"```python\n{text}\n```"

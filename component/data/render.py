@@ -48,10 +48,10 @@ def chatglm3_messages(conversation: Conversation) -> list[Message]:
 
 
 def call_text(call: Turn) -> str:
-    for name in call.parameters:
-        if not name.isidentifier():
-            raise DataError(f"the parameter {name!r} of {call.name} cannot be a keyword argument; rename it")
-    return tool_call(call.parameters)
+    try:
+        return tool_call(call.parameters)
+    except ValueError as error:
+        raise DataError(f"a call of {call.name}: {error}") from None
 
 
 def render_chatglm3(conversation: Conversation, tokenizer) -> TokenizedSample:

@@ -1,12 +1,22 @@
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AddedToken, AutoTokenizer, DataCollatorForLanguageModeling
 
+from component.chatglm import ChatGLMTokenizer
 from component.chatglm.tokenization_chatglm import CONTROL_TOKENS
 from tests.conftest import read_jsonl
+
+
+@pytest.fixture
+def own_tokenizer(tiny_tokenizer, tmp_path) -> ChatGLMTokenizer:
+    """A tokenizer that a test may change; its folder is `tmp_path / "base"`."""
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    return AutoTokenizer.from_pretrained(tmp_path / "base")
 
 
 def test_text_becomes_the_official_ids_and_comes_back(reference, real_tokenizer):
@@ -81,3 +91,105 @@ def test_an_unknown_role_or_command_is_an_error(tiny_tokenizer):
         tiny_tokenizer.build_single_message("tool", "", "")
     with pytest.raises(KeyError):
         tiny_tokenizer.get_command("</s>")
+
+
+def test_the_special_tokens_mask_marks_what_the_tokenizer_put_around_the_text(tiny_tokenizer):
+    one, two = (len(tiny_tokenizer.encode(text, add_special_tokens=False)) for text in ("a bc", "d"))
+    ask = {"return_special_tokens_mask": True}
+    assert tiny_tokenizer("a bc", **ask)["special_tokens_mask"] == [1, 1] + [0] * one
+    assert tiny_tokenizer("a bc", "d", **ask)["special_tokens_mask"] == [1, 1] + [0] * (one + two) + [1]
+    assert tiny_tokenizer("a bc", add_special_tokens=False, **ask)["special_tokens_mask"] == [0] * one
+    ids = [*tiny_tokenizer.build_chat_input("a bc")["input_ids"][0].tolist(), 2, 0]
+    newline = len(tiny_tokenizer.encode("\n", add_special_tokens=False))
+    mask = [1, 1, 1] + [0] * (newline + one) + [1, 1, 1]  # [gMASK] sop <|user|> … <|assistant|> </s> <unk>
+    assert tiny_tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) == mask
+
+
+def test_words_are_masked_and_control_tokens_are_not(own_tokenizer):
+    own_tokenizer.mask_token = "[MASK]"
+    ids = own_tokenizer.build_chat_input("a bc")["input_ids"][0]
+    labels = DataCollatorForLanguageModeling(own_tokenizer, mlm_probability=1.0)([{"input_ids": ids}])["labels"][0]
+    control = [i in own_tokenizer.tokenizer.special_tokens.values() for i in ids.tolist()]
+    assert sum(control) == 4
+    assert (labels == -100).tolist() == control
+
+
+def test_decoding_without_special_tokens_leaves_the_text(tiny_tokenizer):
+    ids = [*tiny_tokenizer.build_chat_input("a bc")["input_ids"][0].tolist(), 2]
+    assert tiny_tokenizer.decode(ids) == "[gMASK]sop<|user|> \n a bc<|assistant|>"
+    assert tiny_tokenizer.decode(ids, skip_special_tokens=True) == "\n a bc"
+
+
+def test_a_tokenizer_is_saved_whole_when_its_folder_is_gone(tiny_tokenizer, own_tokenizer, tmp_path):
+    model = (tmp_path / "base/tokenizer.model").read_bytes()
+    shutil.rmtree(tmp_path / "base")
+    own_tokenizer.save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base/tokenizer.model").read_bytes() == model
+    pickle.loads(pickle.dumps(own_tokenizer)).save_pretrained(tmp_path / "other")
+    assert AutoTokenizer.from_pretrained(tmp_path / "other").encode("你好") == tiny_tokenizer.encode("你好")
+
+
+# Added tokens, and other tokens for padding and ends
+
+
+def test_added_tokens_follow_the_last_id_and_are_encoded_wherever_they_are_written(own_tokenizer):
+    size = own_tokenizer.vocab_size
+    a, b, newline = (own_tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b", "\n"))
+    user = own_tokenizer.get_command("<|user|>")
+    assert own_tokenizer.add_tokens(["<x>", "<x>y", "<|user|>", "</s>"]) == 2
+    assert own_tokenizer.add_special_tokens({"additional_special_tokens": ["<z>"]}) == 1
+    assert own_tokenizer.convert_tokens_to_ids(["<x>", "<x>y", "<z>"]) == [size, size + 1, size + 2]
+    assert len(own_tokenizer) == size + 3
+    assert own_tokenizer.encode("a<x>yb<x>", add_special_tokens=False) == [*a, size + 1, *b, size]
+    assert own_tokenizer.tokenize("a<z>") == [*own_tokenizer.convert_ids_to_tokens(a), "<z>"]
+    assert own_tokenizer.build_single_message("user", "", "a<z>b") == [user, *newline, *a, size + 2, *b]
+    assert not {user, 2} & set(own_tokenizer.encode("<|user|></s>", add_special_tokens=False)), "they are still text"
+
+
+@pytest.mark.parametrize("text", ["<x>", "a<x>b", "<x> a  <z> ", "你好<x><z>😀", "a", " <x>\n<x>y"])
+def test_added_tokens_come_back_from_their_ids_with_the_text_around_them(own_tokenizer, text):
+    own_tokenizer.add_tokens(["<x>", "<x>y"])
+    own_tokenizer.add_tokens(["<z>"], special_tokens=True)
+    ids = own_tokenizer.encode(text)
+    assert own_tokenizer.decode(ids[2:]) == text
+    assert own_tokenizer.convert_tokens_to_ids(own_tokenizer.convert_ids_to_tokens(ids)) == ids
+    special = own_tokenizer.convert_tokens_to_ids("<z>")
+    plain = [i for i in ids[2:] if i != special]
+    assert own_tokenizer.decode(ids, skip_special_tokens=True) == own_tokenizer.decode(plain)
+
+
+def test_added_tokens_and_the_padding_token_are_saved_and_loaded_again(own_tokenizer, tmp_path):
+    assert own_tokenizer.pad_token_id == 0
+    own_tokenizer.add_tokens(["<x>"])
+    own_tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<z>"]})
+    size = own_tokenizer.vocab_size
+    own_tokenizer.save_pretrained(tmp_path / "saved")
+    for tokenizer in (AutoTokenizer.from_pretrained(tmp_path / "saved"), pickle.loads(pickle.dumps(own_tokenizer))):
+        assert tokenizer.encode("a<x><pad><z>") == own_tokenizer.encode("a<x><pad><z>")
+        assert (tokenizer.pad_token, tokenizer.pad_token_id, len(tokenizer)) == ("<pad>", size + 1, size + 3)
+        assert tokenizer(["a", "a<x>"], padding=True)["input_ids"][0][0] == size + 1
+        assert {size + 1, size + 2} < set(tokenizer.all_special_ids)
+        assert tokenizer.add_tokens(["<w>"]) == 1
+        assert tokenizer.convert_tokens_to_ids("<w>") == size + 3
+    own_tokenizer.pad_token = "</s>"
+    own_tokenizer.save_pretrained(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").pad_token_id == 2
+
+
+@torch.no_grad()
+def test_added_tokens_have_rows_in_the_padded_embedding(own_tokenizer, make_model):
+    model = make_model(padded_vocab_size=384)
+    own_tokenizer.add_tokens([f"<{i}>" for i in range(384 - len(own_tokenizer))])
+    logits = model(**own_tokenizer(f"a<0>{own_tokenizer.convert_ids_to_tokens(383)}", return_tensors="pt")).logits
+    assert logits.shape[-1] == len(own_tokenizer) == 384
+    own_tokenizer.add_tokens(["one more"])
+    model.resize_token_embeddings(len(own_tokenizer))
+    assert model(**own_tokenizer("one more", return_tensors="pt")).logits.shape[-1] == 385
+
+
+def test_what_the_tokenizer_cannot_do_with_tokens_is_refused(own_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="'<x>': ChatGLM's added tokens have no lstrip, rstrip and single_word"):
+        own_tokenizer.add_tokens([AddedToken("<x>", rstrip=True)])
+    assert len(own_tokenizer) == own_tokenizer.vocab_size
+    with pytest.raises(ValueError, match="eos_token is '<eos>', but ChatGLM's is '</s>'; leave it out"):
+        AutoTokenizer.from_pretrained(tmp_path / "base", eos_token="<eos>")

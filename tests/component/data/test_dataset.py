@@ -305,7 +305,9 @@ def test_nothing_left_to_learn_is_an_error(make, rows, length, reason):
 def test_calls_that_a_format_cannot_say_are_faults(tmp_path, tiny_tokenizer):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a-b": 1}}}]}
     file = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "x"}, call]}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the parameter 'a-b' of f cannot be a keyword argument"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: a call of f: the parameter 'a-b' cannot be a keyword argument"
+    ):
         ChatGLM3SFTDataset(file, tiny_tokenizer, 100)
     dataset = ChatGLM3SFTDataset(
         write(file, [*ROWS, {"messages": [call]}]), tiny_tokenizer, 100, on_bad_row="skip", max_bad_share=1.0
