@@ -3,7 +3,7 @@
 Tool calls that the model writes are parsed as literals and never evaluated, so hostile output runs nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from queue import Queue
 from threading import Event, Thread
 
@@ -14,13 +14,15 @@ from transformers.generation.streamers import BaseStreamer
 from .prompt import parse_tool_call, round_prompt
 from .versions import CACHE
 
+HALF = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character are decoded to
+UNDECIDED = 3  # that many tokens at most are such bytes: a character of UTF-8 has four
 
-def parse_reply(output: str, history: list[dict]) -> tuple[str | dict, list[dict]]:
-    """Turn ChatGLM3's generated text into what its `chat` returns.
+
+def parse_reply(messages: list[str], history: list[dict]) -> tuple[str | dict, list[dict]]:
+    """Turn the messages that ChatGLM3 generated into what its `chat` returns.
 
     Args:
-        output: one or more messages, `metadata` up to the first newline and content after it, with `<|assistant|>`
-            between messages.
+        messages: one or more, each with its metadata up to the first newline and its content after it.
         history: the messages that were answered.
 
     Returns:
@@ -31,7 +33,7 @@ def parse_reply(output: str, history: list[dict]) -> tuple[str | dict, list[dict
     history = list(history)
     offers_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
     content: str | dict = ""
-    for message in output.split("<|assistant|>"):
+    for message in messages:
         metadata, newline, text = message.partition("\n")
         if not newline:
             metadata, text = "", message
@@ -46,6 +48,32 @@ def parse_reply(output: str, history: list[dict]) -> tuple[str | dict, list[dict
         content = {"name": metadata.strip()}
         content |= {"content": text} if parameters is None else {"parameters": parameters}
     return content, history
+
+
+class GrowingText:
+    """Text of tokens that come one by one: always what decoding all of them at once gives, at a constant cost a token.
+
+    Only the newest tokens are decoded. `before` are some of the tokens before them, which decide about a space between.
+    """
+
+    def __init__(self, tokenizer, before: Sequence[int] = ()):
+        self.decode = tokenizer.tokenizer.decode
+        self.before, self.newest = list(before), []
+        self.settled = self.text = ""
+
+    def add(self, token: int) -> None:
+        self.newest.append(token)
+        tail = self.read(self.before, self.newest)
+        self.text = self.settled + tail
+        done = self.newest[:-UNDECIDED] if tail.endswith(HALF) else self.newest
+        rest = self.newest[len(done) :]
+        text = self.read(self.before, done)
+        if text and text + self.read(done, rest) == tail:  # no character has tokens on both sides
+            self.settled += text
+            self.before, self.newest = done, rest
+
+    def read(self, before: list[int], tokens: list[int]) -> str:
+        return self.decode(before + tokens)[len(self.decode(before)) :]
 
 
 class TokenQueue(BaseStreamer):
@@ -85,10 +113,13 @@ class ChatMixin:
     """`chat` and `stream_chat` of ChatGLM3, whose history is a list of messages, and of ChatGLM2, a list of pairs."""
 
     def process_response(self, output: str, history: list[dict] | None = None):
-        """Parse generated text as `parse_reply` does (ChatGLM3), or without a history to the text alone (ChatGLM2)."""
+        """Parse generated text as `parse_reply` does (ChatGLM3), or without a history to the text alone (ChatGLM2).
+
+        A text alone is split at every `<|assistant|>`, as officially; `chat` splits at the control token.
+        """
         if history is None:
             return output.strip().replace("[[训练时间]]", "2023年")
-        return parse_reply(output, history)
+        return parse_reply(output.split("<|assistant|>"), history)
 
     def chat(self, tokenizer, query: str, history: list | None = None, role: str = "user", **settings):
         """Answer one message.
@@ -103,7 +134,8 @@ class ChatMixin:
         """
         turn = Question(self, tokenizer, query, history, role)
         output = self.generate(**turn.inputs, **generation_settings(turn.stop_ids, **settings))
-        return turn.close(output[0, turn.inputs["input_ids"].shape[1] :].tolist())
+        turn.read(output[0, turn.inputs["input_ids"].shape[1] :].tolist())
+        return turn.close()
 
     def stream_chat(
         self,
@@ -126,23 +158,22 @@ class ChatMixin:
         worker = Thread(target=tokens.run, args=(self.generate,), kwargs=arguments, daemon=True)
         worker.start()
         rest = (cache,) if return_past_key_values else ()
-        ids: list[int] = []
         waiting = False
         try:
-            for new_ids in tokens:
-                ids += new_ids
-                waiting = tokenizer.decode(ids[:-1]).endswith("\N{REPLACEMENT CHARACTER}")  # half a character
+            for ids in tokens:
+                turn.read(ids)
+                waiting = turn.texts[-1].text.endswith(HALF)
                 if not waiting:
-                    yield turn.close(ids) + rest
+                    yield turn.close() + rest
             if waiting:  # no more tokens come: end as `chat` does, even with half a character
-                yield turn.close(ids) + rest
+                yield turn.close() + rest
         finally:
             tokens.closed.set()
             worker.join()
 
 
 class Question:
-    """One question on its way through the model: the prompt and the tokens that end the answer."""
+    """One question on its way through the model: the prompt, the tokens that end the answer, and the answer's texts."""
 
     def __init__(self, model: ChatMixin, tokenizer, query: str, history: list | None, role: str, cache=None):
         self.model, self.tokenizer, self.query, self.role = model, tokenizer, query, role
@@ -151,6 +182,8 @@ class Question:
         self.close = self._close_pairs if speaks_pairs else self._close_messages
         roles = () if speaks_pairs else ("<|user|>", "<|observation|>")
         self.stop_ids = [tokenizer.eos_token_id, *map(tokenizer.get_command, roles)]
+        self.new_message = None if speaks_pairs else tokenizer.get_command("<|assistant|>")
+        self.texts, self.newest = [GrowingText(tokenizer)], []
         if cache is not None:
             self.inputs = self._continue(cache.get_seq_length(), speaks_pairs)
         elif speaks_pairs:
@@ -174,12 +207,22 @@ class Question:
             prepend_batch_axis=True,
         )
 
-    def _close_messages(self, ids: list[int]) -> tuple[str | dict, list[dict]]:
-        asked = [*self.history, {"role": self.role, "content": self.query}]
-        return self.model.process_response(self.tokenizer.decode(ids[:-1]), asked)  # the last token ends the answer
+    def read(self, ids: list[int]) -> None:
+        """Take the next tokens of the answer. The newest waits for another: the last one ends the answer."""
+        *ids, last = [*self.newest, *ids]
+        self.newest = [last]
+        for token in ids:
+            if token == self.new_message:
+                self.texts.append(GrowingText(self.tokenizer, [token]))
+            else:
+                self.texts[-1].add(token)
 
-    def _close_pairs(self, ids: list[int]) -> tuple[str, list[tuple[str, str]]]:
-        answer = self.model.process_response(self.tokenizer.decode(ids[:-1]))
+    def _close_messages(self) -> tuple[str | dict, list[dict]]:
+        asked = [*self.history, {"role": self.role, "content": self.query}]
+        return parse_reply([message.text for message in self.texts], asked)
+
+    def _close_pairs(self) -> tuple[str, list[tuple[str, str]]]:
+        answer = self.model.process_response(self.texts[0].text)
         return answer, [*self.history, (self.query, answer)]
 
 

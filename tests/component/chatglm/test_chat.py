@@ -1,10 +1,12 @@
+import pickle
+import random
 import threading
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from component.chatglm.chat import parse_reply
+from component.chatglm.chat import GrowingText, parse_reply
 from component.chatglm.prompt import parse_tool_call
 from tests.conftest import read_jsonl
 
@@ -28,11 +30,12 @@ def test_greedy_chats_are_the_official_ones_and_stream_to_the_same_end(reference
         assert last == expected
 
 
-def test_replies_are_read_as_officially(reference):
+def test_replies_are_read_as_officially(reference, make_model):
+    model = make_model()
     rows = read_jsonl(reference / "golden/chatglm3_process_response.jsonl")
     assert len(rows) == 7
     for row in rows:
-        assert parse_reply(row["output"], row["history"]) == (row["content"], row["new_history"])
+        assert model.process_response(row["output"], row["history"]) == (row["content"], row["new_history"])
 
 
 def test_literals_of_every_kind_are_read():
@@ -64,7 +67,7 @@ def test_literals_of_every_kind_are_read():
 def test_anything_but_plain_literals_is_handed_back_as_text_and_runs_nothing(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = f" ```python\n{call}\n```"
-    content, history = parse_reply(f"now\n{text}", TOOLS)
+    content, history = parse_reply([f"now\n{text}"], TOOLS)
     assert content == {"name": "now", "content": text}
     assert history[-1]["content"] == text
     assert not list(tmp_path.iterdir())
@@ -89,24 +92,92 @@ def test_chatglm2_speaks_in_pairs(make_model, tiny_tokenizer):
     assert model.process_response(" [[训练时间]] ") == "2023年"
 
 
-@pytest.mark.parametrize("ends_whole", [True, False])
-def test_streaming_holds_half_characters_back_and_ends_as_chat_does(make_model, tiny_tokenizer, ends_whole):
-    face = [tiny_tokenizer.tokenizer.sp_model.piece_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
-    script = [*face, 2] if ends_whole else face  # without the end, the limit cuts the character
+@pytest.fixture
+def write(tiny_tokenizer):
+    """Settings that have a model write these tokens, whatever it computes."""
 
-    def settings() -> dict:
-        tokens = iter(script)
+    def write(tokens: list[int]) -> dict:
+        script = iter(tokens)
 
         def write_next(ids, scores):
-            return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([next(tokens)]), 0.0)
+            return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([next(script)]), 0.0)
 
-        return {"do_sample": False, "max_new_tokens": len(script), "logits_processor": [write_next]}
+        return {"do_sample": False, "max_new_tokens": len(tokens), "logits_processor": [write_next]}
 
+    return write
+
+
+@pytest.fixture
+def bytes_of(tokenizer):
+    """The tokens of a text's bytes."""
+    piece_to_id = tokenizer.tokenizer.sp_model.piece_to_id
+    return lambda text: [piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+
+
+@pytest.mark.parametrize("ends_whole", [True, False])
+@pytest.mark.parametrize("tokenizer", ["tiny"], indirect=True)
+def test_streaming_holds_half_characters_back_and_ends_as_chat_does(make_model, tokenizer, bytes_of, write, ends_whole):
+    script = bytes_of("😀") + [2] * ends_whole  # without the end, the limit cuts the character
     model = make_model()
-    *earlier, last = (history[-1]["content"] for _, history in model.stream_chat(tiny_tokenizer, "a", **settings()))
+    *earlier, last = (history[-1]["content"] for _, history in model.stream_chat(tokenizer, "a", **write(script)))
     assert not any(text.endswith("\N{REPLACEMENT CHARACTER}") for text in earlier)
-    assert last == model.chat(tiny_tokenizer, "a", **settings())[1][-1]["content"]
+    assert last == model.chat(tokenizer, "a", **write(script))[1][-1]["content"]
     assert (last == "😀") is ends_whole
+
+
+def test_an_answer_is_split_at_the_control_token_and_not_at_its_text(make_model, tiny_tokenizer, write):
+    encode = tiny_tokenizer.tokenizer.encode
+    call = encode("now\n```python\ntool_call(text='<|assistant|>')\n```")
+    script = [*encode("\nlook <|assistant|>, you"), tiny_tokenizer.get_command("<|assistant|>"), *call, 2]
+    model = make_model()
+    answer, history = model.chat(tiny_tokenizer, "a", history=TOOLS, **write(script))
+    assert answer == {"name": "now", "parameters": {"text": "<|assistant|>"}}
+    assert [message["content"] for message in history[2:]] == [
+        "look <|assistant|>, you",
+        "```python\ntool_call(text='<|assistant|>')\n```",
+    ]
+    yields = list(model.stream_chat(tiny_tokenizer, "a", history=TOOLS, **write(script)))
+    assert yields[-1] == (answer, history)
+    assert [len(after) for _, after in yields] == [3] * (len(script) - len(call) - 1) + [4] * (len(call) + 1)
+
+
+def test_a_growing_text_is_what_decoding_all_its_tokens_gives(tokenizer, bytes_of):
+    tokenizer = pickle.loads(pickle.dumps(tokenizer))
+    tokenizer.add_tokens(["<x>", "<xy>"])
+    draw = random.Random(0)
+    whole = [bytes_of(character) for character in ("😀", "é", "中", "\ufffd", "\n", " ")]
+    odd = [0, 1, 2, *tokenizer.tokenizer.special_tokens.values(), *tokenizer.tokenizer.added_tokens.values()]
+    odd += tokenizer.convert_tokens_to_ids(["▁", "▁▁▁"])
+    for _ in range(300):
+        ids = []
+        for _ in range(draw.randint(1, 30)):
+            character = draw.choice(whole)
+            stray = bytes_of("\x00")[0] + draw.randrange(256)
+            word = draw.randrange(3, tokenizer.vocab_size)
+            ids += draw.choice([character, character[: draw.randint(1, 4)], [stray], [draw.choice(odd)], [word]])
+        text = GrowingText(tokenizer)
+        for count, token in enumerate(ids, 1):
+            text.add(token)
+            assert text.text == tokenizer.decode(ids[:count]), ids[:count]
+
+
+@pytest.mark.parametrize("kind", ["words", "halves of characters", "the replacement character", "spaces"])
+def test_a_token_is_decoded_with_a_few_others_however_long_the_text_is(tokenizer, bytes_of, kind):
+    kinds = {
+        "words": tokenizer.encode("你好, a b 😀\n", add_special_tokens=False),
+        "halves of characters": bytes_of("😀")[:2],
+        "the replacement character": bytes_of("\ufffd"),
+        "spaces": [tokenizer.convert_tokens_to_ids("▁")],
+    }
+    text, lengths = GrowingText(tokenizer), []
+    decode = text.decode
+    text.decode = lambda ids: lengths.append(len(ids)) or decode(ids)
+    ids = (kinds[kind] * 500)[:500]
+    for token in ids:
+        text.add(token)
+    assert text.text == tokenizer.decode(ids)
+    assert max(lengths) <= 12
+    assert len(lengths) <= 8 * len(ids)
 
 
 def test_a_stream_that_is_left_early_stops_generating(make_model, tiny_tokenizer):
@@ -138,4 +209,4 @@ def test_a_second_turn_with_the_cache_reads_only_the_new_message(make_model, tin
     second = model.generate(whole, do_sample=False, max_new_tokens=6, eos_token_id=stops)[0, whole.shape[1] :]
     *_, (_, after, _) = model.stream_chat(tiny_tokenizer, "b", history, past_key_values=cache, **settings)
     asked = [*history, {"role": "user", "content": "b"}]
-    assert after == parse_reply(tiny_tokenizer.decode(second[:-1].tolist()), asked)[1]
+    assert after == model.process_response(tiny_tokenizer.decode(second[:-1].tolist()), asked)[1]
