@@ -214,9 +214,13 @@ CONVERSATIONS = {
         [{"role": "assistant", "metadata": "weather", "content": TEXT}, result("晴")],
         [CALLED, ("observation", "", "晴")],
     ),
-    "OpenAI's call, ChatGLM3's result": (
-        [says(None, call("weather", ARGUMENTS)), {"role": "observation", "content": "晴"}],
-        [CALLED, ("observation", "", "晴")],
+    "OpenAI's calls, ChatGLM3's results": (
+        [
+            says(None, call("weather", ARGUMENTS), call("now", {})),
+            {"role": "observation", "content": "晴"},
+            {"role": "observation", "content": "noon"},
+        ],
+        [CALLED, ("observation", "", "晴"), NOW, ("observation", "", "noon")],
     ),
     "content in parts, keys without a value": (
         [
