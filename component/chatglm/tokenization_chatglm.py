@@ -70,7 +70,8 @@ class SPTokenizer:
         return "".join("".join(part) if added else self.sp_model.decode_pieces(list(part)) for added, part in parts)
 
     def convert_token_to_id(self, token: str) -> int:
-        return {**self.added_tokens, **self.special_tokens}.get(token, self.sp_model.piece_to_id(token))
+        added = self.added_tokens.get(token, self.sp_model.piece_to_id(token))
+        return self.special_tokens.get(token, added)
 
     def convert_id_to_token(self, index: int) -> str:
         if index in self.index_special_tokens:
@@ -110,7 +111,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.vocab_file = vocab_file
         self.tokenizer = SPTokenizer(vocab_file)
         for name, token in (("eos_token", "</s>"), ("unk_token", "<unk>")):
-            if str(kwargs.setdefault(name, token)) != token:
+            kwargs[name] = kwargs.get(name) or token
+            if str(kwargs[name]) != token:
                 raise ValueError(f"{name} is {str(kwargs[name])!r}, but ChatGLM's is {token!r}; leave it out")
         kwargs["pad_token"] = kwargs.get("pad_token") or "<unk>"
         kwargs.pop("auto_map", None)  # it names the official remote code, which a saved copy must not ask for
@@ -277,12 +279,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError(f"continue_final_message is {continue_final_message!r}; only content can be continued")
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other; give one of them")
-        if not conversation:
+        is_batch = isinstance(next(iter(conversation), None), list | tuple)
+        batch = conversation if is_batch else [conversation]
+        if not all(batch):
             raise ValueError("the conversation is empty; give at least one message")
         tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools or ()]
         encode = self._round_ids if self.chatglm_version == 2 else self._message_ids
-        is_batch = isinstance(conversation[0], list | tuple)
-        batch = conversation if is_batch else [conversation]
         ids = [encode(chat_messages(messages, tools), bool(add_generation_prompt)) for messages in batch]
         if not tokenize:
             warn_of_text()

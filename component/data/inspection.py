@@ -28,9 +28,8 @@ class Inspection:
         self.dataset, self.tokenizer, self.report = dataset, tokenizer, dataset.store.report
         self.lengths = dataset.lengths
         self.duplicates = find_duplicates(dataset)
-        special = getattr(getattr(tokenizer, "tokenizer", None), "special_tokens", {})  # ChatGLM's
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.control = added | set(special.values()) | set(tokenizer.all_special_ids)
+        self.control = added | set(tokenizer.all_special_ids)
 
     def summary(self) -> list[tuple[str, str]]:
         report = self.report

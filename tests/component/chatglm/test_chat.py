@@ -136,6 +136,7 @@ def test_an_answer_is_split_at_the_control_token_and_not_at_its_text(make_model,
         "look <|assistant|>, you",
         "```python\ntool_call(text='<|assistant|>')\n```",
     ]
+    assert history[-1]["metadata"] == " now", "with the space that decoding the whole answer gives"
     yields = list(model.stream_chat(tiny_tokenizer, "a", history=TOOLS, **write(script)))
     assert yields[-1] == (answer, history)
     assert [len(after) for _, after in yields] == [3] * (len(script) - len(call) - 1) + [4] * (len(call) + 1)

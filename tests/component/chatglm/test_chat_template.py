@@ -259,6 +259,7 @@ def test_a_prompt_is_what_training_renders(tiny_tokenizer, name):
     ("messages", "settings", "fault"),
     [
         ([], {}, "the conversation is empty"),
+        ([ASKED, []], {}, "the conversation is empty"),
         (ASKED, {"chat_template": "{{ messages }}"}, "ChatGLM's format has no chat_template; leave it out"),
         (ASKED, {"documents": [{"text": "a"}]}, "has no documents"),
         (ASKED, {"return_assistant_tokens_mask": True}, "has no return_assistant_tokens_mask"),

@@ -193,3 +193,4 @@ def test_what_the_tokenizer_cannot_do_with_tokens_is_refused(own_tokenizer, tmp_
     assert len(own_tokenizer) == own_tokenizer.vocab_size
     with pytest.raises(ValueError, match="eos_token is '<eos>', but ChatGLM's is '</s>'; leave it out"):
         AutoTokenizer.from_pretrained(tmp_path / "base", eos_token="<eos>")
+    assert AutoTokenizer.from_pretrained(tmp_path / "base", eos_token=None, pad_token=None).eos_token_id == 2
