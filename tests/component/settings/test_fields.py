@@ -280,6 +280,7 @@ def test_the_order_of_rows_follows_from_the_seeds(run, grouped):
 
 def test_a_card_is_used_unless_it_is_switched_off(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("component.settings.machine.check_card", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     for off in (True, False):
         args = QLoRAArguments(model_name_or_path="x", train_file="x")
