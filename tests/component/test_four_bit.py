@@ -38,6 +38,5 @@ def test_a_card_and_a_processor_make_the_same_four_bits(shape, dtype):
     assert ours["offset"].item() == pytest.approx(theirs["offset"].item(), rel=1e-5)
     assert differing["4-bit values"] <= 1e-6 * weight.numel()
     assert differing["8-bit scales"] <= 1e-2 * ours["8-bit scales"].numel()
-    assert (ours["8-bit scales"].int() - theirs["8-bit scales"].int()).abs().max() <= 1
     error = (ours["weight"].float() - theirs["weight"].float()).norm() / weight.float().norm()
     assert error < 1e-3
