@@ -319,10 +319,16 @@ def test_calls_that_a_format_cannot_say_are_faults(tmp_path, tiny_tokenizer):
 
 
 def test_a_tokenizer_that_cannot_render_a_chat_template_is_refused_at_once(tmp_path, tiny_tokenizer):
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match="needs a fast tokenizer with a chat template"):
-        DATA_FORMATS["chat_template"](write(tmp_path / "rows.jsonl", ROWS), tokenizer, 100)
+    for tokenizer, fault in (
+        (tiny_tokenizer, "ChatGLM's tokenizer writes its prompts itself; leave out data_format and chat_template"),
+        (
+            SimpleNamespace(eos_token_id=0, is_fast=True, chat_template=None),
+            "the tokenizer has none; set chat_template to chatml or to a file",
+        ),
+        (SimpleNamespace(eos_token_id=0, is_fast=False), "needs a fast tokenizer, and the model has a slow one"),
+    ):
+        with pytest.raises(DataError, match=fault):
+            DATA_FORMATS["chat_template"](write(tmp_path / "rows.jsonl", ROWS), tokenizer, 100)
 
 
 def test_a_file_that_cannot_be_read_on_stops_even_a_run_that_skips_bad_rows(tmp_path, tiny_tokenizer):

@@ -192,7 +192,7 @@ def test_without_targets_a_model_is_itself():
         ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ("mistral", {"sliding_window": 8}, "sliding_window=8 is shorter than max_seq_length=64"),
-        ("chatglm", {"multi_query_attention": False}, "multi_query_attention is false"),
+        ("chatglm", {"multi_query_attention": False, "num_key_value_heads": 4}, "multi_query_attention is false"),
         ("chatglm", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
     ],
 )
