@@ -50,7 +50,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     # torch and transformers take seconds to import, which --help need not wait for.
     from loguru import logger
 
-    from component.data.dataset import check_choice, select_format
+    from component.data.dataset import check_choice, select_format, warn_of_endless_answers
     from component.model import check_beginning, load_tokenizer, warn_of_cpu
     from component.run.folder import RunFolder, foresee_start
     from component.run.ranks import on_every_rank, on_rank_zero, require_same
@@ -60,12 +60,15 @@ def train(cli: argparse.Namespace, watch) -> None:
     from component.trust import require_weights
 
     args, training_args = load_arguments(cli.train_args_file, cli.overrides, on_every_rank)
-    data_format, reason = on_every_rank(lambda: select_format(args.model_name_or_path, args.data_format))
+    data_format, reason = on_every_rank(
+        lambda: select_format(args.model_name_or_path, args.data_format, args.chat_template)
+    )
     logger.info(f"model {args.model_name_or_path}, data format {data_format}: {reason}")
     if not os.path.isdir(args.model_name_or_path):
         logger.info(f"no folder {args.model_name_or_path} in {os.getcwd()}: asking the hub for it")
     tokenizer = on_every_rank(lambda: load_tokenizer(args))
     on_rank_zero(lambda: check_choice(args, data_format, tokenizer))
+    on_rank_zero(lambda: warn_of_endless_answers(data_format, tokenizer))
     on_rank_zero(lambda: warn_of_cpu(args))
     if args.adapter_name_or_path:
         on_every_rank(lambda: check_beginning(args, describe_base(args)))

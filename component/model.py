@@ -50,8 +50,8 @@ UNLOADABLE += (SafetensorError,)
 
 
 def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
-    """Load the model's own tokenizer, with `chat_template` if that is given, and set its `embedding_rows` to the number
-    of rows in the model's embedding.
+    """Load the model's own tokenizer, with `chat_template` if that is given. Its `embedding_rows` is the number of rows
+    in the model's embedding, its `stops` the ids at which transformers' generate stops.
 
     If it names no padding token, or one without a row in the embedding, EOS pads: padding is never learned or attended.
 
@@ -61,12 +61,21 @@ def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
     tokenizer = from_pretrained(AutoTokenizer, args.model_name_or_path)
     if args.chat_template:
         set_chat_template(tokenizer, args.chat_template)
-    tokenizer.embedding_rows = math.inf
+    tokenizer.embedding_rows, tokenizer.stops = math.inf, set()
     if find_model_file(args.model_name_or_path, "config.json"):  # the inspector takes a tokenizer's folder too
-        tokenizer.embedding_rows = from_pretrained(AutoConfig, args.model_name_or_path).get_text_config().vocab_size
+        config = from_pretrained(AutoConfig, args.model_name_or_path).get_text_config()
+        tokenizer.embedding_rows = config.vocab_size
+        tokenizer.stops = find_stops(args.model_name_or_path, config)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.embedding_rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def find_stops(name_or_path: str, config) -> set[int]:
+    """Ids at which transformers' generate stops for a model: those of generation_config.json, else of config.json."""
+    file = find_model_file(name_or_path, "generation_config.json")
+    eos = read_model_json(file).get("eos_token_id") if file else config.eos_token_id
+    return {eos} if isinstance(eos, int) else set(eos or ())
 
 
 def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTrainedModel:

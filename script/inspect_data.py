@@ -52,7 +52,7 @@ def inspect(cli: argparse.Namespace) -> None:
     given |= {} if cli.train_args_file else {"output_dir": os.devnull}
     overrides = [f"{key}={value}" for key, value in given.items() if value]
     args, _ = load_arguments(cli.train_args_file, [*overrides, *cli.overrides])
-    data_format, _ = select_format(args.model_name_or_path, args.data_format)
+    data_format, _ = select_format(args.model_name_or_path, args.data_format, args.chat_template)
     tokenizer = load_tokenizer(args)
     check_choice(args, data_format, tokenizer)
     source = list(args.train_file) if isinstance(args.train_file, dict) else args.train_file

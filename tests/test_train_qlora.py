@@ -455,6 +455,10 @@ def test_calls_are_trained_by_a_ready_template_which_is_kept_beside_the_adapter(
         data_format="firefly", chat_template="chatml"
     )
     final = job(**run, chat_template="chatml") / "final"
+    said = capsys.readouterr().err
+    assert "data format chat_template: chat_template asks for it" in said
+    assert "answers end on <|im_end|>, at which generate does not stop" in said
+    assert "give it eos_token_id=259 when you chat" in said
     kept = AutoTokenizer.from_pretrained(final)
     assert kept.eos_token == "<|im_end|>"
     assert kept.apply_chat_template(messages, tokenize=False).endswith("}\n</tool_call><|im_end|>\n")
@@ -462,6 +466,9 @@ def test_calls_are_trained_by_a_ready_template_which_is_kept_beside_the_adapter(
     copy.write_text(kept.chat_template)
     job(**run, chat_template=str(copy), dry_run=True)
     assert "would continue" not in capsys.readouterr().err
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 259]}')
+    job(**run, chat_template=str(copy), dry_run=True)
+    assert "generate does not stop" not in capsys.readouterr().err
     copy.write_text(kept.chat_template + "{# another #}")
     assert "format" in refused(chat_template=str(copy))
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from loguru import logger
 
 from ..run.errors import ArgumentError
@@ -18,7 +18,7 @@ READY = {
 def set_chat_template(tokenizer, name_or_file: str) -> None:
     """Give a tokenizer another chat template, which is saved with it from then on.
 
-    If every answer of a ready template ends on one token, this becomes the tokenizer's EOS, at which inference stops.
+    If every answer of a ready template ends on one token, this becomes the tokenizer's EOS.
 
     Args:
         name_or_file: one of READY, or a file with a Jinja template.
@@ -26,6 +26,8 @@ def set_chat_template(tokenizer, name_or_file: str) -> None:
     Raises:
         ArgumentError: there is no such template, it is not Jinja, or the tokenizer lacks its control tokens.
     """
+    if hasattr(tokenizer, "build_single_message"):
+        raise ArgumentError("chat_template: ChatGLM's tokenizer writes its prompts itself; leave chat_template out")
     ready = name_or_file in READY
     file = FOLDER / f"{name_or_file}.jinja" if ready else Path(name_or_file)
     try:
@@ -39,7 +41,7 @@ def set_chat_template(tokenizer, name_or_file: str) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
     except TemplateSyntaxError as error:
         raise ArgumentError(f"chat_template: {file}:{error.lineno}: not a Jinja template ({error.message})") from None
-    except TemplateError:  # the template wants other messages than this one
+    except Exception:  # the template wants other messages than this one
         pass
     if ready:
         tokens, end = READY[name_or_file]

@@ -26,6 +26,7 @@ def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSamp
     chat = Chat(conversation, tokenizer, pattern)
     ids, starts = encode_shielded(chat.text, tokenizer)
     mask = [0] * len(ids)
+    ends_at = [*starts[1:], len(chat.text)]
     controls = [at for at, token in enumerate(ids) if token in control_ids]
     for i in [i for i, is_learned in enumerate(chat.learned) if is_learned]:
         stop = chat.words[i].stop
@@ -36,9 +37,9 @@ def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSamp
             )
         ending = stop + len(chat.ending(i))
         following = [at for at in controls if stop <= starts[at] < after]
-        ends = [at for at in following if [*starts, len(chat.text)][at + 1] <= ending] or following[:1]
+        ends = [at for at in following if ends_at[at] <= ending] or following[:1]
         if not ends:
-            if i + 1 < len(chat.words) or tokenizer.eos_token_id is None:
+            if i + 1 < len(chat.words):
                 raise DataError("the tokenizer's chat template writes no control token that could end an answer")
             ends = [len(ids)]
             ids, starts, mask = [*ids, tokenizer.eos_token_id], [*starts, len(chat.text)], [*mask, 0]

@@ -47,9 +47,10 @@ class Chat:
         self.messages, self.text = self.first_accepted(shield(messages, control))
         self.words = [self.words_of(self.messages, i, self.text) for i in range(len(messages))]
         if left_out := next(self.left_out(), None):
+            ready = ", such as chatml" if control.fullmatch("<|im_start|>") else ""
             raise DataError(
-                f"the tokenizer's chat template leaves out {left_out}; set chat_template to one that shows it, such as "
-                "chatml, or change the row"
+                f"the tokenizer's chat template leaves out {left_out}; set chat_template to one that shows it{ready}, "
+                "or change the row"
             )
 
     def write(self, messages: list[dict], *, asks: bool = False, offers: bool = True) -> str:
@@ -126,8 +127,6 @@ class Chat:
             return len(prompt)
         # Templates write earlier messages otherwise once more follow: Mistral's moves the tools to the last question.
         previous = self.words[i - 1].stop
-        if previous > first:
-            return first
         asked = prompt[self.words_of(before, i - 1, prompt, asks=True).stop :]
         shared = common_prefix(self.text[previous:], asked)
         if shared == len(asked):
@@ -143,7 +142,7 @@ class Chat:
             thought = message.get("reasoning_content") or thought.replace("<think>", "")
             shown, calls = self.text[place], message.get("tool_calls", ())
             words = [word for call in calls for word in words_in([*call["function"].values()])]
-            if not all(word in shown or json.dumps(word)[1:-1] in shown for word in words):
+            if not all(word in shown for word in words):
                 yield "a call"
             elif message["role"] != "tool" and content.strip() not in shown:
                 yield "the text beside a call" if calls else f"a message of role {message['role']}"
@@ -231,14 +230,14 @@ def shows_python(messages: list[dict], text: str) -> bool:
 
 
 def words_in(value: Any) -> Iterator[str]:
-    """Words and numbers of a JSON value, which no way of writing the value changes."""
+    """Words and numbers of a JSON value, which no faithful way of writing it changes; true, false and null are none."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list):
         for item in value:
             yield from words_in(item)
-    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        yield from re.findall(r"\w+", str(value))
+    elif value is not None and not isinstance(value, bool):
+        yield from re.findall("[\\w\U00100000-\U0010ffff]+", str(value))
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ from ..run.errors import DataError, unusable
 from ..run.files import comes_into_sight, fingerprint, make_once
 from .cache import cache_folder
 from .chat_template import render_chat_template
+from .conversation import Conversation, Turn
 from .formats import detect_format
 from .prepare import RowRenderer, as_item, check_tokenizer, fill_store
 from .reader import find_files, read_rows
@@ -204,11 +205,14 @@ def cache_key_parts(renderer: RowRenderer) -> list[str | Path]:
     return [renderer.render.__name__, json.dumps(decisive), str(renderer.rows), *saved, program, *libraries]
 
 
-def select_format(model_name_or_path: str, data_format: str | None = None) -> tuple[str, str]:
+def select_format(
+    model_name_or_path: str, data_format: str | None = None, chat_template: str | None = None
+) -> tuple[str, str]:
     """Choose which of DATA_FORMATS to train with: (format, reason).
 
-    `data_format` decides if given; else `chatglm2` or `chatglm3` in the last part of the name (any case), else
-    Firefly's. The folders above do not count: `chatglm3_project/Qwen2.5-7B` is no ChatGLM.
+    `data_format` decides if given, and `chat_template` asks for the format of that name; else `chatglm2` or `chatglm3`
+    in the last part of the name (any case), else Firefly's. The folders above do not count:
+    `chatglm3_project/Qwen2.5-7B` is no ChatGLM.
 
     Raises:
         DataError: an unknown `data_format`, or a folder whose config.json says something else than its name.
@@ -217,6 +221,8 @@ def select_format(model_name_or_path: str, data_format: str | None = None) -> tu
         if data_format not in DATA_FORMATS:
             raise DataError(f"data_format is {data_format!r}; expected one of {', '.join(DATA_FORMATS)}")
         return data_format, "data_format says so"
+    if chat_template:
+        return "chat_template", "chat_template asks for it"
     last = last_part(model_name_or_path)
     found = max(("chatglm2", "chatglm3"), key=last.lower().rfind)
     named = found in last.lower()
@@ -296,6 +302,21 @@ def check_choice(args, data_format: str, tokenizer) -> None:
         "model that can chat already does not know; data_format=chat_template trains them by its template "
         "(data_format=firefly: as now, without this warning)"
     )
+
+
+def warn_of_endless_answers(data_format: str, tokenizer) -> None:
+    """Warn if an answer ends on none of the tokenizer's `stops`, so that transformers' generate would go on."""
+    if data_format != "chat_template" or not tokenizer.stops:
+        return
+    short = Conversation((Turn("user", "1"), Turn("assistant", "2", learned=True)))
+    with suppress(DataError):
+        sample = render_chat_template(short, tokenizer)
+        end = sample.input_ids[max(i for i, learned in enumerate(sample.target_mask) if learned)]
+        if end not in tokenizer.stops:
+            logger.warning(
+                f"answers end on {tokenizer.convert_ids_to_tokens(end)}, at which generate does not stop by the base's "
+                f"generation_config.json or config.json: give it eos_token_id={end} when you chat"
+            )
 
 
 def kind_of_rows(file: Path) -> str | None:

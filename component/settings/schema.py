@@ -190,8 +190,6 @@ class QLoRAArguments:
             raise ValueError(
                 f"chat_template needs data_format chat_template, which is {self.data_format!r}; remove one"
             )
-        if self.chat_template:
-            self.data_format = "chat_template"
         if self.early_stopping_threshold and not self.early_stopping_patience:
             raise ValueError("early_stopping_threshold has no effect without early_stopping_patience; give both")
         if self.packing_length and not self.packing:

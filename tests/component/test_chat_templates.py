@@ -1,17 +1,19 @@
 """The ready chat templates, and templates from files."""
 
+import copy
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from component.chat_templates import FOLDER, set_chat_template
-from component.chatglm.prompt import TOOLS_PROMPT
+from component.chatglm.prompt import TOOLS_PROMPT, tool_call
 from component.data.chat_template import render_chat_template
 from component.data.conversation import choose_learned
 from component.data.formats import parse_row
-from component.run.errors import ArgumentError
-from tests.component.data.test_chat_template import make_tokenizer, shown, turns, with_calls
+from component.run.errors import ArgumentError, DataError
+from tests.component.data.test_chat_template import CONTROL, make_tokenizer, shown, turns, with_calls
 from tests.conftest import read_jsonl
 
 
@@ -49,7 +51,7 @@ def test_chatml_of_plain_turns():
     assert '⟦let me see\n<tool_call>\n{"name"' in shown(beside, chatml())
 
 
-def test_inference_stops_where_answers_end():
+def test_the_end_of_answers_becomes_the_eos():
     """Qwen's base models have another EOS, at which they would never arrive after this."""
     assert chatml("<|endoftext|>").eos_token == "<|im_end|>"
 
@@ -122,6 +124,24 @@ def test_a_template_that_cannot_be_used_is_refused(tmp_path, given, fault):
         set_chat_template(make_tokenizer("", "<s>", "</s>"), str(tmp_path / "t.jinja"))
 
 
+def test_chatglm_writes_its_prompts_itself(tiny_tokenizer):
+    with pytest.raises(ArgumentError, match="ChatGLM's tokenizer writes its prompts itself; leave chat_template out"):
+        set_chat_template(copy.deepcopy(tiny_tokenizer), "chatglm3")
+
+
+def test_chatglm3_writes_a_call_as_python():
+    tokenizer = make_tokenizer("", "<s>", "</s>", control=["[gMASK]", "sop", *CONTROL])
+    set_chat_template(tokenizer, "chatglm3")
+    arguments = {"a": "it's \\ philosophy\n", "b": 'say "hi"', "c": [1, True, None, 0.5, {"d": "'\""}]}
+    row = with_calls("x")
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = arguments
+    text = shown(row, tokenizer)
+    assert f"⟦weather\n {tool_call(arguments)}<|observation|>⟧\n 24<|assistant|>⟦\n a</s>⟧" in text
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"a b": 1}
+    with pytest.raises(DataError, match="the parameter 'a b' cannot be a keyword argument; rename it"):
+        shown(row, tokenizer)
+
+
 def test_a_ready_template_needs_its_control_tokens():
     """Of a tokenizer without them, they would be learned as text, and no answer would end."""
     llama = make_tokenizer("", "<s>", "</s>", control=["[INST]"])
@@ -133,7 +153,7 @@ def test_a_ready_template_needs_its_control_tokens():
 
 def test_a_template_from_a_file_is_used_as_it_is(tmp_path):
     """Also one that no short conversation suits."""
-    (tmp_path / "t.jinja").write_text("{{ raise_exception('two') if messages | length < 2 }}{{ messages[1].content }}")
+    (tmp_path / "t.jinja").write_text("{{ messages[1].content + '' }}")
     tokenizer = make_tokenizer("", "<s>", "</s>")
     set_chat_template(tokenizer, str(tmp_path / "t.jinja"))
     assert tokenizer.apply_chat_template(turns("q", "a")["messages"], tokenize=False) == "a"

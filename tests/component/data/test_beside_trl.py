@@ -123,7 +123,8 @@ def function(name: str, **types: str) -> dict:
 
 
 OBEY = {"role": "system", "content": "obey"}
-WEATHER, CLOCK = ("weather", {"city": "北京"}), ("clock", {"zone": "y", "hours": 3})
+WEATHER = ("weather", {"city": "北京"})
+CLOCK = ("clock", {"zone": "y", "hours": 3, "exact": True, "until": None, "step": 0.5})
 TOOLS = [function("weather", city="string"), function("clock", zone="string", hours="integer")]
 ROUND, ANOTHER, CALL = (
     (user("q1"), answer("a1")),

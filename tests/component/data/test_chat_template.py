@@ -275,6 +275,32 @@ def test_control_tokens_inside_a_call_do_not_end_it_where_the_tools_move_to_the_
     )
 
 
+def test_a_call_ends_on_all_of_its_control_tokens_where_the_tools_move_to_the_last_question():
+    template = ARGS.replace("{%- endfor %}{{ eos_token }}", "{%- endfor %}{{ '[END]' + eos_token }}")
+    row = with_calls("x")
+    row["messages"] += turns("q2", "a2")["messages"]
+    text = shown(row, make_tokenizer(template, "<s>", "</s>", control=[*CONTROL, "[ARGS]", "[END]"]))
+    assert '⟦[TOOL_CALLS]weather[ARGS]{"city": "x"}[END]</s>⟧[TOOL_RESULTS]' in text
+
+
+def test_a_call_ends_where_the_template_wants_a_result_after_it():
+    template = QWEN25 + "{% if messages[-1].tool_calls %}{{ raise_exception('no result') }}{% endif %}"
+    text = shown(with_calls("x"), make_tokenizer(template, "<|im_start|>", "<|im_end|>"))
+    assert "</tool_call><|im_end|>⟧\n<|im_start|>user\n<tool_response>" in text
+
+
+def test_an_empty_answer_is_its_end():
+    text = shown(turns("q", "", "q2", "a2"), FAMILIES["qwen2.5"])
+    assert "assistant\n⟦<|im_end|>⟧\n<|im_start|>user\nq2" in text
+
+
+def test_a_template_for_tools_is_used_where_there_are_tools():
+    """As Hermes' and Command-R's, which have several by name."""
+    tokenizer = make_tokenizer({"default": SMOLLM2, "tool_use": QWEN25}, "<|im_start|>", "<|im_end|>")
+    assert "</tool_call><|im_end|>⟧" in shown(with_calls("x"), tokenizer)
+    assert "You are a helper" in shown(PLAIN, tokenizer)
+
+
 # As gpt-oss's: a result begins with the function's name, the last answer ends otherwise, early calls lose thoughts.
 HARMONY = """{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>
 {%- elif m.tool_calls %}{% if m.thinking and loop.index == messages | length %}

@@ -23,7 +23,7 @@ def identify(checkpoint, tmp_path):
     def identity(**changes) -> dict:
         settings = {"output_dir": str(tmp_path), "model_name_or_path": str(checkpoint), "train_file": str(data)}
         args, training_args = load_arguments(None, [f"{k}={json.dumps(v)}" for k, v in (settings | changes).items()])
-        data_format, _ = select_format(args.model_name_or_path, args.data_format)
+        data_format, _ = select_format(args.model_name_or_path, args.data_format, args.chat_template)
         return describe_run(args, training_args, data_format, load_tokenizer(args))
 
     return identity
