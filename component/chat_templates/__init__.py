@@ -1,5 +1,6 @@
 """Chat templates for tokenizers that have none, or none that shows functions: ready ones by name, or from a file."""
 
+import re
 from pathlib import Path
 
 from jinja2 import TemplateSyntaxError
@@ -31,12 +32,14 @@ def set_chat_template(tokenizer, name_or_file: str) -> None:
     ready = name_or_file in READY
     file = FOLDER / f"{name_or_file}.jinja" if ready else Path(name_or_file)
     try:
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(
             f"chat_template: {name_or_file!r} cannot be read ({error}); give {' or '.join(READY)}, or a file with a "
             "Jinja template; for the tokenizer's own template set data_format to chat_template, and leave this out"
         ) from None
+    if re.match(r'\s*\{\s*"', tokenizer.chat_template):
+        raise ArgumentError(f"chat_template: {file}: holds JSON; give a file with the template's text alone")
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
     except TemplateSyntaxError as error:

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 
 from ..run.errors import DataError
 from .chat_text import SHIELD, Chat
@@ -24,27 +24,30 @@ def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSamp
     """
     pattern, control_ids = control_tokens(tokenizer)
     chat = Chat(conversation, tokenizer, pattern)
-    ids, starts = encode_shielded(chat.text, tokenizer)
+    ids, spans = encode_shielded(chat.text, tokenizer)
+    starts = [start for start, _ in spans]
     mask = [0] * len(ids)
-    ends_at = [*starts[1:], len(chat.text)]
     controls = [at for at, token in enumerate(ids) if token in control_ids]
     for i in [i for i, is_learned in enumerate(chat.learned) if is_learned]:
         stop = chat.words[i].stop
         after = chat.words[i + 1].start if i + 1 < len(chat.words) else len(chat.text)
         if after < stop:
             raise DataError(
-                "the tokenizer's chat template writes a part of an answer behind the next message; change it"
+                "the tokenizer's chat template writes a part of an answer behind the next message, or an answer "
+                "otherwise for another text in the next message; change the row or it"
             )
         ending = stop + len(chat.ending(i))
-        following = [at for at in controls if stop <= starts[at] < after]
-        ends = [at for at in following if ends_at[at] <= ending] or following[:1]
+        following = [at for at in controls if stop <= spans[at][0] < after]
+        ends = [at for at in following if spans[at][1] <= ending] or following[:1]
         if not ends:
             if i + 1 < len(chat.words):
                 raise DataError("the tokenizer's chat template writes no control token that could end an answer")
             ends = [len(ids)]
-            ids, starts, mask = [*ids, tokenizer.eos_token_id], [*starts, len(chat.text)], [*mask, 0]
-        first = bisect_left(starts, chat.beginning(i, starts))
-        mask[first : ends[-1] + 1] = [1] * (ends[-1] + 1 - first)
+            ids, mask = [*ids, tokenizer.eos_token_id], [*mask, 0]
+        end = next((at for at in ends if ids[at] == tokenizer.eos_token_id), ends[-1])
+        # Of a token that begins in the prompt, such as a space and a word, the message has a part: it is learned.
+        first = bisect_right([end for _, end in spans], chat.beginning(i, starts))
+        mask[first : end + 1] = [1] * (end + 1 - first)
     return TokenizedSample(ids, mask)
 
 
@@ -56,9 +59,9 @@ def control_tokens(tokenizer) -> tuple[re.Pattern, frozenset[int]]:
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)"), frozenset(tokens.values())
 
 
-def encode_shielded(text: str, tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids, and where each begins in `text`; shielded stretches are encoded as the text that they stand for."""
-    ids, starts, at = [], [], 0
+def encode_shielded(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids, and where each begins and ends in `text`; shielded stretches are encoded as what they stand for."""
+    ids, spans, at = [], [], 0
     for part in re.split("([\U00100000-\U0010ffff]+)", text):
         hidden = part and ord(part[0]) >= SHIELD
         if part:
@@ -67,6 +70,6 @@ def encode_shielded(text: str, tokenizer) -> tuple[list[int], list[int]]:
                 plain, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=bool(hidden)
             )
             ids += encoded["input_ids"]
-            starts += [at + start for start, _ in encoded["offset_mapping"]]
+            spans += [(at + start, at + end) for start, end in encoded["offset_mapping"]]
             at += len(part)
-    return ids, starts
+    return ids, spans

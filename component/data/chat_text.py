@@ -16,9 +16,12 @@ SHIELD = 0x100000
 MARKER = "\U0010fffe"
 # The date that every template writes as today's, so that a row is rendered alike on every day.
 DATE = datetime.date(2024, 7, 26)
-TODAY = re.compile(r"\bstrftime_now\(\s*(['\"])(.*?)\1\s*\)")
+TODAY = re.compile(r"\bstrftime_now\(\s*(['\"])([^'\"]*)\1\s*\)")
+ASKED_FOR = re.compile(r"\bstrftime_now\s+is\s+(?:not\s+)?defined\b")
 # Keys under which templates look for the reasoning of a message.
 REASONING = re.compile(r"(?<=[.'\"])(?:reasoning_content|reasoning|thinking)\b")
+# A thought as text, and what follows it.
+THOUGHT = re.compile(r"(?:\s*<think>(.*?)</think>)?(.*)", re.DOTALL)
 
 
 class Chat:
@@ -98,7 +101,13 @@ class Chat:
         start = common_prefix(text, other)
         if "tool_calls" in messages[i]:  # whose names a template may repeat for their results
             other = self.write(with_marker(messages, i, names=False), asks=asks)
-        return slice(start, max(start, len(text) - common_prefix(text[::-1], other[::-1])))
+        stop = max(start, len(text) - common_prefix(text[::-1], other[::-1]))
+        words = messages[i]["content"].strip()
+        if messages[i]["role"] == "user" and text[:stop].endswith(
+            words
+        ):  # Mistral's writes tools before the last text,
+            start = max(start, stop - len(words))  # and before all that equal it
+        return slice(start, stop)
 
     def ending(self, i: int) -> str:
         """What the template writes after the words of message i, whether the conversation ends there or goes on."""
@@ -127,6 +136,8 @@ class Chat:
             return len(prompt)
         # Templates write earlier messages otherwise once more follow: Mistral's moves the tools to the last question.
         previous = self.words[i - 1].stop
+        if previous > first:
+            raise DataError("the tokenizer's chat template writes the messages in another order; change the row or it")
         asked = prompt[self.words_of(before, i - 1, prompt, asks=True).stop :]
         shared = common_prefix(self.text[previous:], asked)
         if shared == len(asked):
@@ -138,8 +149,8 @@ class Chat:
         """Name parts of the conversation that the template does not write. The reasoning of earlier answers is none of
         them, since most templates rightly remove it."""
         for message, place, is_learned in zip(self.messages, self.words, self.learned, strict=True):
-            thought, _, content = message["content"].rpartition("</think>")
-            thought = message.get("reasoning_content") or thought.replace("<think>", "")
+            thought, content = THOUGHT.fullmatch(message["content"]).groups("")
+            thought = message.get("reasoning_content", thought)
             shown, calls = self.text[place], message.get("tool_calls", ())
             words = [word for call in calls for word in words_in([*call["function"].values()])]
             if not all(word in shown for word in words):
@@ -248,7 +259,7 @@ def with_fixed_date(template: str) -> str:
         DataError: the template takes the date's format from elsewhere.
     """
     template = TODAY.sub(lambda found: repr(DATE.strftime(found[2])), template)
-    if re.search(r"\bstrftime_now\(", template):
+    if "strftime_now" in ASKED_FOR.sub("", template):
         raise DataError("its strftime_now needs a format in quotes, so that the date can be fixed; change the template")
     return template
 

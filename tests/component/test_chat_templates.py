@@ -114,6 +114,7 @@ def test_chatglm3_offers_tools_with_the_official_sentence():
     ("given", "fault"),
     [
         ("{{ 1 }", r"t\.jinja:1: not a Jinja template \("),
+        ('{\n"chat_template": "x"}', "holds JSON; give a file with the template's text alone"),
         (None, "cannot be read .* give chatml or chatglm3, or a file with a Jinja template; for the tokenizer's own"),
     ],
 )
@@ -153,7 +154,7 @@ def test_a_ready_template_needs_its_control_tokens():
 
 def test_a_template_from_a_file_is_used_as_it_is(tmp_path):
     """Also one that no short conversation suits."""
-    (tmp_path / "t.jinja").write_text("{{ messages[1].content + '' }}")
+    (tmp_path / "t.jinja").write_text("\ufeff{{ messages[1].content + '' }}")
     tokenizer = make_tokenizer("", "<s>", "</s>")
     set_chat_template(tokenizer, str(tmp_path / "t.jinja"))
     assert tokenizer.apply_chat_template(turns("q", "a")["messages"], tokenize=False) == "a"

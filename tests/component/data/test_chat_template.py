@@ -99,11 +99,14 @@ CONTROL = [
 ]
 
 
-def make_tokenizer(template: str, bos: str, eos: str, more: str = "", control=CONTROL) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, and the control tokens of every family."""
+def make_tokenizer(
+    template: str, bos: str, eos: str, more: str = "", control=CONTROL, merges=()
+) -> PreTrainedTokenizerFast:
+    """Bytes as tokens and pairs of them by `merges`, and the control tokens of every family."""
     control = [*control, *(f"<|{name}|>" for name in more.split())]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    pieces = [*alphabet, *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
@@ -358,13 +361,60 @@ def test_an_answer_begins_after_its_role_where_only_the_prompt_opens_a_thought()
     )
 
 
-def test_an_answer_is_learned_whole_where_the_message_before_it_moves_behind_it():
+def test_messages_in_another_order_are_refused():
     template = """{% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>' + m.content }}
 {{- eos_token if m.role == 'assistant' else '' }}{% endfor %}{% for m in messages if m.role == 'system' %}
 {{- '<|system|>' + m.content }}{% endfor %}{{ '<|assistant|>' if add_generation_prompt else '' }}"""
     row = turns("q", "a")
     row["messages"].insert(1, {"role": "system", "content": "obey"})
-    assert shown(row, make_tokenizer(template, "<s>", "</s>")) == "<|user|>q<|assistant|>⟦a</s>⟧<|system|>obey"
+    with pytest.raises(DataError, match="writes the messages in another order"):
+        shown(row, make_tokenizer(template, "<s>", "</s>"))
+
+
+def test_a_first_token_that_begins_in_the_prompt_is_learned():
+    """As SentencePiece's, whose words hold the space before them, after ERNIE's prompt."""
+    template = """{% for m in messages %}{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' else ' ') }}
+{%- endfor %}{{ 'assistant: ' if add_generation_prompt else '' }}"""
+    tokenizer = make_tokenizer(template, "<s>", "</s>", merges=[("Ġ", "Y")])
+    assert shown(turns("q1", "Yes", "q2", "No"), tokenizer) == (
+        "user: q1 assistant:⟦ Yes</s>⟧user: q2 assistant: ⟦No</s>⟧"
+    )
+
+
+def test_equal_questions_are_told_apart():
+    """Mistral's template writes the tools before every question that equals the last."""
+    row = with_calls("x")
+    row["messages"] += turns("q", "a2", "q3", "a3", "q", "a4")["messages"]
+    text = shown(row, FAMILIES["mistral"])
+    assert text.count("[AVAILABLE_TOOLS]") == 3
+    assert re.findall("⟦(.*?)⟧", text)[1:] == [" a</s>", " a2</s>", " a3</s>", " a4</s>"]
+
+
+def test_an_answer_ends_at_the_first_eos():
+    """As Command A's, which writes the next prompt's beginning after every message."""
+    template = """{{ '<|user|>' if messages }}{% for m in messages %}{{ m.content + eos_token }}<|user|>{% endfor %}"""
+    text = shown(turns("q1", "a1", "q2", "a2"), make_tokenizer(template, "<s>", "</s>"))
+    assert re.findall("⟦(.*?)⟧", text) == ["a1</s>", "a2</s>"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        ("Write text.split('</think>')[-1] and print it.", "leaves out a message of role assistant"),
+        ("Intro <think>x</think> rest", "leaves out a message of role assistant"),
+        ("<think>x <think> y</think>rest", None),
+    ],
+)
+def test_only_a_thought_at_the_beginning_may_be_left_out(answer, fault):
+    """As by Qwen3's template, which removes all text before the last closing tag from earlier answers."""
+    change = ("{{ m.content }}{% for", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{% for")
+    tokenizer = make_tokenizer(QWEN25.replace(*change), "<|im_start|>", "<|im_end|>")
+    row = turns("q", answer, "q2", answer)
+    if fault:
+        with pytest.raises(DataError, match=fault):
+            shown(row, tokenizer)
+    else:
+        assert "assistant\n⟦rest<|im_end|>⟧" in shown(row, tokenizer)
 
 
 def test_today_is_the_same_date_every_day():
@@ -373,9 +423,10 @@ def test_today_is_the_same_date_every_day():
     assert shown(turns("q", "a"), make_tokenizer(today + QWEN25, "<|im_start|>", "<|im_end|>")).startswith(
         "Today: 26 Jul 2024<|im_start|>user\nq"
     )
-    hidden = make_tokenizer("{% set form = '%Y' %}{{ strftime_now(form) }}" + QWEN25, "<|im_start|>", "<|im_end|>")
-    with pytest.raises(DataError, match="strftime_now needs a format in quotes"):
-        shown(turns("q", "a"), hidden)
+    for date in ("strftime_now(form)", "strftime_now ('%f')", "(strftime_now)('%f')", "strftime_now('%d' ~ '%f')"):
+        hidden = make_tokenizer("{% set form = '%Y' %}{{ " + date + " }}" + QWEN25, "<|im_start|>", "<|im_end|>")
+        with pytest.raises(DataError, match="strftime_now needs a format in quotes"):
+            shown(turns("q", "a"), hidden)
 
 
 def test_parallel_calls_are_one_message():
