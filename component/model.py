@@ -298,11 +298,16 @@ def begin_from_adapter(model: PeftModel, name_or_path: str) -> None:
     """Give a new adapter the weights of a trained one, which `check_beginning` has found to fit.
 
     Raises:
-        ArgumentError: a weight is not finite.
+        ArgumentError: a weight is not finite, or of a type that adapters are not trained in.
     """
     folder = find_adapter(name_or_path)
     weights = read_adapter(folder)
-    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ArgumentError(
+                f"{folder}: {name} is of type {weight.dtype}; give an adapter in float32 or half precision"
+            )
+    if bad := [name for name, weight in weights.items() if not weight.float().isfinite().all()]:
         raise ArgumentError(f"{folder}: {bad[0]} and {len(bad) - 1} others are not finite; take an earlier checkpoint")
     set_peft_model_state_dict(model, weights)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,7 @@ def test_an_adapter_that_a_hub_has_not_is_named(refusal, monkeypatch, fault, tol
             'target_modules: ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"] in the adapter, ["dense"]',
         ),
         ({"adapter_name_or_path": "/nowhere/final"}, "adapter_name_or_path: no folder /nowhere/final"),
+        ({"adapter_name_or_path": "models/nowhere"}, "leave this key out and set resume_despite_changes to true"),
         ({"adapter_name_or_path": ""}, "adapter_name_or_path must be a folder or a hub's name, or null, got ''"),
     ],
 )
@@ -210,6 +212,14 @@ def spoil_a_weight(folder: Path) -> None:
     save_file(weights, folder / "adapter_model.safetensors")
 
 
+def store_as(dtype: torch.dtype) -> Callable[[Path], None]:
+    def store(folder: Path) -> None:
+        weights = {name: weight.to(dtype) for name, weight in adapter(folder).items()}
+        save_file(weights, folder / "adapter_model.safetensors")
+
+    return store
+
+
 def flip_a_bit(folder: Path) -> None:
     seal(folder, {})
     weights = (folder / "adapter_model.safetensors").read_bytes()
@@ -219,6 +229,8 @@ def flip_a_bit(folder: Path) -> None:
 SPOILT = {
     "lacks a layer": (drop_a_layer, "1.mlp.dense_4h_to_h.lora_A.weight has the shape None in the adapter, and [4, 64]"),
     "is not finite": (spoil_a_weight, "and 0 others are not finite; take an earlier checkpoint"),
+    "is int8": (store_as(torch.int8), "is of type torch.int8; give one in float32 or in half precision"),
+    "is float8": (store_as(torch.float8_e4m3fn), "is of type torch.float8_e4m3fn; give one in float32"),
     "is damaged": (flip_a_bit, "adapter_model.safetensors has other contents than were written; copy it again"),
     "has no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "is a run": (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json there; give an"),

@@ -202,7 +202,10 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
         )
     if adapter := args.adapter_name_or_path:
         if fault := missing_folder(adapter):
-            raise ValueError(f"adapter_name_or_path: {fault}")
+            raise ValueError(
+                f"adapter_name_or_path: {fault}; to continue a run that began from it, leave this key out and set "
+                "resume_despite_changes to true"
+            )
         if os.path.isdir(adapter) and lies_in(adapter, values["output_dir"]):
             raise ValueError(
                 f"adapter_name_or_path: {adapter} lies in output_dir, where a run moves and deletes what was there; "
