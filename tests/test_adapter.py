@@ -229,8 +229,8 @@ def flip_a_bit(folder: Path) -> None:
 SPOILT = {
     "lacks a layer": (drop_a_layer, "1.mlp.dense_4h_to_h.lora_A.weight has the shape None in the adapter, and [4, 64]"),
     "is not finite": (spoil_a_weight, "and 0 others are not finite; take an earlier checkpoint"),
-    "is int8": (store_as(torch.int8), "is of type torch.int8; give one in float32 or in half precision"),
-    "is float8": (store_as(torch.float8_e4m3fn), "is of type torch.float8_e4m3fn; give one in float32"),
+    "is int8": (store_as(torch.int8), "is of type torch.int8; give an adapter in float32 or half precision"),
+    "is float8": (store_as(torch.float8_e4m3fn), "is of type torch.float8_e4m3fn; give an adapter in float32"),
     "is damaged": (flip_a_bit, "adapter_model.safetensors has other contents than were written; copy it again"),
     "has no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "is a run": (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json there; give an"),
