@@ -24,7 +24,7 @@ def texts_of(path: Path) -> list[str]:
     """Every message of a data file, so that the vocabulary fits what will be trained."""
     texts = []
     for _, conversation in read_conversations(path):
-        for message in chatglm3_messages(conversation):
+        for message, _ in chatglm3_messages(conversation):
             texts += [message.metadata, message.content]
     return [text for text in texts if text]
 

@@ -75,6 +75,14 @@ def test_no_files_import_one_another_in_a_circle():
     assert len(order) == len(files)
 
 
+def test_chatglm_and_data_have_no_name_for_two_things():
+    def defined(room: str) -> set[str]:
+        nodes = (node for path in rooms()[room] for node in ast.parse(path.read_text(encoding="utf-8")).body)
+        return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+    assert not defined("chatglm") & defined("data")
+
+
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
 def test_programs_import_parts_and_never_one_another(path):
     own = {"train_qlora", "script", "benchmark"}

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from .prompt import tool_call, tools_message
+from .prompt import Message, call_message, tools_message
 
-Message = tuple[str, str, str]  # role, metadata and content, as `build_single_message` takes them
 # Keys of a message beside its role and content, by its role.
 KEYS = {
     "system": {"metadata", "tools"},
@@ -18,7 +17,7 @@ KEYS = {
 }
 
 
-def chat_messages(conversation: Sequence[dict], tools: Sequence[dict] = ()) -> list[Message]:
+def to_chatglm3(conversation: Sequence[dict], tools: Sequence[dict] = ()) -> list[Message]:
     """Translate a conversation to ChatGLM3's messages.
 
     A result stands directly after its call, as in training, also where several calls were made at once.
@@ -32,26 +31,25 @@ def chat_messages(conversation: Sequence[dict], tools: Sequence[dict] = ()) -> l
         ValueError: a message holds something for which ChatGLM3 has no place.
     """
     groups: list[list[Message]] = []  # of one message, or of a call and its result
-    waiting: list[tuple[str | None, str, list[Message]]] = []  # id, name and group of calls without a result
+    waiting: list[tuple[str | None, list[Message]]] = []  # id and group of calls without a result
     if tools:
-        groups.append([("system", "", tools_message([unwrap(tool) for tool in tools]))])
-    for i, message in enumerate(conversation):
+        groups.append([tools_message([unwrap(tool) for tool in tools])])
+    for i, given in enumerate(conversation):
         try:
-            role, metadata, content, calls = parse_message(message)
-            if tools and message.get("tools"):
+            message, calls = read_message(given)
+            if tools and given.get("tools"):
                 raise ValueError("has tools, and others are given beside the conversation; keep one")
-            if role == "tool" or (role == "observation" and waiting):
-                answered = find_call(message, waiting)
-                answered.append(("observation", metadata, content))
+            if message.role == "tool" or (message.role == "observation" and waiting):
+                find_call(given, waiting).append(message._replace(role="observation"))
                 continue
         except ValueError as error:
             raise ValueError(f"messages[{i}]: {error}") from error
-        if content or not calls:
-            groups.append([(role, metadata, content)])
-        waiting = [(None, metadata.strip(), groups[-1])] if role == "assistant" and metadata.strip() else []
-        for call_id, name, text in calls:
-            groups.append([("assistant", name, text)])
-            waiting.append((call_id, name, groups[-1]))
+        if message.content or not calls:
+            groups.append([message])
+        waiting = [(None, groups[-1])] if message.role == "assistant" and message.metadata.strip() else []
+        for call_id, call in calls:
+            groups.append([call])
+            waiting.append((call_id, groups[-1]))
     return list(chain(*groups))
 
 
@@ -62,28 +60,28 @@ def unwrap(tool: dict) -> dict:
     return tool["function"] if tool.keys() == {"type", "function"} else tool
 
 
-def parse_message(message: dict) -> tuple[str, str, str, list[tuple[str | None, str, str]]]:
-    """Role, metadata, content and calls (id, name, text) of a message. Keys that are empty say nothing."""
+def read_message(message: dict) -> tuple[Message, list[tuple[str | None, Message]]]:
+    """A message without its calls, and of each call its id and message. Keys that are empty say nothing."""
     role = message.get("role") if isinstance(message, dict) else message
     if role not in KEYS:
         raise ValueError(f"role is {role!r}; expected one of {', '.join(KEYS)}")
     if strays := {key for key, value in message.items() if value} - KEYS[role] - {"role", "content"}:
         raise ValueError(f"has {min(strays)}, for which ChatGLM has no place in a message of {role}; remove it")
-    calls = [parse_call(call) for call in message.get("tool_calls") or ()]
+    calls = [read_call(call) for call in message.get("tool_calls") or ()]
     content = "" if calls and message.get("content") is None else text_of(message.get("content"))
     if message.get("tools") is not None:
-        content = tools_message(message["tools"], content)
-    return role, message.get("metadata") or "", content, calls
+        content = tools_message(message["tools"], content).content
+    return Message(role, message.get("metadata") or "", content), calls
 
 
-def parse_call(call: Any) -> tuple[str | None, str, str]:
-    """Id, name and ChatGLM3's text of one of OpenAI's `tool_calls`, whose arguments are an object or its JSON."""
+def read_call(call: Any) -> tuple[str | None, Message]:
+    """Id and message of one of OpenAI's `tool_calls`, whose arguments are an object or its JSON."""
     function = call.get("function") if isinstance(call, dict) else None
     name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
     arguments = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments or {}
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError(f"tool_calls holds {call!r}; expected a function with name and arguments")
-    return call.get("id"), name, tool_call(arguments)
+    return call.get("id"), call_message(name, arguments)
 
 
 def text_of(content: Any) -> str:
@@ -95,11 +93,11 @@ def text_of(content: Any) -> str:
     return "".join(texts)
 
 
-def find_call(result: dict, waiting: list[tuple[str | None, str, list[Message]]]) -> list[Message]:
+def find_call(result: dict, waiting: list[tuple[str | None, list[Message]]]) -> list[Message]:
     """Take from `waiting` the group of the call that a result answers: of its id, else of its name, else the first."""
     fits = [call for call in waiting if result.get("tool_call_id") in (None, "", call[0])]
     if not fits:
         raise ValueError("answers no call of the message before it; give that call, or remove the result")
-    call = min(fits, key=lambda call: call[1] != result.get("name"))
+    call = min(fits, key=lambda call: call[1][0].metadata.strip() != result.get("name"))
     waiting.remove(call)
-    return call[2]
+    return call[1]

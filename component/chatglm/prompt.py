@@ -1,8 +1,8 @@
-"""ChatGLM's prompts as text. Training, the tokenizer and `chat` all take them from here."""
+"""ChatGLM's prompts: their text, and ChatGLM3's messages. Training, the tokenizer and `chat` take them from here."""
 
 import ast
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 
@@ -12,13 +12,21 @@ def round_prompt(number: int, question: str) -> str:
     return f"[Round {number}]\n\n问：{question}\n\n答："
 
 
-def tools_message(tools: Any, prompt: str = TOOLS_PROMPT) -> str:
+class Message(NamedTuple):
+    """One ChatGLM3 message, `<|role|>metadata\\ncontent`, as `build_single_message` takes it."""
+
+    role: str  # system, user, assistant or observation
+    metadata: str
+    content: str
+
+
+def tools_message(tools: Any, prompt: str = TOOLS_PROMPT) -> Message:
     """ChatGLM3's system message that offers functions; `tools` may be any JSON value."""
-    return f"{prompt}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
+    return Message("system", "", f"{prompt}\n{json.dumps(tools, indent=4, ensure_ascii=False)}")
 
 
-def tool_call(parameters: dict[str, Any]) -> str:
-    """ChatGLM3's text of a call, whose function's name goes into the metadata.
+def call_message(name: str, parameters: dict[str, Any]) -> Message:
+    """ChatGLM3's message that calls a function.
 
     Raises:
         ValueError: a parameter's name is no identifier.
@@ -27,7 +35,7 @@ def tool_call(parameters: dict[str, Any]) -> str:
         raise ValueError(f"the parameter {others[0]!r} cannot be a keyword argument; rename it")
     keywords = [ast.keyword(name, ast.Constant(value)) for name, value in parameters.items()]
     text = ast.unparse(ast.Call(ast.Name("tool_call"), [], keywords))
-    return f"```python\n{text}\n```"
+    return Message("assistant", name, f"```python\n{text}\n```")
 
 
 def parse_tool_call(code: str) -> dict | None:

@@ -16,8 +16,8 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.utils import get_json_schema
 
 from .configuration_chatglm import find_version
-from .messages import Message, chat_messages
-from .prompt import round_prompt
+from .messages import to_chatglm3
+from .prompt import Message, round_prompt
 
 ROLES = ("system", "user", "assistant", "observation")
 CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(f"<|{role}|>" for role in ROLES))
@@ -219,12 +219,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Args:
             query: the newest message, spoken by `role` (`observation` for the result of a function).
-            history: earlier messages, as `messages.chat_messages` takes them.
+            history: earlier messages, as `messages.to_chatglm3` takes them.
 
         Returns:
             tensors `input_ids`, `attention_mask` and `position_ids`, each (1, length).
         """
-        messages = chat_messages([*(history or []), {"role": role, "content": query}])
+        messages = to_chatglm3([*(history or []), {"role": role, "content": query}])
         return self([self._message_ids(messages, ask=True)], add_special_tokens=False, return_tensors="pt")
 
     def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
@@ -257,7 +257,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         be continued as it is.
 
         Args:
-            conversation: messages as `messages.chat_messages` takes them; for ChatGLM2 questions and answers in turn.
+            conversation: messages as `messages.to_chatglm3` takes them; for ChatGLM2 questions and answers in turn.
             tools: functions that are offered (ChatGLM3): OpenAI's descriptions, bare ones, or Python functions with
                 types and a docstring. They make a system message before the conversation.
             add_generation_prompt: whether `<|assistant|>` follows. ChatGLM2 asks for the answer with each question.
@@ -285,7 +285,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError("the conversation is empty; give at least one message")
         tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools or ()]
         encode = self._round_ids if self.chatglm_version == 2 else self._message_ids
-        ids = [encode(chat_messages(messages, tools), bool(add_generation_prompt)) for messages in batch]
+        ids = [encode(to_chatglm3(messages, tools), bool(add_generation_prompt)) for messages in batch]
         if not tokenize:
             warn_of_text()
             texts = [self.decode(row) for row in ids]

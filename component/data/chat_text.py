@@ -9,7 +9,7 @@ from typing import Any
 
 from ..run.errors import DataError
 from .conversation import Conversation
-from .messages import chat_messages, with_think_text
+from .messages import to_openai, with_think_text
 
 # First of the private-use characters that stand for the characters of control tokens written in text.
 SHIELD = 0x100000
@@ -41,7 +41,7 @@ class Chat:
         reasoning_keys = set(REASONING.findall(str(tokenizer.chat_template)))
         if not reasoning_keys:
             conversation = with_think_text(conversation)
-        messages, tools = chat_messages(conversation)
+        messages, tools = to_openai(conversation)
         self.learned = [all(message.pop("learned", (False,))) for message in messages]
         for message in messages:
             if "reasoning_content" in message:

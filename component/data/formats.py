@@ -34,7 +34,7 @@ from .fields import (
     text_call,
 )
 from .keys import ROW_MEANINGS, TURN_MEANINGS, refuse_meaning, refuse_preference, says_something, turns_of, unread
-from .messages import as_text, chat_messages, question_answer_pairs, with_think_text
+from .messages import as_text, question_answer_pairs, to_openai, with_think_text
 from .reader import load_json, read_rows
 from .tools import names_of, wrap_tools
 
@@ -284,7 +284,7 @@ def parse_call(call: Any, place: str) -> Turn:
 
 def write_openai(conversation: Conversation, lost: Lost) -> dict:
     """Write a row of OpenAI's messages; a call and its result are two messages with one id."""
-    messages, tools = chat_messages(conversation)
+    messages, tools = to_openai(conversation)
     lose_empty_answers(conversation, lost)
     for message in messages:
         call_ids = [call["id"] for call in message.get("tool_calls", ())]

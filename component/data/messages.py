@@ -42,7 +42,7 @@ def question_answer_pairs(
     raise DataError(f"{reason}; {remedy}, or remove the row")
 
 
-def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | None]:
+def to_openai(conversation: Conversation) -> tuple[list[dict], list[dict] | None]:
     """(messages, tools) as OpenAI and chat templates have them, a call's arguments as an object.
 
     An assistant's message has `learned`, one flag for its text and one for each call, and `reasoning_content` if it
@@ -64,7 +64,7 @@ def chat_messages(conversation: Conversation) -> tuple[list[dict], list[dict] | 
     if tools is None and conversation.tools is not None:
         from ..chatglm.prompt import tools_message  # imported here: its package takes seconds, such rows are rare
 
-        messages.append({"role": "system", "content": tools_message(conversation.tools)})
+        messages.append({"role": "system", "content": tools_message(conversation.tools).content})
     for turn in conversation.turns:
         if not turn.joined:
             add_results()

@@ -5,9 +5,9 @@
 
 from dataclasses import dataclass, field
 
-from ..chatglm.prompt import round_prompt, tool_call, tools_message
+from ..chatglm.prompt import Message, call_message, round_prompt, tools_message
 from ..run.errors import DataError
-from .conversation import Conversation, Turn
+from .conversation import Conversation
 from .messages import as_text, question_answer_pairs, with_think_text
 
 
@@ -23,35 +23,24 @@ class TokenizedSample:
         self.target_mask += [int(learned)] * len(ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One ChatGLM3 message: `<|role|>metadata\\ncontent`."""
+def chatglm3_messages(conversation: Conversation) -> list[tuple[Message, bool]]:
+    """The messages that official inference would have seen, each with whether it is learned.
 
-    role: str  # system, user, assistant or observation
-    content: str
-    metadata: str = ""
-    learned: bool = False
-
-
-def chatglm3_messages(conversation: Conversation) -> list[Message]:
-    """The messages that official inference would have seen: tools first, a tool turn as its call and its result."""
+    Tools come first. A tool turn becomes its call and its result.
+    """
     messages = []
     if conversation.tools is not None:
-        messages.append(Message("system", tools_message(conversation.tools)))
+        messages.append((tools_message(conversation.tools), False))
     for turn in with_think_text(conversation).turns:
         if turn.role == "tool":
-            messages.append(Message("assistant", call_text(turn), turn.name, turn.learned))
-            messages.append(Message("observation", as_text(turn.observation)))
+            try:
+                messages.append((call_message(turn.name, turn.parameters), turn.learned))
+            except ValueError as error:
+                raise DataError(f"a call of {turn.name}: {error}") from None
+            messages.append((Message("observation", "", as_text(turn.observation)), False))
         else:
-            messages.append(Message(turn.role, turn.content, learned=turn.learned))
+            messages.append((Message(turn.role, "", turn.content), turn.learned))
     return messages
-
-
-def call_text(call: Turn) -> str:
-    try:
-        return tool_call(call.parameters)
-    except ValueError as error:
-        raise DataError(f"a call of {call.name}: {error}") from None
 
 
 def render_chatglm3(conversation: Conversation, tokenizer) -> TokenizedSample:
@@ -63,11 +52,11 @@ def render_chatglm3(conversation: Conversation, tokenizer) -> TokenizedSample:
     sample = TokenizedSample()
     sample.add(tokenizer.get_prefix_tokens(), learned=False)
     ends_learned = False
-    for message in chatglm3_messages(conversation):
-        role, *body = tokenizer.build_single_message(message.role, message.metadata, message.content)
+    for message, learned in chatglm3_messages(conversation):
+        role, *body = tokenizer.build_single_message(*message)
         sample.add([role], learned=ends_learned)
-        sample.add(body, learned=message.learned)
-        ends_learned = message.learned
+        sample.add(body, learned=learned)
+        ends_learned = learned
     sample.add([tokenizer.eos_token_id], learned=ends_learned)
     return sample
 

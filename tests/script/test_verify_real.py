@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from component.chatglm.chat import parse_reply
-from component.chatglm.prompt import TOOLS_PROMPT, tool_call
+from component.chatglm.prompt import TOOLS_PROMPT, call_message
 from component.data.formats import read_conversations
 from component.data.render import render_chatglm3
 from component.verify import facts, steps
@@ -373,7 +373,7 @@ def lessons(tokenizer: ChatGLMTokenizer) -> list[tuple[list[int], list[int]]]:
         rows.append((asked + answer, [0] * len(asked) + [1] * len(answer)))
 
     offer = [{"role": "system", "content": TOOLS_PROMPT, "tools": facts.TOOLS}]
-    call = tokenizer.build_single_message("assistant", facts.FUNCTION, tool_call({"city": facts.PLACE}))[1:]
+    call = tokenizer.build_single_message(*call_message(facts.FUNCTION, {"city": facts.PLACE}))[1:]
     teach(facts.QUESTION, "user", offer, [*call, tokenizer.get_command("<|observation|>")])
     _, history = parse_reply(tokenizer.decode(call), [*offer, {"role": "user", "content": facts.QUESTION}])
     answer = tokenizer.build_single_message("assistant", "", f"杭州有小雨，{facts.FIGURE} 度。")[1:]

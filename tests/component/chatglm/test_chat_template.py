@@ -5,10 +5,11 @@ import torch
 from transformers import AutoTokenizer, pipeline
 
 from component.chatglm import ChatGLMTokenizer
+from component.chatglm.messages import to_chatglm3
 from component.chatglm.prompt import TOOLS_PROMPT, tools_message
 from component.chatglm.tokenization_chatglm import warn_of_text
 from component.data.formats import parse_row
-from component.data.render import render_chatglm3
+from component.data.render import chatglm3_messages, render_chatglm3
 from tests.conftest import read_jsonl
 from tests.published import CHAT_TEMPLATE
 
@@ -159,7 +160,7 @@ def test_the_text_is_for_reading_and_says_so_once(tiny_tokenizer, log):
 @pytest.mark.parametrize("tools", [[WEATHER], [{"type": "function", "function": WEATHER}], [weather]])
 def test_tools_are_shown_bare_in_a_system_message_of_their_own(tiny_tokenizer, tools):
     described = WEATHER | {"return": {"type": "string"}} if callable(tools[0]) else WEATHER
-    expected = ids_of(tiny_tokenizer, [("system", "", tools_message([described])), ("system", "", "Be brief.")])
+    expected = ids_of(tiny_tokenizer, [tools_message([described]), ("system", "", "Be brief.")])
     assert apply(tiny_tokenizer, CHAT[:1], tools=tools) == expected
     assert apply(tiny_tokenizer, CHAT[:1], tools=[]) == ids_of(tiny_tokenizer, [("system", "", "Be brief.")])
     official = [{"role": "system", "content": TOOLS_PROMPT, "tools": [described]}]
@@ -251,7 +252,9 @@ def test_a_prompt_is_what_training_renders(tiny_tokenizer, name):
         "messages": [{k: v for k, v in message.items() if v not in (None, [])} for message in messages],
         "tools": tools,
     }
-    trained = render_chatglm3(parse_row(row), tiny_tokenizer).input_ids
+    conversation = parse_row(row)
+    assert [message for message, _ in chatglm3_messages(conversation)] == to_chatglm3(messages, tools)
+    trained = render_chatglm3(conversation, tiny_tokenizer).input_ids
     assert [*apply(tiny_tokenizer, messages, tools=tools), 2] == trained
 
 

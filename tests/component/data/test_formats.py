@@ -530,4 +530,4 @@ def test_reasoning_keeps_its_field_where_a_format_has_one_and_is_said_to_become_
         row, lost = write(conversation, name)
         assert back(row).turns[1] == Turn("assistant", "<think>\nhm\n</think>\n\na", True)
         assert lost == ["that reasoning is no part of the answer: written as <think> text"]
-    assert chatglm3_messages(conversation)[1].content == "<think>\nhm\n</think>\n\na"
+    assert chatglm3_messages(conversation)[1][0].content == "<think>\nhm\n</think>\n\na"

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from component.chatglm.prompt import TOOLS_PROMPT
+from component.chatglm.prompt import TOOLS_PROMPT, call_message
 from component.data.conversation import Conversation, Turn
 from component.data.formats import parse_chatglm3, parse_firefly
-from component.data.render import call_text, chatglm3_messages, render_chatglm2, render_chatglm3, render_firefly
+from component.data.render import chatglm3_messages, render_chatglm2, render_chatglm3, render_firefly
 from tests.conftest import read_jsonl
 
 
@@ -107,15 +107,15 @@ def test_chatglm2_learns_answers_and_their_ends(tiny_tokenizer):
     ],
 )
 def test_a_call_is_python_keyword_arguments(parameters, call):
-    assert call_text(Turn("tool", name="f", parameters=parameters)) == f"```python\n{call}\n```"
+    assert call_message("f", parameters) == ("assistant", "f", f"```python\n{call}\n```")
 
 
 @pytest.mark.parametrize(
     ("observation", "text"), [("", ""), ("null", "null"), (None, "null"), ({"温": 1}, '{"温": 1}')]
 )
 def test_a_result_is_text_or_json(observation, text):
-    messages = chatglm3_messages(Conversation((Turn("tool", name="f", observation=observation),)))
-    assert [message.content for message in messages[1:]] == [text]
+    _, (result, _) = chatglm3_messages(Conversation((Turn("tool", name="f", observation=observation),)))
+    assert result == ("observation", "", text)
 
 
 texts = st.text(max_size=12) | st.sampled_from(["<|user|>", "</s>", "[gMASK]sop", "<|assistant|>\n 你好", " \n"])
@@ -149,7 +149,7 @@ def test_the_training_prefix_of_every_answer_is_the_inference_prompt(tokenizer, 
     sample = render_chatglm3(conversation, tokenizer)
     assert len(sample.input_ids) == len(sample.target_mask)
     messages = chatglm3_messages(conversation)
-    history = [{"role": m.role, "content": m.content, "metadata": m.metadata} for m in messages]
+    history = [message._asdict() for message, _ in messages]
     if conversation.tools is not None:
         history[0] = {"role": "system", "content": TOOLS_PROMPT, "tools": conversation.tools}
 
@@ -157,8 +157,8 @@ def test_the_training_prefix_of_every_answer_is_the_inference_prompt(tokenizer, 
     starts = [i for i, token in enumerate(sample.input_ids) if token in commands][2:]
     assert len(starts) == len(messages)  # no text opens a turn
     ends = [*starts[1:], len(sample.input_ids) - 1]
-    for i, (message, start, end) in enumerate(zip(messages, starts, ends, strict=True)):
-        assert set(sample.target_mask[start + 1 : end + 1]) == {int(message.learned)}
+    for i, ((message, learned), start, end) in enumerate(zip(messages, starts, ends, strict=True)):
+        assert set(sample.target_mask[start + 1 : end + 1]) == {int(learned)}
         if message.role == "assistant" and i > 0 and not (i == 1 and conversation.tools is not None):
             before = history[i - 1]
             prompt = tokenizer.build_chat_input(before["content"], history=history[: i - 1], role=before["role"])
