@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -78,9 +79,14 @@ def read_call(call: Any) -> tuple[str | None, Message]:
     """Id and message of one of OpenAI's `tool_calls`, whose arguments are an object or its JSON."""
     function = call.get("function") if isinstance(call, dict) else None
     name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
-    arguments = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments or {}
+    arguments = arguments or {}
+    if isinstance(arguments, str):
+        with suppress(json.JSONDecodeError):  # what is no JSON is refused as it is
+            arguments = json.loads(arguments)
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise ValueError(f"tool_calls holds {call!r}; expected a function with name and arguments")
+        raise ValueError(
+            f"tool_calls holds {call!r}; expected a function with its name and arguments, an object or its JSON"
+        )
     return call.get("id"), call_message(name, arguments)
 
 
