@@ -120,6 +120,12 @@ def test_logging_is_set_up_before_what_is_loud_at_its_import():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_no_function_has_more_than_60_lines():
+    for path in ROOT.glob("component/**/*.py"):
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        assert not [node.name for node in functions if node.end_lineno - node.lineno >= 60], path
+
+
 def test_parts_log_and_do_not_print():
     for path in ROOT.glob("component/**/*.py"):
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]

@@ -270,15 +270,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             ValueError: something was asked for that ChatGLM's format does not have, such as another template, documents
                 or the mask of `return_assistant_tokens_mask`.
         """
-        if self.chat_template != self.carried_template:
-            chat_template = chat_template or self.chat_template
-        others |= {"documents": documents, "chat_template": chat_template}
-        if asked := [name for name, value in others.items() if value]:
-            raise ValueError(f"ChatGLM's format has no {asked[0]}; leave it out")
-        if continue_final_message not in (False, True, "content"):
-            raise ValueError(f"continue_final_message is {continue_final_message!r}; only content can be continued")
-        if continue_final_message and add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other; give one of them")
+        self._refuse_foreign(documents, chat_template, add_generation_prompt, continue_final_message, others)
         is_batch = isinstance(next(iter(conversation), None), list | tuple)
         batch = conversation if is_batch else [conversation]
         if not all(batch):
@@ -300,6 +292,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             **tokenizer_kwargs or {},
         )
         return encoded if return_dict else encoded["input_ids"]
+
+    def _refuse_foreign(self, documents, chat_template, add_generation_prompt, continue_final_message, others) -> None:
+        """Refuse what was asked of `apply_chat_template` and ChatGLM's format does not have."""
+        if self.chat_template != self.carried_template:
+            chat_template = chat_template or self.chat_template
+        asked = others | {"documents": documents, "chat_template": chat_template}
+        if foreign := [name for name, value in asked.items() if value]:
+            raise ValueError(f"ChatGLM's format has no {foreign[0]}; leave it out")
+        if continue_final_message not in (False, True, "content"):
+            raise ValueError(f"continue_final_message is {continue_final_message!r}; only content can be continued")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other; give one of them")
 
     def _message_ids(self, messages: list[Message], ask: bool) -> list[int]:
         ids = [i for message in messages for i in self.build_single_message(*message)]
