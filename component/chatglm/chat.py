@@ -57,11 +57,13 @@ class GrowingText:
     """
 
     def __init__(self, tokenizer, before: Sequence[int] = ()):
-        self.decode = tokenizer.tokenizer.decode
+        self.decode, self.piece = tokenizer.tokenizer.decode, tokenizer.tokenizer.convert_id_to_token
         self.before, self.newest = list(before), []
         self.settled = self.text = ""
 
     def add(self, token: int) -> None:
+        if self.newest and not self.piece(token) and not self.piece(self.newest[-1]):
+            return  # a token without a piece, such as <unk>, cuts bytes apart; another after it does nothing more
         self.newest.append(token)
         tail = self.read(self.before, self.newest)
         self.text = self.settled + tail

@@ -148,28 +148,45 @@ def test_a_growing_text_is_what_decoding_all_its_tokens_gives(tokenizer, bytes_o
     draw = random.Random(0)
     whole = [bytes_of(character) for character in ("😀", "é", "中", "\ufffd", "\n", " ")]
     odd = [0, 1, 2, *tokenizer.tokenizer.special_tokens.values(), *tokenizer.tokenizer.added_tokens.values()]
-    odd += tokenizer.convert_tokens_to_ids(["▁", "▁▁▁"])
+    odd += [*tokenizer.convert_tokens_to_ids(["▁", "▁▁▁"]), len(tokenizer), len(tokenizer) + 200]
     for _ in range(300):
         ids = []
         for _ in range(draw.randint(1, 30)):
             character = draw.choice(whole)
             stray = bytes_of("\x00")[0] + draw.randrange(256)
             word = draw.randrange(3, tokenizer.vocab_size)
-            ids += draw.choice([character, character[: draw.randint(1, 4)], [stray], [draw.choice(odd)], [word]])
+            odd_ones = [draw.choice(odd)] * draw.randint(1, 4)
+            ids += draw.choice([character, character[: draw.randint(1, 4)], [stray], odd_ones, [word]])
         text = GrowingText(tokenizer)
         for count, token in enumerate(ids, 1):
             text.add(token)
             assert text.text == tokenizer.decode(ids[:count]), ids[:count]
 
 
-@pytest.mark.parametrize("kind", ["words", "halves of characters", "the replacement character", "spaces"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "words",
+        "halves of characters",
+        "the replacement character",
+        "spaces",
+        "<unk>",
+        "ids past the vocabulary",
+        "halves of characters and <unk>",
+        "spaces and <unk>",
+    ],
+)
 def test_a_token_is_decoded_with_a_few_others_however_long_the_text_is(tokenizer, bytes_of, kind):
     kinds = {
         "words": tokenizer.encode("你好, a b 😀\n", add_special_tokens=False),
         "halves of characters": bytes_of("😀")[:2],
         "the replacement character": bytes_of("\ufffd"),
         "spaces": [tokenizer.convert_tokens_to_ids("▁")],
+        "<unk>": [0],
+        "ids past the vocabulary": [len(tokenizer), len(tokenizer) + 200],
     }
+    for one in ("halves of characters", "spaces"):
+        kinds[f"{one} and <unk>"] = [*kinds[one], 0, 0]
     text, lengths = GrowingText(tokenizer), []
     decode = text.decode
     text.decode = lambda ids: lengths.append(len(ids)) or decode(ids)
