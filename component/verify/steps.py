@@ -26,6 +26,7 @@ from ..run.errors import ArgumentError, Fault
 from ..run.manifest import sha256
 from ..run.resume import FINAL
 from ..settings.load import load_arguments, read_json_object
+from ..train.checkpoint import STATE
 from ..train.loss import TargetLMLoss
 from ..trust import find_model_file, find_weights, read_model_json, read_shapes, require_weights
 from . import facts
@@ -257,18 +258,13 @@ class Verification:
         log = [line.partition(" INFO    ")[2] or line for line in done.stderr.splitlines()]
         if done.returncode:
             raise Failed("\n".join([f"train_qlora.py ended with exit code {done.returncode}", *log[-LISTED:]]))
-        updates = re.findall(r"^step .* loss (\S+) .* ([\d,]+) tokens/s", "\n".join(log), re.MULTILINE)
-        losses = [float(loss) for loss, _ in updates]
-        speed = statistics.median(int(speed.replace(",", "")) for _, speed in updates)
-        kinds = ("an update is", "activation_checkpointing", " WARNING ", "done: ")
-        shown = "\n".join(
-            [
-                f"loss {losses[0]:.3f} to {losses[-1]:.3f}, {speed:,.0f} tokens/s (median of the updates)",
-                f"{self.settings_file.name}: losses {losses}",
-                *(line for line in log if any(kind in line for kind in kinds)),
-            ]
-        )
-        if not losses[0] < facts.LARGEST_LOSS:
+        *updates, whole = json.loads((self.output_dir / STATE).read_text(encoding="utf-8"))["log_history"]
+        first, last = updates[0]["loss"], updates[-1]["loss"]
+        tokens, seconds = updates[-1]["num_tokens"], whole["train_runtime"]
+        figures = f"loss {first:.3f} to {last:.3f}, {tokens:,} tokens in {seconds:.0f} s, {self.settings_file.name}"
+        kinds = ("an update is", "activation_checkpointing", " tokens/s ", " WARNING ", "done: ")
+        shown = "\n".join([figures, *(line for line in log if any(kind in line for kind in kinds))])
+        if not first < facts.LARGEST_LOSS:
             raise Failed(f"the first loss must be below {facts.LARGEST_LOSS}\n{shown}")
         return shown
 
