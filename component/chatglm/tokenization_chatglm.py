@@ -21,6 +21,7 @@ from .prompt import Message, round_prompt
 
 ROLES = ("system", "user", "assistant", "observation")
 CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(f"<|{role}|>" for role in ROLES))
+OWN_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>"}  # which no setting changes
 
 
 class SPTokenizer:
@@ -81,6 +82,11 @@ class SPTokenizer:
         return self.sp_model.id_to_piece(index)
 
 
+def refuse_other_token(name: str, token: str | AddedToken) -> None:
+    if str(token) != OWN_TOKENS[name]:
+        raise ValueError(f"{name} is {str(token)!r}, but ChatGLM's is {OWN_TOKENS[name]!r}; leave it as it is")
+
+
 class ChatGLMTokenizer(PreTrainedTokenizer):
     """Tokenizer of ChatGLM2 and ChatGLM3.
 
@@ -110,10 +116,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ):
         self.vocab_file = vocab_file
         self.tokenizer = SPTokenizer(vocab_file)
-        for name, token in (("eos_token", "</s>"), ("unk_token", "<unk>")):
+        for name, token in OWN_TOKENS.items():
             kwargs[name] = kwargs.get(name) or token
-            if str(kwargs[name]) != token:
-                raise ValueError(f"{name} is {str(kwargs[name])!r}, but ChatGLM's is {token!r}; leave it out")
+            refuse_other_token(name, kwargs[name])
         kwargs["pad_token"] = kwargs.get("pad_token") or "<unk>"
         kwargs.pop("auto_map", None)  # it names the official remote code, which a saved copy must not ask for
         config = Path(vocab_file).with_name("config.json")
@@ -127,6 +132,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             **kwargs,
         )
         self.carried_template = self.chat_template  # saved again with the tokenizer, and never applied
+
+    def __setattr__(self, name: str, value) -> None:
+        own = name.removesuffix("_id")
+        if own in OWN_TOKENS:
+            refuse_other_token(own, value if own == name else self.convert_ids_to_tokens(value))
+        super().__setattr__(name, value)
 
     @property
     def vocab_size(self) -> int:
@@ -271,7 +282,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 or the mask of `return_assistant_tokens_mask`.
         """
         self._refuse_foreign(documents, chat_template, add_generation_prompt, continue_final_message, others)
-        is_batch = isinstance(next(iter(conversation), None), list | tuple)
+        conversation = list(conversation)
+        is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
         batch = conversation if is_batch else [conversation]
         if not all(batch):
             raise ValueError("the conversation is empty; give at least one message")

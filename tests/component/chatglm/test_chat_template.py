@@ -363,3 +363,8 @@ def test_chatglm2s_conversations_give_the_ids_of_build_prompt(load):
 def test_what_chatglm2_does_not_have_is_refused(load, messages, settings, fault):
     with pytest.raises(ValueError, match=fault):
         load("chatglm2-6b").apply_chat_template(messages, **settings)
+
+
+def test_messages_may_come_one_by_one(tiny_tokenizer):
+    given = tiny_tokenizer.apply_chat_template(iter(CHAT), return_dict=False)
+    assert given == tiny_tokenizer.apply_chat_template(CHAT, return_dict=False)

@@ -1,3 +1,4 @@
+import copy
 import json
 import pickle
 import shutil
@@ -191,6 +192,24 @@ def test_what_the_tokenizer_cannot_do_with_tokens_is_refused(own_tokenizer, tmp_
     with pytest.raises(ValueError, match="'<x>': ChatGLM's added tokens have no lstrip, rstrip and single_word"):
         own_tokenizer.add_tokens([AddedToken("<x>", rstrip=True)])
     assert len(own_tokenizer) == own_tokenizer.vocab_size
-    with pytest.raises(ValueError, match="eos_token is '<eos>', but ChatGLM's is '</s>'; leave it out"):
+    with pytest.raises(ValueError, match="eos_token is '<eos>', but ChatGLM's is '</s>'; leave it as it is"):
         AutoTokenizer.from_pretrained(tmp_path / "base", eos_token="<eos>")
     assert AutoTokenizer.from_pretrained(tmp_path / "base", eos_token=None, pad_token=None).eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: setattr(tokenizer, "eos_token", "<|user|>"),
+        lambda tokenizer: setattr(tokenizer, "eos_token_id", 5),
+        lambda tokenizer: setattr(tokenizer, "unk_token", None),
+        lambda tokenizer: tokenizer.add_special_tokens({"eos_token": "<|user|>"}),
+    ],
+)
+def test_a_token_of_the_models_own_is_not_changed(tiny_tokenizer, change):
+    """With another, a saved folder could not be loaded."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    with pytest.raises(ValueError, match="; leave it as it is"):
+        change(tokenizer)
+    assert (tokenizer.eos_token, tokenizer.unk_token) == ("</s>", "<unk>")
+    tokenizer.eos_token_id = 2
