@@ -135,8 +135,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def __setattr__(self, name: str, value) -> None:
         own = name.removesuffix("_id")
+        if own in OWN_TOKENS and own != name and value == getattr(self, name):
+            return
         if own in OWN_TOKENS:
-            refuse_other_token(own, value if own == name else self.convert_ids_to_tokens(value))
+            refuse_other_token(own, value)
         super().__setattr__(name, value)
 
     @property
