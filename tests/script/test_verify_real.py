@@ -377,7 +377,7 @@ def lessons(tokenizer: ChatGLMTokenizer) -> list[tuple[list[int], list[int]]]:
     offer = [{"role": "system", "content": TOOLS_PROMPT, "tools": facts.TOOLS}]
     call = tokenizer.build_single_message(*call_message(facts.FUNCTION, {"city": facts.PLACE}))[1:]
     teach(facts.QUESTION, "user", offer, [*call, tokenizer.get_command("<|observation|>")])
-    _, history = parse_reply(tokenizer.decode(call), [*offer, {"role": "user", "content": facts.QUESTION}])
+    _, history = parse_reply([tokenizer.decode(call)], [*offer, {"role": "user", "content": facts.QUESTION}])
     answer = tokenizer.build_single_message("assistant", "", f"杭州有小雨，{facts.FIGURE} 度。")[1:]
     result = json.dumps(facts.RESULT, ensure_ascii=False)
     teach(result, "observation", history, [*answer, tokenizer.get_command("<|user|>")])
