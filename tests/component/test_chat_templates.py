@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from component.chat_templates import FOLDER, set_chat_template
-from component.chatglm.prompt import TOOLS_PROMPT, tool_call
+from component.chatglm.prompt import TOOLS_PROMPT, call_message
 from component.data.chat_template import render_chat_template
 from component.data.conversation import choose_learned
 from component.data.formats import parse_row
@@ -137,7 +137,8 @@ def test_chatglm3_writes_a_call_as_python():
     row = with_calls("x")
     row["messages"][1]["tool_calls"][0]["function"]["arguments"] = arguments
     text = shown(row, tokenizer)
-    assert f"⟦weather\n {tool_call(arguments)}<|observation|>⟧\n 24<|assistant|>⟦\n a</s>⟧" in text
+    written = call_message("weather", arguments).content
+    assert f"⟦weather\n {written}<|observation|>⟧\n 24<|assistant|>⟦\n a</s>⟧" in text
     row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"a b": 1}
     with pytest.raises(DataError, match="the parameter 'a b' cannot be a keyword argument; rename it"):
         shown(row, tokenizer)
