@@ -280,8 +280,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             `input_ids`, `attention_mask` and `position_ids`, or the ids alone without `return_dict`.
 
         Raises:
-            ValueError: something was asked for that ChatGLM's format does not have, such as another template, documents
-                or the mask of `return_assistant_tokens_mask`.
+            ValueError: something was asked for that ChatGLM's format does not have, such as another template.
         """
         self._refuse_foreign(documents, chat_template, add_generation_prompt, continue_final_message, others)
         conversation = list(conversation)
