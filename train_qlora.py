@@ -102,6 +102,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     """Train from the data to the final adapter, in a folder that this run has locked."""
     from loguru import logger
 
+    from component.data.cache import limit_cache
     from component.data.dataset import DATA_FORMATS
     from component.data.load import load_datasets, require_stores
     from component.kernel.memory import PADDED
@@ -122,7 +123,8 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
             goes_on=bool(start.checkpoint),
         )
     )
-    on_each_machine(lambda: require_stores(args, train_dataset, eval_dataset))
+    on_each_machine(lambda: require_stores(train_dataset, eval_dataset))
+    on_each_machine(lambda: limit_cache(args.cache_dir, args.cache_size_limit))
     rows = None if args.streaming else len(train_dataset)
     logger.info(on_rank_zero(lambda: describe_schedule(rows, training_args)))
 

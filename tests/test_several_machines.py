@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import train_qlora
 from component.chatglm import ChatGLMConfig
+from component.data.store import REPORT
 from component.model import attach_lora
 from component.run.resume import find_checkpoints
 from component.settings.load import load_arguments
@@ -284,10 +285,16 @@ def test_torchrun_may_start_the_processes_of_all_machines_again(start, alone, tm
 
 @pytest.mark.slow
 def test_a_machine_without_the_prepared_data_makes_it_from_the_same_files(start, alone, tmp_path):
-    end_well(start(1, cache_dir=None), start(2, cache_dir=None))
+    """And each keeps its own cache to the limit."""
+    caches = [tmp_path / f"home-{number}/cache/luciole" for number in (1, 2)]
+    for cache in caches:
+        (old := cache / ("a" * 32)).mkdir(parents=True)
+        (old / REPORT).touch()
+    end_well(*(start(number, cache_dir=None, cache_size_limit=1e-9) for number in (1, 2)))
     assert largest_difference(alone, tmp_path / "output/run") == 0
-    made = [[folder.name for folder in (tmp_path / f"home-{n}/cache/luciole").iterdir()] for n in (1, 2)]
+    made = [[folder.name for folder in cache.glob("*[0-9a-f]")] for cache in caches]
     assert made[0] == made[1] != []
+    assert len(made[0]) == 1, "what was rendered before was removed"
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..run.errors import unusable
 from ..run.files import write_atomically
-from .cache import limit_cache
 from .dataset import SFTDataset, Source
 from .rules import DataRules, judge, log_report
 from .store import REJECTED
@@ -26,8 +25,6 @@ def load_datasets(
         make: a class of DATA_FORMATS.
         output_dir: the folder for `rejected.jsonl`, which is written if rows were rejected.
         goes_on: whether the run continues from a checkpoint. If so, a stream's first rows were checked when it began.
-
-    Rendered data that is not used here is removed from the cache if the cache is too large.
 
     Returns:
         The training data (SFTDataset, Mixture or StreamingSFTDataset), and the evaluation data (SFTDataset or None).
@@ -59,21 +56,15 @@ def load_datasets(
     else:
         loaded = [load(source) for source in sources]
         trained = Mixture(loaded, shares, seed) if weights else loaded[0]
-    limit_cache(args.cache_dir, args.cache_size_limit)
     return trained, evaluated
 
 
-def require_stores(args, *datasets) -> None:
-    """Open the stores of datasets that rank 0 has loaded, on another machine (SFTDataset.require_store).
-
-    Args:
-        args: QLoRAArguments.
-    """
+def require_stores(*datasets) -> None:
+    """Open the stores of datasets that rank 0 has loaded, on another machine (SFTDataset.require_store)."""
     for dataset in datasets:
         for part in dataset.dataset.datasets if isinstance(dataset, Mixture) else [dataset]:
             if isinstance(part, SFTDataset):
                 part.require_store()
-    limit_cache(args.cache_dir, args.cache_size_limit)
 
 
 def rules_of(args) -> DataRules:

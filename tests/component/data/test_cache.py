@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -16,7 +15,6 @@ from filelock import FileLock
 from component.data import dataset as dataset_room
 from component.data.cache import OURS, limit_cache
 from component.data.dataset import ChatGLM3SFTDataset
-from component.data.load import require_stores
 from component.data.store import REPORT
 from component.run.files import make_once
 from tests.runs import ROWS
@@ -280,13 +278,6 @@ def test_a_failure_to_remove_is_said_and_ends_nothing(fill, cache, monkeypatch, 
     monkeypatch.setattr(Path, "unlink", fail)
     limit_cache(cache, 1e-9)
     assert [f"cache_dir {cache}: rendered data could not be removed (not yours)" in line for line in log] == [True]
-
-
-def test_another_machine_keeps_its_own_cache_to_the_limit(render, fill, cache):
-    old, new = fill(2)
-    rows = render(1)
-    require_stores(SimpleNamespace(cache_dir=cache, cache_size_limit=1e-9), rows, None)
-    assert [old.exists(), new.exists()] == [False, True]
 
 
 def test_a_run_keeps_its_own_data_and_removes_that_of_earlier_runs(job, tmp_path, capsys):
