@@ -50,7 +50,8 @@ def find_unfinished(text: str) -> int:
     match = UNFINISHED.search(text)
     starts = [match.start() if match else len(text)]
     for _, value in secret_variables():
-        starts += [len(text) - count for count in range(1, len(value)) if text.endswith(value[:count])]
+        places = range(max(0, len(text) - len(value) + 1), len(text))
+        starts += [at for at in places if text[at] == value[0] and value.startswith(text[at:])]
     return min(starts)
 
 

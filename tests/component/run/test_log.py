@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def test_what_begins_no_secret_is_shown_at_once():
         before = stream.stream.getvalue()
         stream.write(text)
         assert stream.stream.getvalue() == before + text
+
+
+def test_a_short_line_takes_no_longer_for_a_long_secret(monkeypatch):
+    monkeypatch.setenv("LONG_SECRET", "a line or another " * 2**14)
+    begun = time.process_time()
+    assert shown("a line", " or another\n") == "a line or another\n"
+    assert time.process_time() - begun < 0.1
 
 
 def test_lines_that_are_written_together_hold_no_secret():
