@@ -25,7 +25,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from .chat_templates import set_chat_template
+from .chat_templates import control_tokens, set_chat_template
+from .chatglm import ChatGLMTokenizer
 from .chatglm.versions import warn_if_untested
 from .run.errors import ArgumentError, unusable
 from .run.manifest import MANIFEST
@@ -40,6 +41,7 @@ from .trust import (
     find_weights,
     read_adapter,
     read_adapter_shapes,
+    read_conversation,
     read_model_json,
 )
 
@@ -333,3 +335,24 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
             "head out of target_modules"
         )
     return adapted
+
+
+def adopt_conversation(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Give a base's tokenizer the chat template and the EOS that its adapter was trained with, where `folder`, the
+    adapter's, has them. The template is copied, not run. ChatGLM's tokenizer has its own conversation, and keeps it.
+
+    Raises:
+        ArgumentError: the files cannot be read, or the EOS is no control token of the base.
+    """
+    if isinstance(tokenizer, ChatGLMTokenizer):
+        return
+    new = {name: value for name, value in read_conversation(folder).items() if value != getattr(tokenizer, name)}
+    if "eos_token" in new and new["eos_token"] not in control_tokens(tokenizer):
+        raise ArgumentError(
+            f"{folder / 'tokenizer_config.json'}: eos_token is {new['eos_token']!r}, which is no control token of the "
+            "base; give the base that the adapter was trained on, or remove the key"
+        )
+    for name, value in new.items():
+        setattr(tokenizer, name, value)
+    if new:
+        logger.info(f"{' and '.join(new)}: taken over from {folder}; answers end at {tokenizer.eos_token}")

@@ -3,9 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -168,11 +169,15 @@ def find_model_file(name_or_path: str, file: str) -> Path | None:
     return folder / file if (folder / file).is_file() else None
 
 
-def read_model_json(file: Path) -> dict:
+def read_model_file(file: Path, parse: Callable[[str], Any] = str) -> Any:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        return parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArgumentError(f"{file}: cannot be read ({error}); fetch it again") from None
+
+
+def read_model_json(file: Path) -> dict:
+    values = read_model_file(file, json.loads)
     if not isinstance(values, dict):
         raise ArgumentError(f"{file}: must hold one JSON object; fetch it again")
     return values
@@ -297,6 +302,23 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         return open_pickle(weights)
     with faults_of_adapter(weights):
         return load_file(weights)
+
+
+def read_conversation(folder: Path) -> dict[str, str]:
+    """Read `chat_template` and `eos_token` from the files of a tokenizer beside an adapter, as far as they have them.
+
+    Several templates by name are left out: they are a base's own, since training gives a tokenizer one at most.
+
+    Raises:
+        ArgumentError: a file cannot be read.
+    """
+    config, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    values = read_model_json(config) if config.is_file() else {}
+    if isinstance(eos := values.get("eos_token"), dict):
+        values["eos_token"] = eos.get("content")
+    if template.is_file() and not (folder / "additional_chat_templates").exists():
+        values["chat_template"] = read_model_file(template)
+    return {name: values[name] for name in ("chat_template", "eos_token") if isinstance(values.get(name), str)}
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def merge(cli: argparse.Namespace, base: str) -> None:
     from loguru import logger
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from component.model import four_bit, from_pretrained, load_adapter, sketch_base
+    from component.model import adopt_conversation, four_bit, from_pretrained, load_adapter, sketch_base
     from component.run.errors import ArgumentError
     from component.run.files import make_once
 
@@ -117,6 +117,7 @@ def merge(cli: argparse.Namespace, base: str) -> None:
     def fill(folder: Path) -> None:
         logger.info(f"loading {base} in {cli.dtype}{', by way of 4 bits' * cli.from_4bit}")
         tokenizer = from_pretrained(AutoTokenizer, base)
+        adopt_conversation(tokenizer, cli.adapter)
         quantization = {"quantization_config": four_bit(dtype)} if cli.from_4bit else {}
         model = from_pretrained(AutoModelForCausalLM, base, dtype=dtype, **quantization)
         if cli.from_4bit:
@@ -127,6 +128,10 @@ def merge(cli: argparse.Namespace, base: str) -> None:
         except ValueError as error:
             raise ArgumentError(f"--adapter {cli.adapter}: {error}") from error
         vars(model.config).pop("auto_map", None)  # the base's Python is not copied, and must not be asked for
+        ends = model.generation_config.eos_token_id  # answers end at the tokenizer's EOS, too
+        ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
+        if tokenizer.eos_token_id not in (None, *ends):
+            model.generation_config.eos_token_id = [*ends, tokenizer.eos_token_id]
         model.save_pretrained(folder, max_shard_size=cli.max_shard_size)
         tokenizer.save_pretrained(folder)
 

@@ -48,8 +48,8 @@ def set_chat_template(tokenizer, name_or_file: str) -> None:
         pass
     if ready:
         tokens, end = READY[name_or_file]
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        if lacking := [token for token in tokens if token not in special]:
+        known = control_tokens(tokenizer)
+        if lacking := [token for token in tokens if token not in known]:
             raise ArgumentError(
                 f"chat_template: {name_or_file} needs the control token {lacking[0]}, which the tokenizer lacks; give "
                 "a file with a template that writes the tokenizer's own control tokens"
@@ -57,3 +57,7 @@ def set_chat_template(tokenizer, name_or_file: str) -> None:
         if end and end != tokenizer.eos_token:
             logger.info(f"chat_template: answers end on {end}, which becomes the tokenizer's EOS")
             tokenizer.eos_token = end
+
+
+def control_tokens(tokenizer) -> set[str]:
+    return {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}

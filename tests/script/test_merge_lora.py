@@ -104,6 +104,88 @@ def test_a_merged_chatglm_chats(model_folder, adapter_folder, tmp_path):
     assert [turn["role"] for turn in history] == ["user", "assistant"]
 
 
+@pytest.fixture
+def llama(model_folder) -> Path:
+    """A base model whose tokenizer has ChatML's control tokens and no chat template."""
+    folder = model_folder("llama", vocab_size=260, eos_token_id=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def generation_ends(folder: Path) -> int | list[int]:
+    return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_a_merged_model_writes_and_ends_answers_as_its_adapter_was_taught(llama, job, tmp_path, capsys):
+    turns = [{"role": "user", "content": "Say 3"}, {"role": "assistant", "content": "word"}]
+    taught = {"rows": [{"messages": turns}] * 4, "chat_template": "chatml", "max_steps": 40}
+    final = job("chat", **taught, model_name_or_path=str(llama)) / "final"
+    capsys.readouterr()
+    merge("--adapter", final, "--output", tmp_path / "merged", "--dtype", "float32", "--from_4bit")
+    told = f"chat_template and eos_token: taken over from {final}; answers end at <|im_end|>"
+    assert capsys.readouterr().err.count(told) == 1
+    assert generation_ends(tmp_path / "merged") == [1, 259]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_tensors="pt")
+    answer = model.generate(**asked, do_sample=False, max_new_tokens=20)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "word<|im_end|>"
+
+
+def test_what_is_taken_over_from_an_adapter_of_others_is_read_and_not_run(llama, adapter_folder, tmp_path):
+    adapter = adapter_folder(llama)
+    template = "{{ raise_exception('it was run') }}"
+    eos = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    auto_map = {"AutoTokenizer": ["tokenization.Tokenizer", None]}
+    values = {"chat_template": template, "eos_token": eos, "tokenizer_class": "Unknown", "auto_map": auto_map}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(values))
+    merge("--adapter", adapter, "--output", tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (template, "<|im_end|>")
+    assert type(tokenizer) is type(AutoTokenizer.from_pretrained(llama))
+
+
+def test_without_a_conversation_of_the_adapter_that_of_the_base_stays(llama, adapter_folder, tmp_path):
+    adapter = adapter_folder(llama)
+    (adapter / "tokenizer_config.json").write_text('{"eos_token": null}')
+    (adapter / "chat_template.jinja").write_text("one of several, which are those of the base")
+    (adapter / "additional_chat_templates").mkdir()
+    merge("--adapter", adapter, "--output", tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (None, "</s>")
+    assert generation_ends(tmp_path / "merged") == 1
+
+
+def test_a_merged_chatglm_keeps_its_own_conversation(model_folder, adapter_folder, tmp_path):
+    adapter = adapter_folder(model_folder())
+    merge("--adapter", adapter, "--output", tmp_path / "merged")
+    (adapter / "tokenizer_config.json").write_text('{"eos_token": "<|user|>", "chat_template": "no"}')
+    merge("--adapter", adapter, "--output", tmp_path / "again")
+    for file in (tmp_path / "merged").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert generation_ends(tmp_path / "merged") == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "fault"),
+    [
+        ("tokenizer_config.json", b'{"eos_token": "word"}', "eos_token is 'word', which is no control token of the"),
+        ("tokenizer_config.json", b"[", "cannot be read"),
+        ("chat_template.jinja", b"\xff", "cannot be read"),
+    ],
+)
+def test_a_conversation_that_the_base_cannot_have_is_refused(
+    llama, adapter_folder, tmp_path, capsys, monkeypatch, file, content, fault
+):
+    adapter = adapter_folder(llama)
+    (adapter / file).write_bytes(content)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    told = refusal(capsys, "--adapter", adapter, "--output", tmp_path / "merged")
+    assert f"{adapter / file}: {fault}" in told
+
+
 def test_the_command_of_the_readme_merges(model_folder, adapter_folder, tmp_path):
     base = model_folder()
     adapter = adapter_folder(base)
