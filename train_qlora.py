@@ -55,7 +55,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     from component.run.folder import RunFolder, foresee_start
     from component.run.ranks import on_every_rank, on_rank_zero, require_same
     from component.run.resume import FINAL
-    from component.train.identity import describe_base, describe_machine, describe_run, renew_identity
+    from component.train.identity import describe_base, describe_format, describe_machine, describe_run, renew_identity
     from component.train.report import describe_update
     from component.trust import require_weights
 
@@ -71,7 +71,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     on_rank_zero(lambda: warn_of_endless_answers(data_format, tokenizer))
     on_rank_zero(lambda: warn_of_cpu(args))
     if args.adapter_name_or_path:
-        on_every_rank(lambda: check_beginning(args, describe_base(args)))
+        on_every_rank(lambda: check_beginning(args, describe_base(args), describe_format(data_format, tokenizer)))
     begin = (training_args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_despite_changes)
 
     def identify() -> dict:

@@ -224,13 +224,14 @@ def lora_config(model: PreTrainedModel, args: QLoRAArguments) -> LoraConfig:
     )
 
 
-def check_beginning(args: QLoRAArguments, base: str) -> None:
+def check_beginning(args: QLoRAArguments, base: str, prompts: dict[str, str]) -> None:
     """Check that the run can begin from `adapter_name_or_path`: that this adapter has the run's shape, scale and base.
 
     No tensor of the adapter is read, and no weight of the base.
 
     Args:
         base: the base's identity (component.train.identity.describe_base), which an adapter's manifest records.
+        prompts: that of the prompt format (describe_format), which may differ, with a warning.
 
     Raises:
         ArgumentError: `check_adapter` refuses the adapter, or it differs. The text lists what differs.
@@ -266,7 +267,10 @@ def check_beginning(args: QLoRAArguments, base: str) -> None:
             f"{folder}: {name} has the shape {shapes.get(name)} in the adapter, and {wanted.get(name)} beside "
             f"{args.model_name_or_path}; give the adapter's base, which is {config['base_model_name_or_path']!r}"
         )
-    check_same_base(folder, config["base_model_name_or_path"], args.model_name_or_path, base)
+    run = read_model_json(folder / MANIFEST).get("run") if (folder / MANIFEST).exists() else None
+    recorded = run if isinstance(run, dict) else {}
+    check_same_base(folder, config["base_model_name_or_path"], args.model_name_or_path, base, recorded)
+    warn_of_format(folder, prompts, recorded)
     if config["lora_dropout"] != args.lora_dropout:
         logger.info(f"lora_dropout: {config['lora_dropout']:g} in the adapter, {args.lora_dropout:g} in this run")
 
@@ -276,11 +280,10 @@ def layers_of(shapes: dict[str, list[int]]) -> list[str]:
     return sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in shapes})
 
 
-def check_same_base(folder: Path, its_base: str | None, name_or_path: str, base: str) -> None:
-    """Refuse a base with other contents than the manifest of an adapter of ours records. Without such a record, warn of
-    a base with another name: a folder may have been moved or renamed."""
-    run = read_model_json(folder / MANIFEST).get("run") if (folder / MANIFEST).exists() else None
-    recorded = run.get("base_model") if isinstance(run, dict) else None
+def check_same_base(folder: Path, its_base: str | None, name_or_path: str, base: str, run: dict) -> None:
+    """Refuse a base with other contents than the run of an adapter of ours records. Without such a record, warn of a
+    base with another name: a folder may have been moved or renamed."""
+    recorded = run.get("base_model")
     if recorded == base:
         return
     if is_digest(recorded) and is_digest(base) and find_weights(name_or_path):  # a dry run needs no weights
@@ -294,6 +297,20 @@ def check_same_base(folder: Path, its_base: str | None, name_or_path: str, base:
             f"{folder} was trained on {its_base}, and this run's base is {name_or_path}: the shapes fit, but make sure "
             "that it is the same model"
         )
+
+
+def warn_of_format(folder: Path, prompts: dict[str, str], run: dict) -> None:
+    """Warn if an adapter's own run wrote its prompts otherwise."""
+    theirs = run.get("format")
+    if not isinstance(theirs, dict) or theirs == prompts:
+        return
+    differs = f"data_format {theirs.get('name')!r}, and this run has {prompts['name']!r}"
+    if theirs.get("name") == prompts["name"]:
+        differs = f"data_format {prompts['name']!r} as this run, but another chat template or tokenizer"
+    logger.warning(
+        f"{folder} was trained with {differs}: the adapter has to learn its prompts anew; to go on as it was trained, "
+        "set data_format and chat_template as its run had them"
+    )
 
 
 def begin_from_adapter(model: PeftModel, name_or_path: str) -> None:

@@ -300,7 +300,32 @@ def test_a_base_of_another_name_that_no_manifest_identifies_is_warned_of(first, 
         assert ("make sure that it is the same model" in capsys.readouterr().err) == warns
 
 
-@pytest.mark.parametrize("run", [5, [], {"base_model": 5}, {"base_model": ["0" * 32]}, None])
+def test_an_adapter_of_another_prompt_format_is_warned_of_and_trained(model_folder, job, tmp_path, capsys):
+    templates = [tmp_path / "a.jinja", tmp_path / "b.jinja"]
+    turns = "{% for turn in messages %}<s>NAME {{ turn.role }}: {{ turn.content }}</s>{% endfor %}"
+    ask = "{% if add_generation_prompt %}<s>NAME assistant: {% endif %}"
+    for template in templates:
+        template.write_text((turns + ask).replace("NAME", template.stem))
+    settings = {"rows": FIREFLY, "model_name_or_path": str(model_folder("llama")), "max_steps": 1}
+    first = job("first", **settings, chat_template=str(templates[0]))
+    again = {"adapter_name_or_path": str(first / "final"), "dry_run": True}
+    for changes, differs in (
+        ({"chat_template": str(templates[0])}, None),
+        ({"chat_template": str(templates[1])}, "'chat_template' as this run, but another chat template or tokenizer:"),
+        ({"data_format": "firefly", "dry_run": False}, "'chat_template', and this run has 'firefly':"),
+    ):
+        capsys.readouterr()
+        job("second", **settings | again | changes)
+        told = [line for line in capsys.readouterr().err.splitlines() if "was trained with" in line]
+        assert len(told) == bool(differs)
+        for line in told:
+            assert f"WARNING {first / 'final'} was trained with data_format {differs}" in line
+            assert line.endswith("set data_format and chat_template as its run had them")
+
+
+@pytest.mark.parametrize(
+    "run", [5, [], {"base_model": 5}, {"base_model": ["0" * 32]}, {"format": 5}, {"format": {"name": [5]}}, None]
+)
 def test_a_manifest_that_somebody_else_wrote_ends_in_no_traceback(first, job, capsys, run):
     (first / "final/manifest.json").unlink()
     seal(first / "final", {"run": run})

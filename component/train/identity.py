@@ -71,7 +71,7 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
         "settings": json.loads(json.dumps(decisive, default=str)),
         "world_size": training_args.world_size,
         "data": describe_data(args.train_file, args.streaming),
-        "format": {"name": data_format, "tokenizer": describe_tokenizer(tokenizer)},
+        "format": describe_format(data_format, tokenizer),
         "base_model": describe_base(args),
         "adapter": describe_adapter(args),
     }
@@ -104,6 +104,10 @@ def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -
         return [[describe_data(part, streaming), weight] for part, weight in source.items()]
     files = find_files(source)
     return fingerprint([f"{file.name} {file.stat().st_size}" for file in files] if streaming else files)
+
+
+def describe_format(data_format: str, tokenizer) -> dict[str, str]:
+    return {"name": data_format, "tokenizer": describe_tokenizer(tokenizer)}
 
 
 def describe_tokenizer(tokenizer) -> str:
