@@ -11,6 +11,8 @@ from loguru import logger
 from .errors import ArgumentError
 
 PATIENCE = 5  # seconds, unless HF_HUB_ETAG_TIMEOUT says otherwise
+# Publishers whose models lie under another name on ModelScope.
+ON_MODELSCOPE = {"THUDM": "ZhipuAI", "zai-org": "ZhipuAI", "meta-llama": "LLM-Research"}
 
 
 def require_hub_or_cache(
@@ -33,14 +35,15 @@ def require_hub_or_cache(
     if not reason:
         return
     if not isinstance(huggingface_hub.try_to_load_from_cache(name, files[0]), str):
-        last = name.rpartition("/")[2]
+        publisher, slash, last = name.rpartition("/")
+        there = f"{ON_MODELSCOPE.get(publisher, publisher)}{slash}{last}"
         raise ArgumentError(
             f"{name!r} is no folder in {os.getcwd()} and not in the cache, and the hub {constants.ENDPOINT} "
             f"cannot be reached ({reason}). What you can do:\n"
             f"  a folder: {setting}=/path/to/{last}, with {', '.join(files[:-1])} and {files[-1]}\n"
             "  a mirror: HF_ENDPOINT=https://hf-mirror.com (or another) before the command\n"
-            f"  ModelScope: pip install modelscope; modelscope download --model {name} --local_dir models/{last} (some "
-            f"names differ there), then {setting}=models/{last}"
+            f"  ModelScope: pip install modelscope; modelscope download --model {there} --local_dir models/{last} "
+            f"(some names differ there), then {setting}=models/{last}"
         )
     if not huggingface_hub.is_offline_mode():
         logger.warning(f"the hub {constants.ENDPOINT} cannot be reached ({reason}); taking {name} from the cache")

@@ -42,8 +42,23 @@ def test_a_hub_that_cannot_be_reached_is_said_in_seconds_with_the_ways_on(listen
         with pytest.raises(ArgumentError) as refused:
             require_hub_or_cache("THUDM/chatglm3-6b")
     assert time.monotonic() - begun < 5
-    for way in ("HF_ENDPOINT=", "modelscope download --model THUDM/chatglm3-6b", "model_name_or_path=/path/to/"):
+    for way in ("HF_ENDPOINT=", "modelscope download --model ZhipuAI/chatglm3-6b --local_dir models/", "model_name_or_path=/path/to/"):
         assert way in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("zai-org/glm-4-9b-hf", "ZhipuAI/glm-4-9b-hf"),
+        ("meta-llama/Llama-3.1-8B", "LLM-Research/Llama-3.1-8B"),
+        ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"),
+        ("gpt2", "gpt2"),
+    ],
+)
+def test_the_command_for_modelscope_has_the_name_that_a_publisher_has_there(name, there, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ArgumentError, match=f"modelscope download --model {there} --local_dir models/"):
+        require_hub_or_cache(name)
 
 
 def test_an_adapter_is_looked_for_by_its_own_file_and_named_by_its_own_setting(tmp_path, monkeypatch):
