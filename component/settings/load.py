@@ -107,7 +107,8 @@ def read_json_object(source: str) -> dict:
     try:
         values = load_json(Path(source).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ArgumentError(f"{source}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
+        remedy = "; write the keys of this YAML as one JSON object" if Path(source).suffix in (".yaml", ".yml") else ""
+        raise ArgumentError(f"{source}:{error.lineno}:{error.colno}: not JSON ({error.msg}){remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"{source}: cannot be read ({error})") from None
     except (ValueError, RecursionError) as error:

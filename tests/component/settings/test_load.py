@@ -104,6 +104,16 @@ def test_each_fault_is_one_error_that_names_file_and_key(load, changes, fault):
     assert fault in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".yaml", ".yml"])
+def test_a_file_of_yaml_is_told_to_be_written_as_json(tmp_path, suffix):
+    file = (tmp_path / "lf").with_suffix(suffix)
+    file.write_text("### model\nmodel_name_or_path: a\n")
+    with pytest.raises(ArgumentError) as error:
+        load_arguments(file)
+    fault = "1:1: not JSON (Expecting value); write the keys of this YAML as one JSON object"
+    assert str(error.value) == f"{file}:{fault}"
+
+
 @pytest.mark.parametrize("wrap", [str, lambda path: [path], lambda path: {path: 1.0}], ids=["text", "list", "mixture"])
 @pytest.mark.parametrize("written", ["output_dir", "cache_dir"])
 def test_what_a_run_writes_does_not_lie_in_a_folder_of_data(load, tmp_path, monkeypatch, written, wrap):
