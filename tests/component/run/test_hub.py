@@ -42,7 +42,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_seconds_with_the_ways_on(listen
         with pytest.raises(ArgumentError) as refused:
             require_hub_or_cache("THUDM/chatglm3-6b")
     assert time.monotonic() - begun < 5
-    for way in ("HF_ENDPOINT=", "modelscope download --model ZhipuAI/chatglm3-6b --local_dir models/", "model_name_or_path=/path/to/"):
+    for way in ("HF_ENDPOINT=", "modelscope download --model ZhipuAI/chatglm3-6b ", "model_name_or_path=/path/to/"):
         assert way in str(refused.value)
 
 
