@@ -1,4 +1,4 @@
-"""What the README leads a stranger through: an Instruct model learns functions, with a tiny model of Qwen2's kind."""
+"""What the guide leads a stranger through, with tiny models of Qwen2's kind: functions, and Firefly's rows."""
 
 import json
 import re
@@ -12,16 +12,40 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from .component.data.test_chat_template import QWEN25
+from component.data.chat_template import render_chat_template
+from component.data.formats import parse_row
+
+from .component.data.test_beside_trl import CONTROL, PACKAGE, TEMPLATES
+from .component.data.test_chat_template import FAMILIES, QWEN25, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("## Teach an Instruct model your functions")[1].split("\n## ")[0]
+SECTION, CHINESE_SECTION = (
+    (ROOT / page).read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
+    for page, heading in (
+        ("README.md", "Teach an Instruct model your functions"),
+        ("README_zh.md", "教 Instruct 模型用你的函数"),
+    )
+)
+DATA_PAGE = (ROOT / "docs/data_format.md").read_text(encoding="utf-8")
 ROWS = (ROOT / "data/functions_openai.jsonl").read_text(encoding="utf-8")
 
 
-def make_instruct_model(folder: Path) -> Path:
-    """Make a random model of Qwen2's layers, with a vocabulary of the sample rows and a template as Qwen2.5's."""
+CHANGES = {  # what a random model needs to learn a dozen rows
+    "learning_rate": "3e-3",
+    "lora_alpha": "256",
+    "lora_dropout": "0",
+    "per_device_train_batch_size": "4",
+    "gradient_accumulation_steps": "1",
+    "num_train_epochs": "70",
+    "lr_scheduler_type": "cosine",
+}
+
+
+def make_model(folder: Path, **tokens: str) -> Path:
+    """Make a random model of Qwen2's layers, with a vocabulary of the sample rows.
+
+    Its generation ends on <|endoftext|>, as that of a base model, whatever its tokenizer's EOS is.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,15 +54,29 @@ def make_instruct_model(folder: Path) -> Path:
     tokenizer.train_from_iterator(ROWS.splitlines(), trainer)
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<tool_call>", "</tool_call>")])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=QWEN25
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(folder)
     torch.manual_seed(0)
     shape = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 6}
     shape |= {"num_key_value_heads": 2, "vocab_size": 1024, "initializer_range": 0.06}
-    ends = {"eos_token_id": tokenizer.token_to_id("<|im_end|>"), "pad_token_id": tokenizer.token_to_id("<|endoftext|>")}
-    Qwen2ForCausalLM(Qwen2Config(**shape, **ends)).save_pretrained(folder)
+    end = tokenizer.token_to_id("<|endoftext|>")
+    Qwen2ForCausalLM(Qwen2Config(**shape, eos_token_id=end, pad_token_id=end)).save_pretrained(folder)
     return folder
+
+
+def train(command: str, changes: dict[str, str]) -> None:
+    words = [word for word in shlex.split(command) if word.partition("=")[0] not in changes]
+    words += [f"{key}={value}" for key, value in changes.items()]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def run_code(page: str, names: dict[str, Path]) -> tuple[str, subprocess.CompletedProcess]:
+    """The first Python block of a page, run with other models: (its text, what came of it)."""
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    for name, path in names.items():
+        assert name in code
+        code = code.replace(name, str(path))
+    return code, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_row_that_is_shown_is_the_first_of_the_sample_file():
@@ -47,18 +85,55 @@ def test_the_row_that_is_shown_is_the_first_of_the_sample_file():
     assert json.loads(row) == first | {"tools": first["tools"][:1]}  # the file has a second function
 
 
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "llama3.1", "mistral"])
+def test_every_sample_row_fits_the_templates_that_the_readmes_name(family):
+    for line in ROWS.splitlines():
+        assert 1 in render_chat_template(parse_row(json.loads(line)), FAMILIES[family]).target_mask
+
+
 @pytest.mark.slow
-def test_an_instruct_model_learns_functions_by_the_readme_alone(tmp_path):
-    base, output = make_instruct_model(tmp_path / "Qwen2.5-7B-Instruct"), tmp_path / "output"
-    changes = [f"model_name_or_path={base}", f"output_dir={output}", "learning_rate=3e-3", "lora_alpha=256"]
-    changes += ["lora_dropout=0", "per_device_train_batch_size=4", "gradient_accumulation_steps=1"]
-    changes += ["num_train_epochs=70", "lr_scheduler_type=cosine"]
-    dry_run, train = re.findall(r"```bash\npython (.*?)\n```", SECTION)
-    for command in (dry_run, train):
-        words = [word for word in shlex.split(command) if not word.startswith("num_train_epochs=")]
-        done = subprocess.run([sys.executable, *words, *changes], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    code = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1]
-    code = code.replace("Qwen/Qwen2.5-7B-Instruct", str(base)).replace("output/qwen2.5-7b-instruct", str(output))
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert shown.stdout.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE), shown.stderr
+@pytest.mark.skipif(not PACKAGE, reason="trl is not installed")
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llama3_1"])
+def test_every_sample_row_fits_the_published_templates(family):
+    template = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
+    tokenizer = make_tokenizer(template, "<s>", "<|end|>", control=CONTROL.findall(template))
+    for line in ROWS.splitlines():
+        assert 1 in render_chat_template(parse_row(json.loads(line)), tokenizer).target_mask
+
+
+@pytest.mark.parametrize("section", [SECTION, CHINESE_SECTION], ids=["en", "zh"])
+def test_the_guide_says_what_the_test_changes(section):
+    (paragraph,) = [part for part in section.split("\n\n") if "`tests/test_guide.py`" in part]
+    named = dict(re.findall(r"`(\w+)`(?: \(|（)([^)）]+)[)）]", paragraph))
+    assert named == CHANGES
+    assert "`model_name_or_path`" in paragraph and "`output_dir`" in paragraph
+
+
+@pytest.mark.slow
+def test_an_instruct_model_learns_functions_by_the_readmes_alone(tmp_path):
+    base = make_model(
+        tmp_path / "Qwen2.5-7B-Instruct", eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=QWEN25
+    )
+    output = tmp_path / "output"
+    for command in re.findall(r"```bash\npython (.*?)\n```", SECTION):
+        train(command, {"model_name_or_path": str(base), "output_dir": str(output)} | CHANGES)
+    for section, name in ((SECTION, "Qwen/Qwen2.5-7B-Instruct"), (CHINESE_SECTION, "models/Qwen2.5-7B-Instruct")):
+        names = {name: base, "output/qwen2.5-7b-instruct": output}
+        code, shown = run_code(section, names)
+        replies = re.findall(r"print\(.*\)  # (.*)$", code, re.MULTILINE)
+        assert shown.stdout.split() == " ".join(replies).split(), shown.stderr
+    _, untaught = run_code(CHINESE_SECTION, names | {"PeftModel.from_pretrained(model, adapter)": "model"})
+    assert untaught.returncode == 0, untaught.stderr  # its reply holds no call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bos", [{}, {"bos_token": "<|im_start|>"}], ids=["no BOS", "BOS"])
+def test_a_model_of_fireflys_format_is_chatted_with_by_the_lines_of_the_data_page(tmp_path, bos):
+    base, output = make_model(tmp_path / "Qwen2.5-7B", eos_token="<|im_end|>", **bos), tmp_path / "output"
+    rows = map(json.loads, re.findall(r"```json\n(.*?)```", DATA_PAGE, re.DOTALL))
+    (row,) = [row for row in rows if "conversation" in row]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    own = {"model_name_or_path": str(base), "output_dir": str(output), "train_file": str(tmp_path / "rows.jsonl")}
+    train("train_qlora.py --train_args_file train_args/qlora/qwen2.5-7b-sft-qlora.json", own | CHANGES)
+    _, shown = run_code(DATA_PAGE, {"Qwen/Qwen2.5-7B": base, "output/qwen2.5-7b": output})
+    assert shown.stdout.splitlines() == [turn["assistant"] for turn in row["conversation"]], shown.stderr
