@@ -24,6 +24,7 @@ from component.data.formats import ROW_FORMATS, detect_format, parse_row
 from component.data.reader import Unreadable, find_files, read_rows, rejected_line
 from component.run.errors import DataError, Fault
 from component.run.files import replacing
+from component.run.log import counted
 
 OUTPUTS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
@@ -134,11 +135,11 @@ def main() -> None:
     except (Fault, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
-    print(f"{cli.output}: {summary.rows} rows", file=sys.stdout if cli.output.is_file() else sys.stderr)
+    print(f"{cli.output}: {counted(summary.rows, 'row')}", file=sys.stdout if cli.output.is_file() else sys.stderr)
     for what, count in summary.lost.items():
-        print(f"not carried over, {count} rows, the first at {summary.first[what]}: {what}", file=sys.stderr)
+        print(f"not carried over, {counted(count, 'row')}, the first at {summary.first[what]}: {what}", file=sys.stderr)
     if summary.rejected:
-        print(f"{summary.rejected} bad rows left out, see {rejected_path(cli.output)}", file=sys.stderr)
+        print(f"{counted(summary.rejected, 'bad row')} left out, see {rejected_path(cli.output)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..run.log import counted
 from .conversation import count_rounds
 from .dataset import SFTDataset
 from .reader import read_lines
@@ -63,8 +64,10 @@ class Inspection:
             lines.append(f"{start:>7} – {end - 1:<7}{count:>10,} {bar}")
         calls = self.calls()
         lines += ["", "calls by function", *(f"{name:<30}{count:>10,}" for name, count in calls)] if calls else []
-        lines += [f"{count:,} rows, the first at {first}: {what}" for count, first, what in self.report.warnings()]
-        lines += ["", f"{self.report.bad:,} bad rows", *self.report.fault_lines()] if self.report.bad else []
+        lines += [
+            f"{counted(count, 'row')}, the first at {first}: {what}" for count, first, what in self.report.warnings()
+        ]
+        lines += ["", counted(self.report.bad, "bad row"), *self.report.fault_lines()] if self.report.bad else []
         return "\n".join(lines)
 
     def tokens(self, index: int, colours: bool) -> str:

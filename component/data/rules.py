@@ -7,6 +7,7 @@ from pathlib import Path
 from loguru import logger
 
 from ..run.errors import DataError
+from ..run.log import counted
 
 SHOWN = 20  # kinds of faults that are counted separately, and as many of notes and of oddities
 OTHERS = "of other kinds"
@@ -47,9 +48,9 @@ class DataReport:
     def fault_lines(self) -> list[str]:
         """One line for each kind of fault: the first fault, and how many more there are."""
         return [
-            f"… and {count} rows {OTHERS}"
+            f"… and {counted(count, 'row')} {OTHERS}"
             if kind == OTHERS
-            else f"{place}: {text}" + (f" (and {count - 1} more rows like it)" if count > 1 else "")
+            else f"{place}: {text}" + (f" (and {counted(count - 1, 'more row')} like it)" if count > 1 else "")
             for kind, (count, place, text) in self.faults.items()
         ]
 
@@ -87,7 +88,8 @@ def judge(report: DataReport, files: list[Path], rules: DataRules) -> None:
     if report.bad and rules.on_bad_row == "stop":
         few = report.bad <= rules.max_bad_share * report.rows  # with more, skipping them would stop the run as well
         remedy = "mend them, or set on_bad_row to skip" if few else "mend them"
-        raise DataError("\n".join([f"{name}: {report.bad} bad rows of {report.rows}; {remedy}", *report.fault_lines()]))
+        head = f"{name}: {counted(report.bad, 'bad row')} of {report.rows:,}; {remedy}"
+        raise DataError("\n".join([head, *report.fault_lines()]))
     if not report.rows:
         raise DataError(f"{name}: nothing to learn: the file has no rows")
     if not report.kept:
@@ -102,8 +104,8 @@ def judge_share(report: DataReport, name: str, rules: DataRules) -> None:
     if report.bad + too_long > rules.max_bad_share * report.rows:
         remedies = ["mend them"] * bool(report.bad)
         remedies += [f"raise max_seq_length={rules.max_seq_length}"] * bool(too_long)
-        head = f"{name}: {report.bad} rows are bad and {too_long} too long, of {report.rows}: more than max_bad_share="
-        head += f"{rules.max_bad_share:g}; {', '.join(remedies)}, or raise max_bad_share"
+        head = f"{name}: {report.bad:,} bad and {too_long:,} too long of {counted(report.rows, 'row')}: more than "
+        head += f"max_bad_share={rules.max_bad_share:g}; {', '.join(remedies)}, or raise max_bad_share"
         raise DataError("\n".join([head, *report.fault_lines()]))
 
 
@@ -112,11 +114,11 @@ def log_report(report: DataReport, files: list[Path], rules: DataRules) -> None:
     name = str(files[0]) if len(files) == 1 else f"{len(files)} files from {files[0]} on"
     mean, learned = report.tokens / report.kept, report.learned / report.tokens
     logger.info(
-        f"{name}: {report.kept:,} rows, {report.tokens:,} tokens, {learned:.0%} learned; mean length {mean:.0f}, "
-        f"longest {report.longest}"
+        f"{name}: {counted(report.kept, 'row')}, {report.tokens:,} tokens, {learned:.0%} learned; "
+        f"mean length {mean:.0f}, longest {report.longest}"
     )
     for count, first, what in report.warnings():
         limit = f" (max_seq_length={rules.max_seq_length})" if what in report.notes else ""
-        logger.warning(f"{name}: {count:,} rows, the first at {first}: {what}{limit}")
+        logger.warning(f"{name}: {counted(count, 'row')}, the first at {first}: {what}{limit}")
     if report.bad:
-        logger.warning("\n".join([f"{name}: {report.bad:,} bad rows left out", *report.fault_lines()]))
+        logger.warning("\n".join([f"{name}: {counted(report.bad, 'bad row')} left out", *report.fault_lines()]))

@@ -1,4 +1,4 @@
-"""Set-up of log lines, and the removal of secrets from all output."""
+"""Set-up and wording of log lines, and the removal of secrets from all output."""
 
 import atexit
 import logging
@@ -23,6 +23,11 @@ CHATTER = {
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD)S?$")
 SECRET_TEXT = re.compile(r"(?<=://)[^/\s'\"]+@|\bhf_\w{20,}")
 UNFINISHED = re.compile(r"(:(/(/[^/\s'\"]*)?)?|\bh(f(_\w*)?)?)\Z")  # a beginning of SECRET_TEXT, or one that may grow
+
+
+def counted(number: float, thing: str, form: str = ",") -> str:
+    """Write a number with what it counts: `1 row`, `2,000 rows`."""
+    return f"{number:{form}} {thing}{'s' * (number != 1)}"
 
 
 def redact(text: str) -> str:

@@ -10,6 +10,7 @@ from loguru import logger
 from torch import nn
 
 from ..run.files import write_atomically
+from ..run.log import counted
 from .updates import count_steps, count_updates
 
 LEARNED, PLAIN = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
@@ -46,12 +47,15 @@ def describe_schedule(rows: int | None, training_args) -> str:
     """Say how long a run is and how its learning rate moves. `rows` is the number of samples, None for a stream."""
     steps, schedule = count_steps(rows, training_args), training_args.lr_scheduler_type.value
     if rows is None:
-        length = f"{steps:,} updates (max_steps) from a stream"
+        length = f"{counted(steps, 'update')} (max_steps) from a stream"
     elif training_args.max_steps > 0:
         epochs = steps / count_updates(rows, training_args)
-        length = f"{steps:,} updates (max_steps), {epochs:.3g} epochs of {rows:,} samples"
+        length = (
+            f"{counted(steps, 'update')} (max_steps), {counted(epochs, 'epoch', '.3g')} of {counted(rows, 'sample')}"
+        )
     else:
-        length = f"{training_args.num_train_epochs:g} epochs of {rows:,} samples: {steps:,} updates"
+        epochs = counted(training_args.num_train_epochs, "epoch", "g")
+        length = f"{epochs} of {counted(rows, 'sample')}: {counted(steps, 'update')}"
     rate = training_args.learning_rate
     warmup = 0 if schedule in WITHOUT_WARMUP else training_args.get_warmup_steps(steps)
     if warmup >= steps:
@@ -60,7 +64,7 @@ def describe_schedule(rows: int | None, training_args) -> str:
             f"{length}; the learning rate only rises, {reached}, as warmup_steps={warmup:,} covers the run ({schedule})"
         )
     rise = (
-        f"rises to {rate:g} over {warmup:,} updates of warm-up, then"
+        f"rises to {rate:g} over {counted(warmup, 'update')} of warm-up, then"
         if warmup
         else (f"begins at {rate:g} without a warm-up and")
     )

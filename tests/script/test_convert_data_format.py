@@ -83,7 +83,7 @@ def test_bad_rows_can_be_left_out_with_the_reason(tmp_path):
     source = write(tmp_path / "in.jsonl", [ROW, call, ROW])
     done = run("--input", source, "--output", tmp_path / "out.jsonl", "--to", "firefly", "--on_bad_row", "skip")
     assert done.stdout == f"{tmp_path / 'out.jsonl'}: 2 rows\n"
-    assert done.stderr == f"1 bad rows left out, see {tmp_path / 'out.jsonl.rejected.jsonl'}\n"
+    assert done.stderr == f"1 bad row left out, see {tmp_path / 'out.jsonl.rejected.jsonl'}\n"
     assert list(read_rows(tmp_path / "out.jsonl.rejected.jsonl")) == [
         (
             1,
@@ -127,7 +127,7 @@ def test_a_pipe_is_written_and_a_link_refused_and_neither_replaced(tmp_path):
     source = write(tmp_path / "in.jsonl", [ROW])
     done = run("--input", source, "--output", "/dev/stdout")
     assert json.loads(done.stdout)["id"] == 7
-    assert done.stderr == "/dev/stdout: 1 rows\n"
+    assert done.stderr == "/dev/stdout: 1 row\n"
     assert Path("/dev/stdout").is_symlink()
     (tmp_path / "real.jsonl").write_text("earlier")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
@@ -150,7 +150,7 @@ def test_the_command_reports_what_was_lost_and_exits_with_2_on_a_fault(tmp_path)
     done = run("--input", source, "--output", tmp_path / "out.jsonl", "--to", "openai")
     assert done.stdout == f"{tmp_path / 'out.jsonl'}: 2 rows\n"
     assert (
-        done.stderr == f"not carried over, 1 rows, the first at {source}:2: the type of a result: written as its JSON\n"
+        done.stderr == f"not carried over, 1 row, the first at {source}:2: the type of a result: written as its JSON\n"
     )
     odd = source.rename(tmp_path / os.fsdecode("数据.jsonl".encode("gbk")))
     skipped = run("--input", odd, "--output", tmp_path / "out.jsonl", "--to", "firefly", "--on_bad_row", "skip")

@@ -57,7 +57,7 @@ def test_the_figures(inspection):
     assert edges[-1] > inspection.report.longest
     table = inspection.table()
     assert re.search(r"rows\.jsonl:2: conversations\[0\]\.role is 'usr'", table)
-    assert re.search(r"1 rows, the first at .*rows\.jsonl:3: ends on a call", table)
+    assert re.search(r"1 row, the first at .*rows\.jsonl:3: ends on a call", table)
     assert re.search(r"calls by function\nweather +1\n", table)
 
 

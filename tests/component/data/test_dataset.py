@@ -177,7 +177,7 @@ def test_faults_of_one_kind_are_one_line_with_the_place_of_the_first(make):
     assert "rows.jsonl:31: nothing to learn" in second
     with pytest.raises(DataError, match=r"more than max_bad_share=0\.5; mend them, or raise max_bad_share\n"):
         make(rows, on_bad_row="skip", max_bad_share=0.5)
-    with pytest.raises(DataError, match="1 bad rows of 31; mend them, or set on_bad_row to skip"):
+    with pytest.raises(DataError, match="1 bad row of 31; mend them, or set on_bad_row to skip"):
         make([BAD, *ROWS * 10], on_bad_row="stop")
 
 
@@ -188,7 +188,7 @@ def test_after_20_kinds_of_faults_the_rest_is_counted_together():
         count_kind(faults, f"f:{i}", f"{letter}[{i + 1}] is 'x y', got null (NoneType)")
     lines = DataReport(faults=faults).fault_lines()
     assert len(lines) == 21
-    assert lines[0] == "f:0: a[0] is '0', got 0 (and 1 more rows like it)"
+    assert lines[0] == "f:0: a[0] is '0', got 0 (and 1 more row like it)"
     assert lines[-1] == "… and 12 rows of other kinds"
 
 
@@ -259,9 +259,9 @@ def test_twenty_faulty_rows_are_rejected_and_six_unusual_ones_are_not(make, log)
 def test_a_share_of_bad_rows_above_the_limit_stops(make):
     rows = [BAD, *ROWS * 3]
     assert len(make(rows, on_bad_row="skip", max_bad_share=0.1)) == 9
-    with pytest.raises(DataError, match=r"1 rows are bad and 0 too long, of 10: more than max_bad_share=0\.09"):
+    with pytest.raises(DataError, match=r"1 bad and 0 too long of 10 rows: more than max_bad_share=0\.09"):
         make(rows, on_bad_row="skip", max_bad_share=0.09)
-    with pytest.raises(DataError, match=r"0 rows are bad and 1 too long, of 3: more than max_bad_share=0\.1"):
+    with pytest.raises(DataError, match=r"0 bad and 1 too long of 3 rows: more than max_bad_share=0\.1"):
         make(max_seq_length=30, on_too_long="drop", max_bad_share=0.1)
 
 
@@ -283,7 +283,7 @@ def test_calls_that_do_not_fit_and_keys_that_are_not_read_are_one_line_a_kind(ma
         f"2 rows, the first at {place}: ends on a call\n",
         f"2 rows, the first at {place}: a call lacks the required argument 'x' of 'f'\n",
         f"2 rows, the first at {place}: `foo` of a row is not read\n",
-        f"1 rows, the first at {dataset.files[0]}:3: `bar` of a row is not read\n",
+        f"1 row, the first at {dataset.files[0]}:3: `bar` of a row is not read\n",
     ]
     assert dataset.store.report.calls == {"f": 2}
     ended = wrong["conversations"] + ROWS[0]["conversations"][-1:]
@@ -454,7 +454,7 @@ def test_a_changed_file_setting_format_tokenizer_or_library_is_noticed(make, tmp
 def test_bad_rows_that_were_skipped_once_stop_a_stricter_run(make):
     rows = [BAD, *ROWS]
     assert len(make(rows, on_bad_row="skip")) == 3
-    with pytest.raises(DataError, match=r"1 bad rows of 4.*\n.*role is 'usr'"):
+    with pytest.raises(DataError, match=r"1 bad row of 4.*\n.*role is 'usr'"):
         make(rows, on_bad_row="stop")
 
 
@@ -602,9 +602,9 @@ def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenize
         ("b.jsonl", 5),
     ]
     text = "".join(log)
-    assert "b.jsonl: 1 rows, the first at" in text
+    assert "b.jsonl: 1 row, the first at" in text
     assert "ends on a user turn" in text
-    assert "1 bad rows left out" in text
+    assert "1 bad row left out" in text
     load_datasets(settings(str(many), tmp_path, on_bad_row="skip"), ChatGLM3SFTDataset, tiny_tokenizer, 0, None)
     assert log[-1].endswith("assistant, tool or observation (and 29 more rows like it)\n")
     args = settings(str(many), tmp_path, on_bad_row="skip", max_bad_share=0.1)

@@ -271,13 +271,13 @@ def test_a_stream_stops_early_for_the_first_rows(tmp_path, make):
     def stream_of(rows, **rules):
         return make(write(tmp_path / "rows.jsonl", rows), **rules)
 
-    with pytest.raises(DataError, match=r"1 bad rows of 3; mend them\n.*rows\.jsonl:3: conversations\[0\]\.role is 'u"):
+    with pytest.raises(DataError, match=r"1 bad row of 3; mend them\n.*rows\.jsonl:3: conversations\[0\]\.role is 'u"):
         stream_of([*rows_of(2), BAD])
     with pytest.raises(DataError, match=r"rows\.jsonl:1000: conversations\[0\]\.role is 'usr'"):
         stream_of([*rows_of(999), BAD, *rows_of(5)])
     with pytest.raises(DataError, match=r"rows\.jsonl:20: conversations\[0\]\.role is 'usr'"):
         stream_of([row(0, 2000)] * 19 + [BAD])
-    with pytest.raises(DataError, match="0 rows are bad and 2 too long, of 10: more than max_bad_share="):
+    with pytest.raises(DataError, match="0 bad and 2 too long of 10 rows: more than max_bad_share="):
         stream_of([*rows_of(8), row(8, 2000), row(9, 2000)])
     with pytest.raises(DataError, match="nothing to learn: the file has no rows"):
         stream_of([])
@@ -314,14 +314,14 @@ def test_too_many_rows_that_are_too_long_stop_a_stream(tmp_path, make, monkeypat
     monkeypatch.setattr(stream, "SHUFFLE_BUFFER", 1000)
     file = write(tmp_path / "a.jsonl", [*rows_of(1000), *[row(i, 10) for i in range(3000)]])
     dataset = make(file, max_seq_length=5)
-    fault = r"a\.jsonl:1\d\d\d: 0 rows are bad and 112 too long, of 1112: more than max_bad_share=0\.1; "
+    fault = r"a\.jsonl:1\d\d\d: 0 bad and 112 too long of 1,112 rows: more than max_bad_share=0\.1; "
     with pytest.raises(DataError, match=fault + "raise max_seq_length=5, or raise max_bad_share"):
         take_on(dataset, 4000)
 
 
 def test_too_many_bad_rows_stop_a_stream_and_are_shown(tmp_path, make):
     dataset = make(write(tmp_path / "a.jsonl", [*rows_of(1500), *[BAD] * 100]), max_bad_share=0.01)
-    fault = r"a\.jsonl:15\d\d: 16 rows are bad and 0 too long, of 1516: more than max_bad_share=0\.01; mend them, or "
+    fault = r"a\.jsonl:15\d\d: 16 bad and 0 too long of 1,516 rows: more than max_bad_share=0\.01; mend them, or "
     with pytest.raises(DataError, match=rf"{fault}raise max_bad_share\n.*'usr'.* \(and 15 more rows like it\)"):
         take_on(dataset, 1600)
 
@@ -331,7 +331,7 @@ def test_what_was_found_in_the_first_rows_of_a_run_that_went_on_still_counts(tmp
     dataset = make(file, max_seq_length=5)
     take_on(dataset, 1111)
     again = go_on(make(file, max_seq_length=5, check=False), dataset.state_dict())
-    with pytest.raises(DataError, match="112 too long, of 1112"):
+    with pytest.raises(DataError, match="112 too long of 1,112 rows"):
         take_on(again, 1)
 
 

@@ -97,6 +97,12 @@ def test_a_logged_traceback_shows_no_values(capsys):
             "4 updates (max_steps) from a stream; the learning rate only rises, to 0.4 of 1, as warmup_steps=10 covers "
             "the run (constant_with_warmup)",
         ),
+        (
+            {"num_train_epochs": 1},
+            1,
+            "1 epoch of 1 sample: 1 update; the learning rate begins at 5e-05 without a warm-up and falls in a "
+            "straight line to 0 (linear)",
+        ),
     ],
 )
 def test_length_and_learning_rate_are_told_in_words(settings, rows, told):
