@@ -156,13 +156,10 @@ def test_the_chinese_readme_shows_all_code_of_the_english_one_in_its_order(kind)
 
 def test_every_model_of_the_chinese_readme_lies_where_it_was_downloaded_to():
     page = (ROOT / "README_zh.md").read_text()
-    downloaded = re.findall(r"modelscope download .*--local_dir (\S+)", page.split("## ")[4])
-    assert downloaded == ["models/chatglm3-6b", "models/Qwen2.5-7B-Instruct"]
-    used = re.findall(
-        r"model_name_or_path=(\S+)|--base (\S+)|^base, adapter = \"(.+?)\"|verify_real.py ([^`]+)", page, re.M
-    )
-    named = {name for names in used for name in names if name}
-    assert named == set(downloaded)
+    downloaded = set(re.findall(r"modelscope download .*--local_dir (\S+)", page))
+    used = re.findall(r'(?:model_name_or_path=|--base |base, adapter = "|verify_real.py )([^\s"`]+)', page)
+    assert set(used) == downloaded == {"models/chatglm3-6b", "models/Qwen2.5-7B-Instruct"}
+    assert len(used) == 12
 
 
 def test_both_readmes_answer_the_same_questions():
