@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from component.data.chat_template import render_chat_template
 from component.data.formats import parse_row
+from component.data.render import render_firefly
 
 from .component.data.test_beside_trl import CONTROL, PACKAGE, TEMPLATES
 from .component.data.test_chat_template import FAMILIES, QWEN25, make_tokenizer
@@ -70,8 +71,8 @@ def train(command: str, changes: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run_code(page: str, names: dict[str, Path]) -> tuple[str, subprocess.CompletedProcess]:
-    """The first Python block of a page, run with other models: (its text, what came of it)."""
+def run_code(page: str, names: dict[str, Path | str]) -> tuple[str, subprocess.CompletedProcess]:
+    """The first Python block of a page, run with something else for some of its text: (its text, what came of it)."""
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     for name, path in names.items():
         assert name in code
@@ -135,5 +136,8 @@ def test_a_model_of_fireflys_format_is_chatted_with_by_the_lines_of_the_data_pag
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
     own = {"model_name_or_path": str(base), "output_dir": str(output), "train_file": str(tmp_path / "rows.jsonl")}
     train("train_qlora.py --train_args_file train_args/qlora/qwen2.5-7b-sft-qlora.json", own | CHANGES)
-    _, shown = run_code(DATA_PAGE, {"Qwen/Qwen2.5-7B": base, "output/qwen2.5-7b": output})
-    assert shown.stdout.splitlines() == [turn["assistant"] for turn in row["conversation"]], shown.stderr
+    names = {"Qwen/Qwen2.5-7B": base, "output/qwen2.5-7b": output}
+    _, shown = run_code(DATA_PAGE, names | {"    print(": "    print(ids)\n    print("})
+    lines = shown.stdout.splitlines()
+    assert lines[1::2] == [turn["assistant"] for turn in row["conversation"]], shown.stderr
+    assert json.loads(lines[2]) == render_firefly(parse_row(row), AutoTokenizer.from_pretrained(base)).input_ids
