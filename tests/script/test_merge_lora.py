@@ -190,7 +190,7 @@ def test_the_command_of_the_readme_merges(model_folder, adapter_folder, tmp_path
     base = model_folder()
     adapter = adapter_folder(base)
     (command,) = re.findall(r"^python script/merge_lora.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    paths = {"output/chatglm3-6b/final": adapter, "/models/chatglm3-6b": base, "models/merged": tmp_path / "merged"}
+    paths = {"output/chatglm3-6b/final": adapter, "models/chatglm3-6b": base, "models/merged": tmp_path / "merged"}
     merge(*(paths.get(word, word) for word in command.split()))
     assert (tmp_path / "merged/model.safetensors").exists()
 
