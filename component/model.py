@@ -77,7 +77,7 @@ def find_stops(name_or_path: str, config) -> set[int]:
     """Ids at which transformers' generate stops for a model: those of generation_config.json, else of config.json."""
     file = find_model_file(name_or_path, "generation_config.json")
     eos = read_model_json(file).get("eos_token_id") if file else config.eos_token_id
-    return {eos} if isinstance(eos, int) else set(eos or ())
+    return {token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)}
 
 
 def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTrainedModel:

@@ -13,7 +13,7 @@ ROOMS = {  # room: the rooms that it imports
     "verify": {"chatglm", "data", "model", "run", "settings", "train", "trust"},
     "train": {"data", "kernel", "run", "settings", "trust"},
     "kernel": {"chatglm", "run"},
-    "data": {"chatglm", "run"},
+    "data": {"chat_templates", "chatglm", "run"},
     "model": {"chat_templates", "chatglm", "run", "settings", "trust"},
     "trust": {"chatglm", "pickles", "run", "settings"},
     "pickles": {"run"},

@@ -59,5 +59,6 @@ def set_chat_template(tokenizer, name_or_file: str) -> None:
             tokenizer.eos_token = end
 
 
-def control_tokens(tokenizer) -> set[str]:
-    return {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+def control_tokens(tokenizer) -> dict[str, int]:
+    """Ids of a tokenizer's control tokens by their texts."""
+    return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

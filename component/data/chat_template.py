@@ -4,6 +4,7 @@ import functools
 import re
 from bisect import bisect_right
 
+from ..chat_templates import control_tokens
 from ..run.errors import DataError
 from .chat_text import SHIELD, Chat
 from .conversation import Conversation
@@ -22,7 +23,7 @@ def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSamp
         DataError: the template refuses the conversation, leaves out a part of it, or writes nothing that can end an
             answer.
     """
-    pattern, control_ids = control_tokens(tokenizer)
+    pattern, control_ids = control_of(tokenizer)
     chat = Chat(conversation, tokenizer, pattern)
     ids, spans = encode_shielded(chat.text, tokenizer)
     starts = [start for start, _ in spans]
@@ -52,9 +53,9 @@ def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSamp
 
 
 @functools.lru_cache(maxsize=8)
-def control_tokens(tokenizer) -> tuple[re.Pattern, frozenset[int]]:
+def control_of(tokenizer) -> tuple[re.Pattern, frozenset[int]]:
     """A pattern of all control tokens' texts, and their ids."""
-    tokens = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = control_tokens(tokenizer)
     texts = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)"), frozenset(tokens.values())
 

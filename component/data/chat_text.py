@@ -102,11 +102,10 @@ class Chat:
         if "tool_calls" in messages[i]:  # whose names a template may repeat for their results
             other = self.write(with_marker(messages, i, names=False), asks=asks)
         stop = max(start, len(text) - common_prefix(text[::-1], other[::-1]))
-        words = messages[i]["content"].strip()
-        if messages[i]["role"] == "user" and text[:stop].endswith(
-            words
-        ):  # Mistral's writes tools before the last text,
-            start = max(start, stop - len(words))  # and before all that equal it
+        content = messages[i]["content"].strip()
+        # Mistral's template writes the tools before the last question, and before every other that equals it.
+        if messages[i]["role"] == "user" and text[:stop].endswith(content):
+            start = max(start, stop - len(content))
         return slice(start, stop)
 
     def ending(self, i: int) -> str:
@@ -127,6 +126,9 @@ class Chat:
 
         Args:
             starts: of the tokens of `text`.
+
+        Raises:
+            DataError: the message before it stands behind it.
         """
         first, before = self.words[i].start, self.messages[:i]
         if not before:

@@ -223,20 +223,22 @@ def as_item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]
 
 
 def check_tokenizer(tokenizer, render):
+    """Return the tokenizer if a renderer can use it. Raises DataError, which says what it lacks."""
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, so no answer can be taught to end; set one in its folder")
     is_chatglm = hasattr(tokenizer, "build_single_message")
-    if render is render_chat_template and is_chatglm:
-        raise DataError("ChatGLM's tokenizer writes its prompts itself; leave out data_format and chat_template")
-    if render is render_chat_template and not tokenizer.is_fast:
-        raise DataError(
-            "data_format chat_template needs a fast tokenizer, and the model has a slow one; choose another"
-        )
-    if render is render_chat_template and not tokenizer.chat_template:
-        raise DataError(
-            "data_format chat_template needs a chat template, and the tokenizer has none; set chat_template to chatml "
-            "or to a file, or choose another format"
-        )
+    if render is render_chat_template:
+        if is_chatglm:
+            raise DataError("ChatGLM's tokenizer writes its prompts itself; leave out data_format and chat_template")
+        if not tokenizer.is_fast:
+            raise DataError(
+                "data_format chat_template needs a fast tokenizer, and the model has a slow one; choose another"
+            )
+        if not tokenizer.chat_template:
+            raise DataError(
+                "data_format chat_template needs a chat template, and the tokenizer has none; set chat_template to "
+                "chatml or to a file, or choose another format"
+            )
     if render in (render_chatglm2, render_chatglm3) and not is_chatglm:
         name = render.__name__.removeprefix("render_")
         raise DataError(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from component.model import sketch_base, warn_of_cpu
+from component.model import find_stops, sketch_base, warn_of_cpu
 from component.run.errors import ArgumentError
 from component.train.progress import ProgressReport
 
@@ -32,6 +32,16 @@ def test_a_model_of_billions_without_cuda_is_warned_of(configured, monkeypatch, 
     assert ["has 3.1 billion parameters and there is no CUDA" in line for line in log] == [True] * (not has_cuda)
     warn_of_cpu(configured(num_hidden_layers=2))
     assert len(log) == (not has_cuda), "a small one is not"
+
+
+@pytest.mark.parametrize(
+    ("eos", "stops"), [(1, {1}), ([1, 2], {1, 2}), (None, set()), ([[1], 2, "x"], {2}), ({"a": 1}, set())]
+)
+def test_the_stops_of_a_model_are_those_of_its_generation_config(configured, tmp_path, eos, stops):
+    configured(eos_token_id=5)
+    assert find_stops(str(tmp_path), SimpleNamespace(eos_token_id=5)) == {5}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert find_stops(str(tmp_path), SimpleNamespace(eos_token_id=5)) == stops
 
 
 def test_a_driver_that_torch_cannot_use_is_named(configured, monkeypatch, log, tmp_path):

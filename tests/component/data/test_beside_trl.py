@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from jinja2 import TemplateError
 
-from component.data.chat_template import control_tokens, render_chat_template
+from component.data.chat_template import control_of, render_chat_template
 from component.data.chat_text import Chat, with_fixed_date
 from component.data.formats import parse_row
 from component.run.errors import DataError
@@ -190,7 +190,7 @@ def kinds_of_differences(family: str, conversation: str) -> set[str]:
     own, marked = tokenizer_of(family), tokenizer_of(family)
     marked.chat_template = training
     try:
-        chat = Chat(parse_row(row), marked, control_tokens(marked)[0])
+        chat = Chat(parse_row(row), marked, control_of(marked)[0])
         text, ours = learned_here(row, marked)
     except DataError as error:
         return {check_refusal(str(error), row, marked, training)}
