@@ -51,7 +51,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     from loguru import logger
 
     from component.data.dataset import check_choice, select_format, warn_of_endless_answers
-    from component.model import check_beginning, load_tokenizer, warn_of_cpu
+    from component.model import check_beginning, check_bits, load_tokenizer, warn_of_cpu
     from component.run.folder import RunFolder, foresee_start
     from component.run.ranks import on_every_rank, on_rank_zero, require_same
     from component.run.resume import FINAL
@@ -67,6 +67,7 @@ def train(cli: argparse.Namespace, watch) -> None:
     if not os.path.isdir(args.model_name_or_path):
         logger.info(f"no folder {args.model_name_or_path} in {os.getcwd()}: asking the hub for it")
     tokenizer = on_every_rank(lambda: load_tokenizer(args))
+    on_rank_zero(lambda: check_bits(args.model_name_or_path, args.base_bits))
     on_rank_zero(lambda: check_choice(args, data_format, tokenizer))
     on_rank_zero(lambda: warn_of_endless_answers(data_format, tokenizer))
     on_rank_zero(lambda: warn_of_cpu(args))
@@ -161,7 +162,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
 
 
 def make_model(args, training_args, folder, start):
-    """Load the 4-bit base and attach the adapter: a new one, or the one to begin from. A checkpoint's comes later."""
+    """Load the base and attach the adapter: a new one, or the one to begin from. A checkpoint's comes later."""
     from loguru import logger
     from transformers import set_seed
 
@@ -170,8 +171,9 @@ def make_model(args, training_args, folder, start):
     from component.train.identity import describe_adapter
     from component.train.report import parameter_table
 
+    bits = 32 if args.base_bits == 16 and args.compute_dtype == "float32" else args.base_bits
     logger.info(
-        f"loading {args.model_name_or_path} in 4 bits on {training_args.device}, {args.compute_dtype} arithmetic"
+        f"loading {args.model_name_or_path} in {bits} bits on {training_args.device}, {args.compute_dtype} arithmetic"
     )
     set_seed(training_args.seed)
     model = attach_lora(load_model(args, training_args), args)

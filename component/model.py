@@ -1,4 +1,4 @@
-"""The tokenizer, the 4-bit base model and its LoRA adapter."""
+"""The tokenizer, the base model in 4 or 16 bits, and its LoRA adapter."""
 
 import json
 import math
@@ -81,19 +81,27 @@ def find_stops(name_or_path: str, config) -> set[int]:
 
 
 def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTrainedModel:
-    """Load the base model, quantised while it loads: NF4 with double quantisation, on this process's device.
-
-    Embeddings, norms and the output head stay in `compute_dtype`.
-    """
-    compute_dtype = getattr(torch, args.compute_dtype)
-    model = from_pretrained(
-        AutoModelForCausalLM,
-        args.model_name_or_path,
-        quantization_config=four_bit(compute_dtype),
-        dtype=compute_dtype,
-        device_map={"": training_args.device},
-    )
+    """Load a run's base model on this process's device, as `load_base` does."""
+    dtype = getattr(torch, args.compute_dtype)
+    model = load_base(args.model_name_or_path, args.base_bits, dtype, training_args.device)
     model.config.use_cache = False  # training does not use the cache of generation
+    return model
+
+
+def load_base(name_or_path: str, bits: int, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """Load a base model on a device.
+
+    Args:
+        bits: 4 to quantise its linear layers while it loads, to NF4 with double quantisation; 16 to leave them.
+        dtype: of the arithmetic, and of all weights that are not quantised: embedding, norms and output head, with 16
+            bits the linear layers too, so that a base of 16 bits has 32 where it computes in float32.
+
+    Raises:
+        ArgumentError: there is no such model, it needs Python of its own, or `check_bits` refuses it.
+    """
+    check_bits(name_or_path, bits)
+    quantization = {"quantization_config": four_bit(dtype)} if bits == 4 else {}
+    model = from_pretrained(AutoModelForCausalLM, name_or_path, dtype=dtype, device_map={"": device}, **quantization)
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             # In eval mode on some CPUs, bitsandbytes repacks a weight into a form that has no gradient (0.50.2), so
@@ -102,10 +110,23 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
     return model
 
 
+def check_bits(name_or_path: str, bits: int) -> None:
+    """Raise ArgumentError for a base that is wanted in 16 bits and saved in fewer."""
+    file = find_model_file(name_or_path, "config.json")
+    if bits == 16 and file and read_model_json(file).get("quantization_config"):
+        raise ArgumentError(
+            f"{file}: the base is saved quantised, and its 16 bits are lost; set base_bits to 4, or take the full "
+            "checkpoint"
+        )
+
+
 def sketch_model(args: QLoRAArguments) -> PeftModel:
     """The model with its adapter on the meta device: every shape, no weights. In half precision, as on a card."""
     base = sketch_base(args.model_name_or_path)
     with torch.device("meta"):
+        if args.base_bits == 4:
+            for name, layer in linear_layers(base):
+                base.set_submodule(name, Linear4bit(layer.in_features, layer.out_features, layer.bias is not None))
         return attach_lora(base, args)
 
 
@@ -189,9 +210,14 @@ def faults_of(name_or_path: str) -> Iterator[None]:
 
 def find_linear_names(model: PreTrainedModel) -> list[str]:
     """Last parts of the names of all linear layers, such as `query_key_value`, without the output head."""
+    return sorted({name.rpartition(".")[2] for name, _ in linear_layers(model)})
+
+
+def linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
+    """All linear layers by name, without the output head."""
     head = model.get_output_embeddings()
-    linear = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head)
-    return sorted({name.rpartition(".")[2] for name in linear})
+    named = model.named_modules()
+    return [(name, layer) for name, layer in named if isinstance(layer, nn.Linear) and layer is not head]
 
 
 def attach_lora(model: PreTrainedModel, args: QLoRAArguments) -> PeftModel:
@@ -267,10 +293,16 @@ def check_beginning(args: QLoRAArguments, base: str, prompts: dict[str, str]) ->
             f"{folder}: {name} has the shape {shapes.get(name)} in the adapter, and {wanted.get(name)} beside "
             f"{args.model_name_or_path}; give the adapter's base, which is {config['base_model_name_or_path']!r}"
         )
-    run = read_model_json(folder / MANIFEST).get("run") if (folder / MANIFEST).exists() else None
-    recorded = run if isinstance(run, dict) else {}
+    recorded = read_run(folder)
     check_same_base(folder, config["base_model_name_or_path"], args.model_name_or_path, base, recorded)
     warn_of_format(folder, prompts, recorded)
+    theirs = base_bits_of(recorded)
+    if theirs not in (None, args.base_bits):
+        logger.warning(
+            f"{folder} was trained beside a base in {theirs} bits, and this run's base_bits is {args.base_bits}: it "
+            "has learned to make good for the rounding of its own base, and has to learn anew what this one's is; to "
+            f"go on as it was trained, set base_bits to {theirs}"
+        )
     if config["lora_dropout"] != args.lora_dropout:
         logger.info(f"lora_dropout: {config['lora_dropout']:g} in the adapter, {args.lora_dropout:g} in this run")
 
@@ -278,6 +310,18 @@ def check_beginning(args: QLoRAArguments, base: str, prompts: dict[str, str]) ->
 def layers_of(shapes: dict[str, list[int]]) -> list[str]:
     """Last parts of the names of the layers that an adapter's tensors adapt."""
     return sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in shapes})
+
+
+def read_run(folder: Path) -> dict:
+    """The run that trained an adapter (component.train.identity.describe_run), by its manifest; {} if it has none."""
+    run = read_model_json(folder / MANIFEST).get("run") if (folder / MANIFEST).exists() else None
+    return run if isinstance(run, dict) else {}
+
+
+def base_bits_of(run: dict) -> int | None:
+    """Bits of the base in a run that `read_run` found; None if nothing is known. Earlier runs all had 4, unsaid."""
+    settings = run.get("settings")
+    return settings.get("base_bits", 4) if isinstance(settings, dict) else None
 
 
 def check_same_base(folder: Path, its_base: str | None, name_or_path: str, base: str, run: dict) -> None:

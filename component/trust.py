@@ -27,7 +27,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their shards by an in
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 # Kinds of weights that are not opened, unless a file is of WEIGHTS, a shard of these, or of ADAPTER.
 UNOPENED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
-FULL = "take the full checkpoint, which is quantised to 4 bits while it loads"
+FULL = "take the full checkpoint, which is quantised to 4 bits while it loads, unless base_bits is 16"
 
 
 def check_model(name_or_path: str) -> None:

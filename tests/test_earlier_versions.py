@@ -56,6 +56,7 @@ def test_a_changed_setting_of_a_run_of_an_earlier_version_is_noticed(earlier, mo
         ("pack_to=0", "packing: true then, false now"),
         ("fused_layers=false", "fused_layers: true then, false now"),
         ("learning_rate=0.02", "learning_rate: 0.01 then, 0.02 now"),
+        ("base_bits=16", "base_bits: 4 then, 16 now"),
         ("adapter_name_or_path=final", "adapter_name_or_path: null then, "),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -86,7 +87,7 @@ def test_an_adapter_of_an_earlier_version_loads_and_merges(earlier, monkeypatch)
 )
 def test_an_earlier_pack_to_is_compared_as_what_it_is_called_now(pack_to, now):
     was = {"settings": {"seed": 1, "pack_to": pack_to}, "data": "abc"}
-    now = now | {"stream_order": None}
+    now = now | {"stream_order": None, "base_bits": 4}
     assert renew_identity(was) == {"settings": {"seed": 1} | now, "data": "abc", "adapter": None}
     assert was["settings"] == {"seed": 1, "pack_to": pack_to}
     current = {"settings": {"seed": 1} | now, "data": "abc", "adapter": "def"}

@@ -74,7 +74,7 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.quantization_bit:
             raise ValueError(
                 f"quantization_bit={self.quantization_bit}: the official int4/int8 checkpoints cannot be loaded. Use "
-                "the full checkpoint (THUDM/chatglm3-6b); it is quantised to 4 bits while it loads."
+                "the full checkpoint (THUDM/chatglm3-6b); it is quantised to 4 bits while it loads (base_bits)."
             )
         if self.fp32_residual_connection:
             raise ValueError("fp32_residual_connection=true is not supported; no published checkpoint uses it.")

@@ -12,7 +12,7 @@ from .manifest import MANIFEST, Damaged, verify, versions
 FINAL = "final"
 UNCHANGEABLE = ("lora_rank", "target_modules", "optim", "lr_scheduler_type")  # they shape what a checkpoint holds
 # If one of these settings has changed, rows are laid out anew.
-LAYOUT = ("packing", "packing_length", "fused_layers", "max_seq_length", "activation_checkpointing")
+LAYOUT = ("packing", "packing_length", "fused_layers", "max_seq_length", "activation_checkpointing", "base_bits")
 # Files that even a damaged checkpoint must have, to be continued on request.
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")
 

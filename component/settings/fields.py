@@ -21,7 +21,7 @@ FIXED = {
     "use_cache": False,
 }
 
-SHARDED = "every process holds the whole 4-bit model; start one for each card with torchrun"
+SHARDED = "every process holds the whole base; start one for each card with torchrun"
 COMPILED = "the fused layers do its work, and it cannot trace them or 4-bit weights; remove it"
 EVALUATED = "evaluation computes in compute_dtype, as training does; remove it"
 PUBLISHED = "nothing is uploaded; publish final/ yourself when the run is done, by `hf upload`"

@@ -1,6 +1,8 @@
 """Translation of keys of Firefly, LLaMA-Factory, ms-swift, axolotl and TRL. Standard library only."""
 
+import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 EVERY_LINEAR = (["all"], ["all-linear"], ["all_linear"])
@@ -78,6 +80,18 @@ def when(**settings: Any) -> Callable[[bool], dict[str, Any]]:
     return lambda on: settings if on else {}
 
 
+def rounded_to_4_bits(on: bool) -> dict[str, Any]:
+    return {"base_bits": 4 if on else 16}
+
+
+def to_base_bits(key: str, bits: int | str | bool) -> dict[str, Any]:
+    if bits is True or bits in (4, "4", "4bit", "bnb", "nf4", "int4"):
+        return {"base_bits": 4}
+    if bits is False or str(bits) in ("0", "none", "16"):
+        return {"base_bits": 16}
+    raise ValueError(f"{key}={json.dumps(bits)} is not supported: {NO_OTHER_BITS}")
+
+
 # Keys whose values are written differently here: the value's type there, and the function that makes settings of it.
 CONVERTED: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
     "template_name": (str, to_data_format),
@@ -98,34 +112,40 @@ CONVERTED: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
     "disable_shuffling": (bool, when(train_sampling_strategy="sequential")),
     "disable_gradient_checkpointing": (bool, when(activation_checkpointing="none")),
     "activation_offloading": (bool, when(activation_checkpointing="offload")),
+    "load_in_4bit": (bool, rounded_to_4_bits),
+    "use_qlora": (bool, rounded_to_4_bits),
+    "q_lora": (bool, rounded_to_4_bits),
+    "quantization": (int | str | bool, partial(to_base_bits, "quantization")),
+    "quantization_bit": (int | str, partial(to_base_bits, "quantization_bit")),
+    "quant_bits": (int | str, partial(to_base_bits, "quant_bits")),
     "eval_file": (str, lambda path: {"eval_file": path or None}),
     "bf16": (str, lambda text: {} if text == "auto" else {"bf16": text}),
     "fp16": (str, lambda text: {} if text == "auto" else {"fp16": text}),
 }
 
-FOUR_BITS = "the base is always in 4 bits, NF4 with double quantisation"
-ADAPTER = "only a LoRA adapter beside a base in 4 bits is trained, which is called qlora"
+# Keys that ask for LoRA beside a base that is not rounded, by the value that does so, unless another key rounds it.
+UNROUNDED: dict[str, Any] = {
+    **dict.fromkeys(("train_mode", "adapter", "finetuning_type", "train_type", "tuner_type", "sft_type"), "lora"),
+    **dict.fromkeys(("use_peft", "use_lora"), True),
+    **dict.fromkeys(("quantization_bit", "quant_bits"), None),
+}
+KINDS = [key for key, value in UNROUNDED.items() if value == "lora"]  # whose value qlora asks for a base in 4 bits
+
+NO_OTHER_BITS = "a base has 4 bits here, or the 16 that it came in; set base_bits to one of them"
+FOUR_BITS = "4 bits are always those of bitsandbytes: NF4 with double quantisation"
+ADAPTER = "what is trained is a LoRA adapter; base_bits says whether the base beside it is rounded"
 TASK = "only supervised fine-tuning on conversations is done"
 LEARNED = "only answers and calls are learned; see loss_on"
 PLAIN_LORA = "the adapter is plain LoRA, scaled by lora_alpha / lora_rank"
 
 # Keys for what never changes here: the values that agree with it, and why any other is refused.
 ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "train_mode": (("qlora",), ADAPTER),
-    "adapter": (("qlora",), ADAPTER),
-    "finetuning_type": (("lora", "qlora"), ADAPTER),
-    "train_type": (("lora", "qlora"), ADAPTER),
-    "tuner_type": (("lora", "qlora"), ADAPTER),
-    "sft_type": (("lora", "qlora"), ADAPTER),
+    **dict.fromkeys(KINDS, (("lora", "qlora"), ADAPTER)),
     "peft_type": (("lora", "LORA", "qlora"), ADAPTER),
     "use_peft": ((True,), ADAPTER),
     "use_lora": ((True,), ADAPTER),
     "tuner_backend": (("peft",), ADAPTER),
-    "load_in_4bit": ((True,), FOUR_BITS),
-    "load_in_8bit": ((False,), FOUR_BITS),
-    "quantization": ((4, "4", "4bit", "bnb", "nf4", "int4", True), FOUR_BITS),
-    "quantization_bit": ((4,), FOUR_BITS),
-    "quant_bits": ((4,), FOUR_BITS),
+    "load_in_8bit": ((False,), NO_OTHER_BITS),
     "quantization_method": (("bnb", "bitsandbytes"), FOUR_BITS),
     "quant_method": (("bnb", "bitsandbytes"), FOUR_BITS),
     "quantization_type": (("nf4",), FOUR_BITS),

@@ -99,6 +99,26 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> tup
     return translated, environment
 
 
+def decide_base_bits(values: dict[str, Any], asked: dict[str, Any], source: str) -> None:
+    """Set `base_bits` where only the kind of adapter says it: `lora`, in programs whose other word is qlora, means a
+    base that is not rounded.
+
+    Args:
+        values: today's settings, which may have `base_bits` already.
+        asked: keys as they were written.
+    """
+    by = [key for key, plain in foreign.UNROUNDED.items() if key in asked and asked[key] == plain]
+    rounding = [key for key in foreign.KINDS if asked.get(key) == "qlora"]
+    if by and not rounding and "base_bits" not in values:
+        values["base_bits"] = 16
+        logger.info(
+            f"{source}: {by[0]}={as_json(asked[by[0]])} is base_bits=16 here, since no key rounds the base; "
+            "base_bits=4 takes about a quarter of its memory"
+        )
+    if rounding and values.get("base_bits") == 16:
+        logger.warning(f'{source}: {rounding[0]}="qlora" rounds the base, but base_bits=16 wins: it is not rounded')
+
+
 def hint_of(key: str, known: dict[str, Any]) -> Any:
     """Type hint of the value of a key, be it today's, older or foreign; Any for an unknown key."""
     if key in known:
@@ -122,7 +142,7 @@ def translate_key(key: str, value: Any, known: dict[str, Any]) -> tuple[dict[str
         always, why = foreign.ALWAYS[key]
         if value is not None and value not in always:
             raise ValueError(f"{key}={as_json(value)} is not supported: {why}")
-        return {}, f"{key} has no effect here: {why}"
+        return {}, f"{key}={as_json(value)} is always so here: {why}" if value is not None else ""
     if key in CONVERTED and (key not in known or is_a(value, CONVERTED[key][0])):
         return convert(key, value)
     if key in RENAMED_KEYS | foreign.RENAMED and value is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..run.errors import ArgumentError
 from .fields import NARROWED
-from .legacy import hint_of, translate
+from .legacy import decide_base_bits, hint_of, translate
 from .machine import adapt_to_machine
 from .optimization import check_optimization
 from .schema import QLoRAArguments, check_setting, is_a
@@ -58,17 +58,20 @@ def load_arguments(
 
 
 def read_settings(
-    train_args_file: str | Path | None, overrides: typing.Sequence[str]
+    train_args_file: str | Path | None, arguments: typing.Sequence[str]
 ) -> tuple[QLoRAArguments, dict[str, Any], dict[str, Any]]:
     """(our own settings, TrainingArguments' as asked for, the same adapted to this machine)."""
     source, known = str(train_args_file or COMMAND_LINE), known_settings()
-    overriding, environment = translate(parse_overrides(overrides, known), known, COMMAND_LINE)
-    values, of_file = translate(read_json_object(source) if train_args_file else {}, known, source)
+    overrides = parse_overrides(arguments, known)
+    written = read_json_object(source) if train_args_file else {}
+    overriding, environment = translate(overrides, known, COMMAND_LINE)
+    values, of_file = translate(written, known, source)
     if overriding.get("packing") is False:
         values.pop("packing_length", None)
     if overriding.get("packing_length"):
         values.pop("packing", None)
     values |= overriding
+    decide_base_bits(values, written | overrides, source)
     os.environ |= of_file | environment
     for key, value in values.items():
         check_setting(key, value, known, COMMAND_LINE if key in overriding else source)

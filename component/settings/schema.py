@@ -145,10 +145,17 @@ class QLoRAArguments:
         lambda value: value is None or value,
         "a list of names, or null for every linear layer",
     )
+    base_bits: int = setting(
+        4,
+        "Bits of the base's linear layers: 4 (rounded to NF4 with double quantisation, as QLoRA does) or 16 (not "
+        "rounded: kept in compute_dtype, which takes about four times the memory).",
+        lambda value: value in (4, 16),
+        "4 or 16 (there are no 8 bits here: take 16 where it fits the card, else 4)",
+    )
     compute_dtype: str = setting(
         "auto",
-        "Type of the numbers that the 4-bit layers compute with: auto, bfloat16, float16 or float32. auto: bfloat16 "
-        "where the card has it, else float16; float32 without CUDA.",
+        "Type of the numbers that layers compute with, and in which everything but 4-bit weights is kept: auto, "
+        "bfloat16, float16 or float32. auto: bfloat16 where the card has it, else float16; float32 without CUDA.",
         *one_of("auto", "bfloat16", "float16", "float32"),
     )
     overwrite_output_dir: bool = setting(

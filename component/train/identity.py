@@ -93,6 +93,7 @@ def renew_identity(identity: dict) -> dict:
     if "pack_to" in settings:
         settings |= rows_of_pack_to(settings.pop("pack_to"))
         settings["fused_layers"] = settings["packing"]
+    settings.setdefault("base_bits", 4)
     settings.setdefault("stream_order", "a buffer" if settings.get("streaming") else None)
     return identity | {"settings": settings, "adapter": identity.get("adapter")}
 

@@ -107,7 +107,17 @@ def test_a_file_of_another_program_is_translated_and_every_line_said(load, log, 
         ("adapters", "a/b", 'adapters="a/b" is adapter_name_or_path="a/b" here'),
         ("adapters", [], "adapters=[] has no effect here"),
         ("cutoff_len", 300, "cutoff_len is called max_seq_length here"),
-        ("load_in_4bit", True, "load_in_4bit has no effect here: the base is always in 4 bits"),
+        ("load_in_4bit", True, "load_in_4bit=true is base_bits=4 here"),
+        ("load_in_4bit", False, "load_in_4bit=false is base_bits=16 here"),
+        ("use_qlora", False, "use_qlora=false is base_bits=16 here"),
+        ("q_lora", True, "q_lora=true is base_bits=4 here"),
+        ("quantization", "nf4", 'quantization="nf4" is base_bits=4 here'),
+        ("quantization_bit", "none", 'quantization_bit="none" is base_bits=16 here'),
+        ("quant_bits", 0, "quant_bits=0 is base_bits=16 here"),
+        ("quant_bits", 4, "quant_bits=4 is base_bits=4 here"),
+        ("load_in_8bit", False, "load_in_8bit=false is always so here: a base has 4 bits here, or the 16"),
+        ("bnb_4bit_quant_type", "nf4", 'bnb_4bit_quant_type="nf4" is always so here: 4 bits are always those of bits'),
+        ("finetuning_type", "lora", 'finetuning_type="lora" is always so here: what is trained is a LoRA adapter'),
         ("use_unsloth", True, "use_unsloth has no effect here and is ignored: fused layers of our own"),
         ("per_gpu_train_batch_size", 3, "per_gpu_train_batch_size is now called per_device_train_batch_size"),
         ("group_by_length", True, 'group_by_length=true is train_sampling_strategy="group_by_length" here'),
@@ -137,14 +147,16 @@ def test_what_a_key_is_here_is_said_in_one_line(load, log, key, value, line):
             {"truncation_strategy": "left"},
             "'left' is not done with long rows; set on_too_long to truncate, truncate_left",
         ),
-        ({"train_mode": "full"}, 'train_mode="full" is not supported: only a LoRA adapter beside a base in 4 bits'),
-        ({"train_mode": "lora"}, 'train_mode="lora" is not supported: only a LoRA adapter beside a base in 4 bits'),
-        ({"adapter": "lora"}, 'adapter="lora" is not supported'),
+        ({"train_mode": "full"}, 'train_mode="full" is not supported: what is trained is a LoRA adapter'),
+        ({"finetuning_type": "freeze"}, 'finetuning_type="freeze" is not supported: what is trained is a LoRA'),
         ({"task_type": "dpo"}, 'task_type="dpo" is not supported: only supervised fine-tuning on conversations'),
         ({"stage": "pt"}, 'stage="pt" is not supported'),
-        ({"load_in_4bit": False}, "load_in_4bit=false is not supported: the base is always in 4 bits"),
-        ({"load_in_8bit": True}, "load_in_8bit=true is not supported"),
-        ({"quantization_bit": 8}, "quantization_bit=8 is not supported"),
+        ({"load_in_8bit": True}, "load_in_8bit=true is not supported: a base has 4 bits here, or the 16 that it came"),
+        ({"quantization_bit": 8}, "quantization_bit=8 is not supported: a base has 4 bits here, or the 16 that it"),
+        ({"quant_bits": 1}, "quant_bits=1 is not supported"),
+        ({"load_in_4bit": "yes"}, "load_in_4bit must be true or false, got 'yes' (str)"),
+        ({"quant_method": "hqq"}, 'quant_method="hqq" is not supported: 4 bits are always those of bitsandbytes'),
+        ({"load_in_4bit": True, "base_bits": 16}, "load_in_4bit and base_bits are one setting; keep one"),
         ({"train_on_prompt": True}, "train_on_prompt=true is not supported: only answers and calls are learned"),
         ({"dataset": "alpaca_en"}, "dataset is not supported: give the data's files in train_file"),
         ({"datasets": [{"path": "x"}]}, "datasets is not supported: give the data's files in train_file"),
@@ -174,6 +186,46 @@ def test_what_is_not_here_is_named_with_what_there_is_instead(load, settings, fa
         load(**settings)
     assert f"args.json: {fault}" in str(error.value)
     assert "canary" not in str(error.value)
+
+
+PLAIN_BASE = "is base_bits=16 here, since no key rounds the base; base_bits=4 takes about a quarter of its memory"
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "bits", "told"),
+    [
+        ({"finetuning_type": "lora"}, [], 16, f'finetuning_type="lora" {PLAIN_BASE}'),
+        ({"finetuning_type": "lora"}, ["quantization_bit=null"], 16, f'finetuning_type="lora" {PLAIN_BASE}'),
+        ({}, ["quantization_bit=null"], 16, f"quantization_bit=null {PLAIN_BASE}"),
+        ({"use_peft": True}, [], 16, f"use_peft=true {PLAIN_BASE}"),
+        ({"train_mode": "lora"}, [], 16, f'train_mode="lora" {PLAIN_BASE}'),
+        ({"finetuning_type": "lora", "quantization_bit": 4}, [], 4, ""),
+        ({"adapter": "lora", "load_in_4bit": True}, [], 4, ""),
+        ({"adapter": "lora", "load_in_4bit": False}, [], 16, ""),
+        ({"finetuning_type": "lora", "base_bits": 4}, [], 4, ""),
+        ({"finetuning_type": "lora"}, ["base_bits=4"], 4, ""),
+        ({"quantization_bit": 4}, ["finetuning_type=lora"], 4, ""),
+        ({}, ["finetuning_type=lora"], 16, f'finetuning_type="lora" {PLAIN_BASE}'),
+        ({"use_lora": True, "q_lora": True}, [], 4, ""),
+        ({"train_mode": "qlora"}, [], 4, ""),
+        ({"train_mode": "qlora", "use_peft": True}, [], 4, ""),
+        ({"train_mode": "qlora"}, ["base_bits=16"], 16, 'train_mode="qlora" rounds the base, but base_bits=16 wins'),
+        ({"peft_type": "LORA"}, [], 4, ""),
+        ({}, [], 4, ""),
+    ],
+    ids=str,
+)
+def test_lora_without_a_word_of_rounding_means_a_base_that_is_not_rounded(load, log, settings, overrides, bits, told):
+    assert load(*overrides, **settings)[0].base_bits == bits
+    lines = [line for line in log if PLAIN_BASE in line or "wins: it is not rounded" in line]
+    assert [told in line for line in lines] == [True] * bool(told)
+
+
+@pytest.mark.parametrize("bits", [8, 0, 32])
+def test_a_base_of_other_bits_is_refused_with_what_there_is(load, bits):
+    remedy = r"base_bits must be 4 or 16 \(there are no 8 bits here: take 16 where it fits the card, else 4\), got"
+    with pytest.raises(ArgumentError, match=f"{remedy} {bits}"):
+        load(base_bits=bits)
 
 
 def test_two_names_of_one_setting_may_say_the_same(load):

@@ -65,6 +65,7 @@ def test_what_decides_no_number_may_change(identify, change):
         {"learning_rate": 1e-3},
         {"lora_rank": 8},
         {"lora_dropout": 0.2},
+        {"base_bits": 16},
         {"per_device_train_batch_size": 3},
         {"gradient_accumulation_steps": 2},
         {"num_train_epochs": 5},
