@@ -1,5 +1,6 @@
-"""Linear layers that read one input, run as one: their 4-bit bases, biases and low-rank paths."""
+"""Linear layers that read one input, run as one: their bases of 4 or 16 bits, biases and low-rank paths."""
 
+from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ class Projection:
     `width` is the width of all outputs together. All low-rank paths of a projection share one dropout mask; `number`
     makes it differ from other projections' masks.
 
+    Bases that are plain, of `dtype`, are used as they lie. If they are several, their weights are moved into one matrix
+    first, of which the layers' own parameters become views, so that nothing lies twice.
+
     Args:
         layers: nn.Linear, bitsandbytes' Linear4bit, or peft's LoRA layer around one.
         dtype: of the arithmetic; adapters are kept in float32 and rounded to this type.
@@ -47,6 +51,7 @@ class Projection:
                 self.dropout = getattr(layer.lora_dropout[name], "p", 0.0)
                 rank = ranks.stop
             column += base.out_features
+        self.plain = join_weights(self.bases) if all(is_plain(base, dtype) for base in self.bases) else None
         self.bias = None
         if any(base.bias is not None for base in self.bases):
             biases = [
@@ -65,13 +70,14 @@ class Projection:
 
     @property
     def room(self) -> int:
-        """Spare columns of an input that `forward` can use: `rank`, or 0 where rows would not stay aligned."""
-        return self.rank if self.rank % 16 == 0 else 0
+        """Spare columns of an input that `forward` can use: `rank`, or 0 where rows would not stay aligned, or where
+        plain bases have no columns to spare."""
+        return self.rank if self.rank % 16 == 0 and self.plain is None else 0
 
     def weight(self, room: int = 0) -> torch.Tensor:
         """The bases as one matrix (width, in_features + room), whose last `room` columns are not filled."""
-        if not room and len(self.bases) == 1 and not isinstance(self.bases[0], Linear4bit):
-            return self.bases[0].weight
+        if self.plain is not None:
+            return self.plain
         device = self.bases[0].weight.device
         whole = torch.empty(self.width, self.in_features + room, dtype=self.dtype, device=device)
         parts = whole[:, : self.in_features].split([base.out_features for base in self.bases])
@@ -90,12 +96,16 @@ class Projection:
         """(output (tokens, width), what the low-rank paths hold between their halves (tokens, rank)).
 
         If the input has `room` spare columns, the low-rank paths' first halves write there. Their second halves stand
-        beside the bases, so that one product makes the whole output.
+        beside the bases, so that one product makes the whole output. Where the bases are plain, their product is added
+        to the update, and so in both cases the sum is rounded once: a small update is not lost in a rounded output.
 
         Args:
             seed: of the row's dropout; None for no dropout.
         """
         low = self.low(x, seed)
+        if self.plain is not None and self.paths:
+            ups = self.fill_ups_(x.new_empty(self.width, self.rank))
+            return self.product(low, ups).addmm_(x, self.plain.t()), low
         if x.stride(0) == self.in_features:
             out = self.product(x, self.weight())
             for path in self.paths:
@@ -103,13 +113,17 @@ class Projection:
                 out[:, path.columns].addmm_(low[:, path.ranks], up.t(), alpha=path.scaling)
             return out, low
         weight = self.weight(self.room)
-        ups = weight[:, self.in_features :]
+        self.fill_ups_(weight[:, self.in_features :])
+        wide = x.as_strided((len(x), weight.shape[1]), (x.stride(0), 1))
+        return self.product(wide, weight), low.clone()  # a copy, so that the wide input can be freed
+
+    def fill_ups_(self, ups: torch.Tensor) -> torch.Tensor:
+        """All low-rank paths' second halves, scaled, into `ups` (width, rank)."""
         if len(self.bases) > 1:  # a path fills only its own columns and ranks
             ups.zero_()
         for path in self.paths:
             torch.mul(path.up.detach(), path.scaling, out=ups[path.columns, path.ranks])
-        wide = x.as_strided((len(x), weight.shape[1]), (x.stride(0), 1))
-        return self.product(wide, weight), low.clone()  # a copy, so that the wide input can be freed
+        return ups
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x @ weight.t() if self.bias is None else torch.addmm(self.bias, x, weight.t())
@@ -155,6 +169,28 @@ class Projection:
     def drop(self, seed: int | None) -> tuple[float, int]:
         """(share of the elements that is dropped, seed of this projection's mask)."""
         return (0.0, 0) if seed is None else (self.dropout, (seed + 0x9E3779B9 * self.number) & 0xFFFFFFFF)
+
+
+def is_plain(base: nn.Linear, dtype: torch.dtype) -> bool:
+    return not isinstance(base, Linear4bit) and base.weight.dtype == dtype
+
+
+def join_weights(layers: list[nn.Linear]) -> torch.Tensor:
+    """Move the weights of layers into one matrix (sum of out_features, in_features), of which each becomes a view.
+
+    Weights that a call has moved before stay, so that all that is built on one model shares them.
+    """
+    weights = [layer.weight.detach() for layer in layers]
+    if len(weights) == 1:
+        return weights[0]
+    places = [(weight.untyped_storage().data_ptr(), weight.storage_offset()) for weight in weights]
+    sizes = [weight.numel() for weight in weights]
+    if all(two == (one[0], one[1] + size) for (one, two), size in zip(pairwise(places), sizes, strict=False)):
+        return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
+    whole = torch.cat(weights)
+    for layer, part in zip(layers, whole.split([len(weight) for weight in weights]), strict=True):
+        layer.weight.data = part
+    return whole
 
 
 def joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:

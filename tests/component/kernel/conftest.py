@@ -1,4 +1,4 @@
-"""Tiny 4-bit models of every fused family, with adapters that change what they say."""
+"""Tiny models of every fused family, in 4 or 16 bits, with adapters that change what they say."""
 
 import bitsandbytes as bnb
 import pytest
@@ -70,8 +70,8 @@ def quantize(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(parent, name, four_bit)
 
 
-def make_model(family, rank=4, dropout=0.0, device="cpu", dtype=torch.float32, targets=None, **changes):
-    """A 4-bit model with an adapter whose both halves are random, in training mode."""
+def make_model(family, rank=4, dropout=0.0, device="cpu", dtype=torch.float32, targets=None, bits=4, **changes):
+    """A model with an adapter whose both halves are random, in training mode. 16 bits are a plain base of `dtype`."""
     torch.manual_seed(0)
     config = type(CONFIGS[family])(**(CONFIGS[family].to_dict() | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -84,7 +84,8 @@ def make_model(family, rank=4, dropout=0.0, device="cpu", dtype=torch.float32, t
                 weight.copy_(torch.randn_like(weight, dtype=torch.float32).mul_(0.3).bfloat16())
     names = targets or find_linear_names(model)
     model.to(dtype)
-    quantize(model, dtype)
+    if bits == 4:
+        quantize(model, dtype)
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=8, lora_dropout=dropout, target_modules=names)
     model = get_peft_model(model, config).to(device)
     for name, weight in model.named_parameters():
@@ -110,6 +111,11 @@ def gradients(model) -> dict[str, torch.Tensor]:
     grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
     return grads
+
+
+@pytest.fixture(params=[4, 16], ids=["4 bits", "16 bits"])
+def bits(request) -> int:
+    return request.param
 
 
 @pytest.fixture(params=CONFIGS)

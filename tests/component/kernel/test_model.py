@@ -110,8 +110,18 @@ def test_a_rank_that_fits_the_wide_product_equals_one_that_does_not(family):
     assert_equal(packed(model, samples), expected)
 
 
-def test_some_layers_may_have_no_adapter():
-    model, samples = make_model("llama", targets=["q_proj", "down_proj"]), make_samples()
+def test_a_base_of_16_bits_is_fused_as_one_of_4_whatever_layers_keep(family):
+    model, samples = make_model(family, rank=16, bits=16), make_samples()
+    expected = padded(model, samples)
+    forward = PackedForward(model, 64)
+    assert len(forward.layers) == 2
+    for checkpointing in CHECKPOINTING:
+        forward.use(checkpointing)
+        assert_equal(packed(model, samples), expected)
+
+
+def test_some_layers_may_have_no_adapter(bits):
+    model, samples = make_model("llama", targets=["q_proj", "down_proj"], bits=bits), make_samples()
     expected = padded(model, samples)
     PackedForward(model, 64)
     assert_equal(packed(model, samples), expected)
@@ -140,9 +150,9 @@ def test_dropout_is_peft_s_in_distribution_and_off_in_evaluation():
     assert losses.pop() == pytest.approx(expected, rel=1e-5)
 
 
-def test_gradients_under_dropout_are_those_of_the_loss():
+def test_gradients_under_dropout_are_those_of_the_loss(bits):
     """The same masks at two points of a line through the weights: the slope between them is the gradient's."""
-    model, samples = make_model("chatglm", dropout=0.4), make_samples()
+    model, samples = make_model("chatglm", dropout=0.4, bits=bits), make_samples()
     PackedForward(model, 64)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     directions = [torch.randn_like(weight) for weight in weights]

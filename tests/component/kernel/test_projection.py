@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from component.kernel.model import PackedForward
 from component.kernel.plain import empty_with_room
@@ -14,10 +15,10 @@ def share_that_arrives(output: torch.Tensor, without: torch.Tensor, update: torc
     return ((output.double() - without.double()) * update).sum().item() / update.square().sum().item()
 
 
-def test_an_update_below_the_rounding_of_half_precision_arrives():
-    """One product adds the low-rank path before its only rounding; a small update that is added to a rounded output,
+def test_an_update_below_the_rounding_of_half_precision_arrives(bits):
+    """The low-rank path is added before the output's only rounding; a small update that is added to a rounded output,
     as PEFT does, disappears in it."""
-    projection = PackedForward(make_model("llama", rank=16, dtype=torch.bfloat16), 64).layers[0].down
+    projection = PackedForward(make_model("llama", rank=16, dtype=torch.bfloat16, bits=bits), 64).layers[0].down
     (path,) = projection.paths
     x = torch.randn(8192, projection.in_features).bfloat16()
     x = empty_with_room(*x.shape, projection.room, x).copy_(x)
@@ -31,3 +32,34 @@ def test_an_update_below_the_rounding_of_half_precision_arrives():
         output, _ = projection.forward(x, None)
     assert share_that_arrives(output, without, small * update) == pytest.approx(1, abs=0.2)
     assert share_that_arrives(without + (small * update).bfloat16(), without, small * update) < 0.5
+
+
+def bytes_of_storages(model: torch.nn.Module) -> int:
+    return sum({part.data_ptr(): part.nbytes() for part in (w.untyped_storage() for w in model.parameters())}.values())
+
+
+def test_a_base_of_16_bits_lies_once_and_its_layers_stay_what_they_were(tmp_path):
+    model = make_model("glm", bits=16)
+    before, size = {name: weight.clone() for name, weight in model.state_dict().items()}, bytes_of_storages(model)
+    layers = [PackedForward(model, 64).layers[0] for _ in range(2)]
+    assert bytes_of_storages(model) == size
+    attention, mlp = model.get_base_model().model.layers[0].self_attn, model.get_base_model().model.layers[0].mlp
+    for layer in layers:  # what is built twice on one model shares its weights
+        assert layer.qkv.weight().data_ptr() == attention.q_proj.base_layer.weight.data_ptr()
+        assert layer.gate_up.weight().data_ptr() == mlp.gate_up_proj.base_layer.weight.data_ptr()
+    assert layers[0].qkv.weight()[-1].equal(attention.v_proj.base_layer.weight[-1])
+
+    assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    read = load_file(tmp_path / "model.safetensors")
+    assert read["model.layers.0.self_attn.k_proj.weight"].equal(merged.model.layers[0].self_attn.k_proj.weight)
+    assert layers[0].qkv.weight()[64:96].equal(merged.model.layers[0].self_attn.k_proj.weight)
+
+
+def test_a_base_of_another_type_than_the_arithmetic_is_rounded_to_it():
+    model = make_model("llama", bits=16)
+    model.get_base_model().model.layers[0].mlp.to(torch.bfloat16)
+    projection = PackedForward(model, 64).layers[0].gate_up
+    assert projection.weight().dtype == torch.float32
+    assert projection.weight().shape == (192, 64)
