@@ -87,7 +87,7 @@ def rounded_to_4_bits(on: bool) -> dict[str, Any]:
 def to_base_bits(key: str, bits: int | str | bool) -> dict[str, Any]:
     if bits is True or bits in (4, "4", "4bit", "bnb", "nf4", "int4"):
         return {"base_bits": 4}
-    if bits is False or str(bits) in ("0", "none", "16"):
+    if bits is False or str(bits) in ("0", "none", "null", "16"):
         return {"base_bits": 16}
     raise ValueError(f"{key}={json.dumps(bits)} is not supported: {NO_OTHER_BITS}")
 

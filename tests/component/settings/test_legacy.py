@@ -195,8 +195,7 @@ PLAIN_BASE = "is base_bits=16 here, since no key rounds the base; base_bits=4 ta
     ("settings", "overrides", "bits", "told"),
     [
         ({"finetuning_type": "lora"}, [], 16, f'finetuning_type="lora" {PLAIN_BASE}'),
-        ({"finetuning_type": "lora"}, ["quantization_bit=null"], 16, f'finetuning_type="lora" {PLAIN_BASE}'),
-        ({}, ["quantization_bit=null"], 16, f"quantization_bit=null {PLAIN_BASE}"),
+        ({"finetuning_type": "lora"}, ["quantization_bit=null"], 16, ""),
         ({"use_peft": True}, [], 16, f"use_peft=true {PLAIN_BASE}"),
         ({"train_mode": "lora"}, [], 16, f'train_mode="lora" {PLAIN_BASE}'),
         ({"finetuning_type": "lora", "quantization_bit": 4}, [], 4, ""),
@@ -219,6 +218,13 @@ def test_lora_without_a_word_of_rounding_means_a_base_that_is_not_rounded(load, 
     assert load(*overrides, **settings)[0].base_bits == bits
     lines = [line for line in log if PLAIN_BASE in line or "wins: it is not rounded" in line]
     assert [told in line for line in lines] == [True] * bool(told)
+
+
+def test_null_bits_mean_a_base_that_is_not_rounded(load, log, tmp_path):
+    settings = {"output_dir": str(tmp_path), "model_name_or_path": "THUDM/chatglm3-6b", "quantization_bit": None}
+    settings["train_file"] = str(tmp_path / "rows.jsonl")
+    assert load(text=json.dumps(settings))[0].base_bits == 16
+    assert any(f"quantization_bit=null {PLAIN_BASE}" in line for line in log)
 
 
 @pytest.mark.parametrize("bits", [8, 0, 32])
