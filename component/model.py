@@ -28,7 +28,7 @@ from transformers import (
 from .chat_templates import control_tokens, set_chat_template
 from .chatglm import ChatGLMTokenizer
 from .chatglm.versions import warn_if_untested
-from .run.errors import ArgumentError, unusable
+from .run.errors import ArgumentError, DoesNotFit, unusable
 from .run.manifest import MANIFEST
 from .run.resume import is_digest
 from .settings.schema import QLoRAArguments
@@ -126,7 +126,9 @@ def sketch_model(args: QLoRAArguments) -> PeftModel:
     with torch.device("meta"):
         if args.base_bits == 4:
             for name, layer in linear_layers(base):
-                base.set_submodule(name, Linear4bit(layer.in_features, layer.out_features, layer.bias is not None))
+                four_bits = Linear4bit(layer.in_features, layer.out_features, bias=False)
+                four_bits.bias = layer.bias
+                base.set_submodule(name, four_bits)
         return attach_lora(base, args)
 
 
@@ -151,6 +153,8 @@ def warn_of_cpu(args: QLoRAArguments) -> None:
         logger.warning(
             f"{args.model_name_or_path} has {billions:.1f} billion parameters and there is no CUDA here: an update "
             "takes minutes to hours; after the first one, the run says how long it will take"
+            + f"; in float32, a base of 16 bits takes {4 * billions:.0f} GB"
+            * (args.base_bits == 16)
         )
 
 
@@ -197,6 +201,12 @@ def faults_of(name_or_path: str) -> Iterator[None]:
         yield
     except ArgumentError:
         raise
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise DoesNotFit(
+            f"model {name_or_path!r} does not fit the card ({reason}): free the card of other programs, set base_bits "
+            "to 4 if it is 16, or take a smaller model"
+        ) from error
     except UNLOADABLE as error:
         fault = f"model {name_or_path!r}: {error}"
         if "trust_remote_code" in str(error):

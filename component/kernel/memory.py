@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
 from loguru import logger
 
 from ..run.errors import DoesNotFit
@@ -58,7 +59,8 @@ def estimate(layers: list[Layer], vocab: int, fixed: int, plan: Plan) -> int:
     wide = 2 * intermediate
     kept = {NONE: hidden + inside + wide, SELECTIVE: hidden + inside, FULL: hidden, OFFLOAD: 0}[plan.checkpointing]
     again = {NONE: 0, SELECTIVE: wide, FULL: inside + wide, OFFLOAD: 2 * hidden + inside + wide}[plan.checkpointing]
-    widest = max(projection.width * projection.in_features for projection in layer.projections)
+    unpacked = [part.width * part.in_features for part in layer.projections if part.plain is None]
+    widest = max(unpacked, default=0)  # a plain base is used as it lies
     backward = plan.tokens * (again + intermediate + 5 * hidden) * size + widest * size
     head = LOGITS * size + plan.tokens * 3 * hidden * size
     return fixed + plan.tokens * kept * len(layers) * size + max(backward, head)
@@ -67,12 +69,12 @@ def estimate(layers: list[Layer], vocab: int, fixed: int, plan: Plan) -> int:
 def fixed_bytes(forward: PackedForward, optimizer_bytes: int) -> int:
     """Bytes of all weights, and of a gradient and `optimizer_bytes` for each trainable value.
 
-    Linear layers on the meta device count with the 4 bits that they will have.
+    4-bit layers on the meta device, whose weights are not packed there, count with the 4 bits that they will have.
     """
-    bases = {base.weight for layer in forward.layers for part in layer.projections for base in part.bases}
+    packed = {layer.weight for layer in forward.model.modules() if isinstance(layer, Linear4bit)}
     total = 0
     for weight in forward.model.parameters():
-        four_bit = weight.is_meta and weight in bases
+        four_bit = weight.is_meta and weight in packed
         total += int(weight.numel() * FOUR_BIT) if four_bit else weight.numel() * weight.element_size()
         total += weight.numel() * (4 + optimizer_bytes) * weight.requires_grad
     return total
@@ -142,9 +144,11 @@ def choose_plan(
             logger.info(f"{plan}: about {sizes[plan] / GIB:.1f} of {free / GIB:.1f} GiB")
             return plan
         logger.warning(f"{plan}: out of memory on the longest row")
+    plain = any(part.plain is not None for part in forward.layers[0].projections)
+    remedy = "set base_bits to 4, " * plain
     raise DoesNotFit(
         f"{plan} needs about {sizes[plan] / GIB:.1f} GiB, of which {free / GIB:.1f} are free: lower packing_length, "
-        "max_seq_length or lora_rank, set activation_checkpointing to auto, or free the card of other programs"
+        f"max_seq_length or lora_rank, set activation_checkpointing to auto, {remedy}or free the card of other programs"
     )
 
 

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 
-from component.model import find_stops, sketch_base, warn_of_cpu
-from component.run.errors import ArgumentError
+from component.model import check_bits, find_stops, linear_layers, load_base, sketch_base, warn_of_cpu
+from component.run.errors import ArgumentError, DoesNotFit
 from component.train.progress import ProgressReport
 
 QWEN = {"model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36}
@@ -18,9 +19,9 @@ QWEN |= {"num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 1519
 def configured(tmp_path):
     """Makes the settings of a model that is a configuration alone."""
 
-    def make(**changes) -> SimpleNamespace:
+    def make(bits: int = 4, **changes) -> SimpleNamespace:
         (tmp_path / "config.json").write_text(json.dumps(QWEN | changes))
-        return SimpleNamespace(model_name_or_path=str(tmp_path))
+        return SimpleNamespace(model_name_or_path=str(tmp_path), base_bits=bits)
 
     return make
 
@@ -32,6 +33,35 @@ def test_a_model_of_billions_without_cuda_is_warned_of(configured, monkeypatch, 
     assert ["has 3.1 billion parameters and there is no CUDA" in line for line in log] == [True] * (not has_cuda)
     warn_of_cpu(configured(num_hidden_layers=2))
     assert len(log) == (not has_cuda), "a small one is not"
+    warn_of_cpu(configured(bits=16))
+    assert ["in float32, a base of 16 bits takes 12 GB" in line for line in log] == [False, True] * (not has_cuda)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_base_has_the_bits_and_the_type_that_were_asked_for(model_folder, bits):
+    folder = model_folder("llama")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model = load_base(str(folder), bits, dtype, "cpu")
+        kinds = {type(layer) for _, layer in linear_layers(model)}
+        assert kinds == {Linear4bit if bits == 4 else torch.nn.Linear}
+        kept = {weight.dtype for weight in model.parameters()}
+        assert kept == ({dtype, torch.uint8} if bits == 4 else {dtype})
+
+
+def test_a_base_that_was_saved_in_4_bits_has_no_16(configured):
+    name = configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}).model_name_or_path
+    check_bits(name, 4)
+    with pytest.raises(ArgumentError, match=r"config.json: the base is saved quantised, .* set base_bits to 4"):
+        load_base(name, 16, torch.float32, "cpu")
+
+
+def test_a_base_that_does_not_fit_the_card_says_so(model_folder, monkeypatch):
+    def fill(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 214.00 MiB. GPU 0 has …")
+
+    monkeypatch.setattr("component.model.AutoModelForCausalLM.from_pretrained", fill)
+    with pytest.raises(DoesNotFit, match=r"does not fit the card \(CUDA out of memory\): free .* set base_bits to 4"):
+        load_base(str(model_folder("llama")), 16, torch.bfloat16, "cpu")
 
 
 @pytest.mark.parametrize(

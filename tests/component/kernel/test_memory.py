@@ -7,7 +7,9 @@ from component.chatglm import ChatGLMConfig
 from component.kernel import memory
 from component.kernel.memory import Plan, choose_plan, estimate, fixed_bytes, optimizer_bytes, table
 from component.kernel.model import PackedForward
+from component.model import attach_lora, load_base, sketch_model
 from component.run.errors import DoesNotFit
+from component.settings.schema import QLoRAArguments
 
 from .conftest import make_model
 
@@ -16,10 +18,9 @@ from .conftest import make_model
 def card(monkeypatch):
     """A CUDA card of `gib` free GiB on which rows above `longest` tokens run out of memory."""
 
-    forward = PackedForward(make_model("llama"), 64)
-
-    def pretend(gib: float, longest: int = 10**9) -> tuple[PackedForward, list]:
+    def pretend(gib: float, longest: int = 10**9, bits: int = 4) -> tuple[PackedForward, list]:
         probed, device = [], torch.device("cuda")
+        forward = PackedForward(make_model("llama", bits=bits), 64)
         monkeypatch.setattr(type(forward.model), "device", property(lambda self: device))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gib * 2**30), 0))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
@@ -97,16 +98,16 @@ def test_rows_are_never_shorter_than_a_sample_may_be(card):
     assert choose_plan(forward, None, "auto", 20_000, 0).tokens == 20_000
 
 
-def test_the_estimates_are_those_that_were_measured():
-    """ChatGLM3-6B, r=64 on every linear layer, on an H100 (benchmark/README.md): within 10%."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+def sketch_chatglm3(folder, bits: int) -> PackedForward:
+    """ChatGLM3-6B with r=64 on every linear layer."""
+    ChatGLMConfig().save_pretrained(folder)
+    args = QLoRAArguments(model_name_or_path=str(folder), train_file="x", base_bits=bits)
+    return PackedForward(sketch_model(args), 1024)
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(ChatGLMConfig(), dtype=torch.bfloat16)
-        names = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-        config = LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=names)
-        forward = PackedForward(get_peft_model(model, config), 1024)
+
+def test_the_estimates_are_those_that_were_measured(tmp_path):
+    """On an H100 (benchmark/README.md): within 10%."""
+    forward = sketch_chatglm3(tmp_path, 4)
     fixed = fixed_bytes(forward, optimizer_bytes("paged_adamw_32bit", on_card=True))
     for tokens, kept, gib in (
         (7456, "none", 22.69),
@@ -117,6 +118,37 @@ def test_the_estimates_are_those_that_were_measured():
         predicted = estimate(forward.layers, forward.vocab, fixed, Plan(tokens, kept)) / 2**30
         assert predicted == pytest.approx(gib, rel=0.1), kept
     assert "none 2" in table(forward, 8192, 0)
+
+
+def test_a_base_of_16_bits_counts_two_bytes_a_value_and_none_to_unpack_it(tmp_path):
+    """ChatGLM3-6B has 6,243,584,000 weights, 118,587,392 in the adapter, and 27,392 x 4,096 in its widest layer."""
+    four, sixteen = sketch_chatglm3(tmp_path, 4), sketch_chatglm3(tmp_path, 16)
+    assert fixed_bytes(sixteen, 0) == 2 * 6_243_584_000 + 8 * 118_587_392
+    plan = Plan(8192, "offload")
+    difference = estimate(four.layers, four.vocab, 0, plan) - estimate(sixteen.layers, sixteen.vocab, 0, plan)
+    assert difference == 2 * 27_392 * 4_096
+
+
+def test_what_a_sketch_weighs_is_what_a_loaded_model_weighs(model_folder, bits):
+    folder = model_folder("llama", attention_bias=True)
+    args = QLoRAArguments(model_name_or_path=str(folder), train_file="x", base_bits=bits)
+    sketch = PackedForward(sketch_model(args), 64)
+    base = load_base(str(folder), bits, torch.bfloat16, "cpu")
+    states = [weight.quant_state for weight in base.parameters() if hasattr(weight, "quant_state")]
+    assert len(states) == (14 if bits == 4 else 0)
+    scales = [scales for state in states for scales in (state.absmax, state.state2.absmax)]
+    weighs = sum(part.numel() * part.element_size() for part in [*base.parameters(), *scales])
+    model = attach_lora(base, args)
+    adapter = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert fixed_bytes(sketch, 0) == pytest.approx(weighs + adapter, abs=4 * len(states))  # a scale is never halved
+    if bits == 16:
+        assert {weight.dtype for weight in base.parameters() if not weight.requires_grad} == {torch.bfloat16}
+
+
+def test_where_a_base_of_16_bits_does_not_fit_4_are_named(card):
+    forward, _ = card(80, longest=10, bits=16)
+    with pytest.raises(DoesNotFit, match="set base_bits to 4, or free the card"):
+        choose_plan(forward, None, "none", 64, 0)
 
 
 def test_bytes_of_optimizers():
