@@ -1,4 +1,4 @@
-"""Shapes, random 4-bit models made in place, samples and a clock: what the measurements of the training step share."""
+"""Shapes, random models made in place, samples and a clock: what the measurements of the training step share."""
 
 import math
 import platform
@@ -111,8 +111,8 @@ class Run:
     def config(self) -> PreTrainedConfig:
         return SHAPES[self.shape][0]()
 
-    def model(self) -> PreTrainedModel:
-        return build_model(self.shape, self.device, self.dtype)
+    def model(self, bits: int = 4) -> PreTrainedModel:
+        return build_model(self.shape, self.device, self.dtype, bits=bits)
 
     def samples(self) -> list[dict[str, list[int]]]:
         return make_samples(self.config.vocab_size, longest=self.longest)
@@ -139,8 +139,9 @@ def count(samples: list[dict[str, list[int]]]) -> tuple[int, int]:
     return sum(len(sample["input_ids"]) for sample in samples), sum(sum(sample["target_mask"]) for sample in samples)
 
 
-def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """Make a model of `shape` whose linear layers are NF4 with double quantisation, made of random weights on `device`.
+def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0, bits: int = 4) -> PreTrainedModel:
+    """Make a model of `shape` on `device`, of random weights. With 4 bits, its linear layers are NF4 with double
+    quantisation; with 16, they are plain ones of `dtype`.
 
     Weights are normal with deviation 0.02, biases zero, norms one. Embedding, head and norms are in `dtype`, which is
     also the dtype of the 4-bit layers' arithmetic. One layer at a time exists unquantised.
@@ -154,7 +155,7 @@ def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int 
         return torch.randn(size, device=device, dtype=dtype, generator=generator).mul_(INITIAL_STD)
 
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and layer is not head:
+        if bits == 4 and isinstance(layer, nn.Linear) and layer is not head:
             model.set_submodule(name, quantize(layer, normal(layer.weight.shape), dtype))
         elif any(buffer.is_meta for buffer in layer.buffers(recurse=False)):  # the rotary frequencies
             with torch.device(device):
@@ -166,11 +167,11 @@ def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int 
                 data = normal(weight.shape) if weight.dim() > 1 else fill(weight.shape, device=device, dtype=dtype)
                 setattr(layer, name, nn.Parameter(data, requires_grad=False))
 
-    # What from_pretrained would have noted.
-    model.hf_quantizer = AutoHfQuantizer.from_config(four_bit(dtype), pre_quantized=True)
-    model.is_loaded_in_4bit = model.is_quantized = True
-    model.quantization_method = model.hf_quantizer.quantization_config.quant_method
-    model.config.quantization_config = model.hf_quantizer.quantization_config
+    if bits == 4:  # what from_pretrained would have noted
+        model.hf_quantizer = AutoHfQuantizer.from_config(four_bit(dtype), pre_quantized=True)
+        model.is_loaded_in_4bit = model.is_quantized = True
+        model.quantization_method = model.hf_quantizer.quantization_config.quant_method
+        model.config.quantization_config = model.hf_quantizer.quantization_config
     model.hf_device_map = {"": device}
     model.config.use_cache = False
     return model.train()

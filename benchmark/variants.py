@@ -164,9 +164,11 @@ def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
     return measure(run, trainer, clock, checkpointing=False)
 
 
-def luciole(run: Run, checkpointing: str = "none", dropout: float = 0.05, packing_length: int = 8192) -> dict:
+def luciole(
+    run: Run, checkpointing: str = "none", dropout: float = 0.05, packing_length: int = 8192, bits: int = 4
+) -> dict:
     """Measure this project's own step: packed rows, fused layers, the loss of learned tokens alone."""
-    model = run.model()
+    model = run.model(bits)
     clock = Clock(run.device)
     model = get_peft_model(model, lora(dropout))
     plan = choose_plan(PackedForward(model, run.longest), packing_length, checkpointing, run.longest, optimizer_bytes=0)
@@ -193,6 +195,7 @@ def checkpoint_folder(run: Run) -> Path:
 # Name to (shape unless --shape gives another, function).
 VARIANTS: dict[str, tuple[str, Callable[[Run], dict]]] = {
     "luciole": ("chatglm3-6b", luciole),
+    "luciole-16bit": ("chatglm3-6b", partial(luciole, bits=16)),
     "luciole-selective": ("chatglm3-6b", partial(luciole, checkpointing="selective")),
     "luciole-full": ("chatglm3-6b", partial(luciole, checkpointing="full")),
     "luciole-offload": ("chatglm3-6b", partial(luciole, checkpointing="offload")),

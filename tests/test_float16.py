@@ -54,6 +54,8 @@ def test_a_float16_run_learns_what_a_bfloat16_run_learns(job, settings):
     wide = job("wide", **settings | {"compute_dtype": "bfloat16"})
     assert losses(half) == pytest.approx(losses(wide), rel=0.05)
     assert losses(half)[-1] < losses(half)[0] / 2
+    plain = job("plain", **settings | {"base_bits": 16})
+    assert losses(plain)[-1] < losses(plain)[0] / 2
 
 
 def test_a_stopped_float16_run_goes_on_as_if_nothing_had_been(job, stopped, tmp_path, settings):

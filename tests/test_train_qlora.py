@@ -59,8 +59,9 @@ def test_four_accumulated_batches_of_one_equal_one_batch_of_four(job):
     assert max(weight.abs().max() for name, weight in adapter(whole / "final").items() if "lora_B" in name) > 1e-4
 
 
-def test_packed_rows_equal_padded_batches(job):
-    settings = {"optim": "sgd", "max_seq_length": 64}
+@pytest.mark.parametrize("bits", [4, 16])
+def test_packed_rows_equal_padded_batches(job, bits):
+    settings = {"optim": "sgd", "max_seq_length": 64, "base_bits": bits}
     padded = job("padded", **settings, packing=False, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     packed = job("packed", **settings, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     rows = job("rows", **settings, packing_length=64)
@@ -110,8 +111,9 @@ def run_on_two_ranks(
     return done
 
 
-def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path):
-    whole = job("whole", per_device_train_batch_size=4, optim="sgd")
+@pytest.mark.parametrize("bits", [4, pytest.param(16, marks=pytest.mark.slow)])
+def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path, bits):
+    whole = job("whole", per_device_train_batch_size=4, optim="sgd", base_bits=bits)
     settings = json.loads((tmp_path / "whole.json").read_text())
     settings |= {"per_device_train_batch_size": 2, "eval_file": settings["train_file"]}
     done = run_on_two_ranks(tmp_path, settings)
@@ -210,17 +212,18 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(job):
     assert largest_difference(whole, resumed) == 0
 
 
-def test_evaluation_weighs_every_learned_token_alike(job, tmp_path, checkpoint):
+@pytest.mark.parametrize("bits", [4, 16])
+def test_evaluation_weighs_every_learned_token_alike(job, tmp_path, checkpoint, bits):
     from component.data.dataset import ChatGLM3SFTDataset
 
     file = write_rows(tmp_path / "eval.jsonl", ROWS[:7])
-    folder = job(
-        eval_file=str(file), eval_strategy="steps", eval_steps=4, learning_rate=0.0, per_device_eval_batch_size=2
-    )
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "learning_rate": 0.0, "per_device_eval_batch_size": 2}
+    folder = job(eval_file=str(file), base_bits=bits, **settings)
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     reported = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=four_bit()).eval()
+    quantization = four_bit() if bits == 4 else None
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=quantization).eval()
     total = count = 0
     for sample in ChatGLM3SFTDataset(file, AutoTokenizer.from_pretrained(checkpoint), 1024):
         logits = model(torch.tensor([sample["input_ids"]])).logits[0].log_softmax(-1)

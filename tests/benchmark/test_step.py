@@ -64,6 +64,9 @@ def test_every_linear_layer_of_the_body_is_nf4_and_doubly_quantised():
     states = [layer.weight.quant_state for layer in layers.values() if isinstance(layer, Linear4bit)]
     assert plain == {"transformer.output_layer"} and len(states) == 8
     assert all(state.quant_type == "nf4" and state.nested for state in states)
+    plain = common.build_model("tiny-chatglm", CPU, torch.bfloat16, bits=16)
+    assert not any(isinstance(layer, Linear4bit) for layer in plain.modules())
+    assert {weight.dtype for weight in plain.parameters()} == {torch.bfloat16}
 
 
 def test_the_floor_of_the_llama_shape_is_15_gigaflops_a_token():
