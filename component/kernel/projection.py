@@ -32,9 +32,10 @@ class Projection:
         layers: nn.Linear, bitsandbytes' Linear4bit, or peft's LoRA layer around one.
         dtype: of the arithmetic; adapters are kept in float32 and rounded to this type.
         ops: plain or triton_kernels.
+        adapted: False to leave the low-rank paths out.
     """
 
-    def __init__(self, layers: list[nn.Module], dtype: torch.dtype, ops: ModuleType, number: int):
+    def __init__(self, layers: list[nn.Module], dtype: torch.dtype, ops: ModuleType, number: int, adapted: bool = True):
         self.bases = [getattr(layer, "base_layer", layer) for layer in layers]
         self.dtype, self.ops, self.number = dtype, ops, number
         self.in_features = self.bases[0].in_features
@@ -43,7 +44,7 @@ class Projection:
         self.dropout = 0.0
         column = rank = 0
         for layer, base in zip(layers, self.bases, strict=True):
-            if hasattr(layer, "lora_A"):
+            if adapted and hasattr(layer, "lora_A"):
                 (name,) = layer.active_adapters
                 down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
                 columns, ranks = slice(column, column + base.out_features), slice(rank, rank + len(down))
@@ -76,7 +77,7 @@ class Projection:
 
     def weight(self, room: int = 0) -> torch.Tensor:
         """The bases as one matrix (width, in_features + room), whose last `room` columns are not filled."""
-        if self.plain is not None:
+        if self.plain is not None and not room:
             return self.plain
         device = self.bases[0].weight.device
         whole = torch.empty(self.width, self.in_features + room, dtype=self.dtype, device=device)
@@ -112,10 +113,15 @@ class Projection:
                 up = path.up.detach().to(self.dtype)
                 out[:, path.columns].addmm_(low[:, path.ranks], up.t(), alpha=path.scaling)
             return out, low
-        weight = self.weight(self.room)
-        self.fill_ups_(weight[:, self.in_features :])
+        weight = self.weight_beside_ups()
         wide = x.as_strided((len(x), weight.shape[1]), (x.stride(0), 1))
         return self.product(wide, weight), low.clone()  # a copy, so that the wide input can be freed
+
+    def weight_beside_ups(self) -> torch.Tensor:
+        """The bases and, in `rank` columns beside them, the scaled second halves of the low-rank paths."""
+        weight = self.weight(self.rank)
+        self.fill_ups_(weight[:, self.in_features :])
+        return weight
 
     def fill_ups_(self, ups: torch.Tensor) -> torch.Tensor:
         """All low-rank paths' second halves, scaled, into `ups` (width, rank)."""
