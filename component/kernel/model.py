@@ -1,11 +1,14 @@
 """The training forward of a causal LM over packed rows: fused where the family is known, plain elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
 from loguru import logger
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -32,20 +35,22 @@ class PackedForward:
     learned and targets (n,).
 
     Args:
-        model: with its adapter. Its causal LM's `forward` is replaced on the instance.
+        model: with its adapter, or without one. Its causal LM's `forward` is replaced on the instance.
         max_length: tokens of the longest sample.
         fuses: False to use the model's own layers, for comparison.
+        adapted: False to compute the base's own losses, without its adapter.
     """
 
-    def __init__(self, model: PeftModel, max_length: int, fuses: bool = True):
-        self.model: PreTrainedModel = model.get_base_model()
+    def __init__(self, model: PeftModel | PreTrainedModel, max_length: int, fuses: bool = True, adapted: bool = True):
+        self.model: PreTrainedModel = base_of(model)
+        self.without_adapter = nullcontext if adapted or model is self.model else model.disable_adapter
         self.max_length = max_length
         self.own_forward = self.model.forward
         self.host: HostMemory | None = None
         try:
             if not fuses:
                 raise Unfused("asked for by packing or fused_layers")
-            self.layers = find_layers(self.model, max_length)
+            self.layers = find_layers(self.model, max_length, adapted)
         except Unfused as reason:
             self.layers = []
             logger.warning(f"plain layers, which are slower: {reason}")
@@ -131,14 +136,19 @@ class PackedForward:
 
     def plain(self, targets, *, input_ids, position_ids, learned, **_) -> torch.Tensor:
         """Compute the loss by the model's own modules, whose attention tells samples apart by restarting positions."""
-        logits = self.own_forward(
-            input_ids=input_ids[None], position_ids=position_ids[None], logits_to_keep=learned, use_cache=False
-        ).logits[0]
+        with self.without_adapter():
+            logits = self.own_forward(
+                input_ids=input_ids[None], position_ids=position_ids[None], logits_to_keep=learned, use_cache=False
+            ).logits[0]
         return cross_entropy(logits.float(), targets, reduction="none").sum(dtype=torch.float64)
 
 
-def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
-    """Build the fused layers of a model.
+def base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def find_layers(model: PreTrainedModel, max_length: int, adapted: bool = True) -> list[Layer]:
+    """Build the fused layers of a model, with its adapter or, where `adapted` is False, of the base alone.
 
     Raises:
         Unfused: its family is not known, or it uses something that fused layers do not have.
@@ -147,6 +157,8 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
     if name not in FAMILIES:
         raise Unfused(f"{name} is not one of {', '.join(FAMILIES)}")
     check_fusable(config, max_length)
+    if adapted:
+        check_adapter(model, FAMILIES[name](model))
     device, dtype = model.device, model.get_input_embeddings().weight.dtype
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 has none
     attention, ops = choose_attention(device, dtype, head_dim), choose_ops(device)
@@ -161,7 +173,7 @@ def find_layers(model: PreTrainedModel, max_length: int) -> list[Layer]:
         second_norm, _ = norm_of(parts.pop("second_norm"))
         head_norms = parts.pop("head_norms", None)
         projections = {
-            key: Projection(parts.pop(key), dtype, ops, 4 * number + at)
+            key: Projection(parts.pop(key), dtype, ops, 4 * number + at, adapted)
             for at, key in enumerate(("qkv", "out", "gate_up", "down"))
         }
         layers.append(
@@ -200,6 +212,17 @@ def check_fusable(config, max_length: int) -> None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPES:
         raise Unfused(f"rope_type is {rope}")
+
+
+def check_adapter(model: PreTrainedModel, parts: Iterable[dict]) -> None:
+    """Raise Unfused for an adapter that is more than low-rank paths beside the fused layers' projections."""
+    fused = {layer for part in parts for key in ("qkv", "out", "gate_up", "down") for layer in part[key]}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            if layer not in fused:
+                raise Unfused(f"the adapter changes {name}")
+            if layer.lora_magnitude_vector:
+                raise Unfused("the adapter is a DoRA")
 
 
 def choose_ops(device: torch.device) -> ModuleType:
