@@ -3,7 +3,7 @@
 Tool calls that the model writes are parsed as literals and never evaluated, so hostile output runs nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from queue import Queue
 from threading import Event, Thread
 
@@ -12,10 +12,8 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from .prompt import parse_tool_call, round_prompt
+from .text import HALF, GrowingText
 from .versions import CACHE
-
-HALF = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character are decoded to
-UNDECIDED = 3  # that many tokens at most are such bytes: a character of UTF-8 has four
 
 
 def parse_reply(messages: list[str], history: list[dict]) -> tuple[str | dict, list[dict]]:
@@ -48,34 +46,6 @@ def parse_reply(messages: list[str], history: list[dict]) -> tuple[str | dict, l
         content = {"name": metadata.strip()}
         content |= {"content": text} if parameters is None else {"parameters": parameters}
     return content, history
-
-
-class GrowingText:
-    """Text of tokens that come one by one: always what decoding all of them at once gives, at a constant cost a token.
-
-    Only the newest tokens are decoded. `before` are some of the tokens before them, which decide about a space between.
-    """
-
-    def __init__(self, tokenizer, before: Sequence[int] = ()):
-        self.decode, self.piece = tokenizer.tokenizer.decode, tokenizer.tokenizer.convert_id_to_token
-        self.before, self.newest = list(before), []
-        self.settled = self.text = ""
-
-    def add(self, token: int) -> None:
-        if self.newest and not self.piece(token) and not self.piece(self.newest[-1]):
-            return  # a token without a piece, such as <unk>, cuts bytes apart; another after it does nothing more
-        self.newest.append(token)
-        tail = self.read(self.before, self.newest)
-        self.text = self.settled + tail
-        done = self.newest[:-UNDECIDED] if tail.endswith(HALF) else self.newest
-        rest = self.newest[len(done) :]
-        text = self.read(self.before, done)
-        if text and text + self.read(done, rest) == tail:  # no character has tokens on both sides
-            self.settled += text
-            self.before, self.newest = done, rest
-
-    def read(self, before: list[int], tokens: list[int]) -> str:
-        return self.decode(before + tokens)[len(self.decode(before)) :]
 
 
 class TokenQueue(BaseStreamer):

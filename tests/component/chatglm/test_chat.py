@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from component.chatglm.chat import GrowingText, parse_reply
+from component.chatglm.chat import parse_reply
 from component.chatglm.prompt import parse_tool_call
+from component.chatglm.text import GrowingText
 from tests.conftest import read_jsonl
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
