@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = {  # room: the rooms that it imports
     "verify": {"chatglm", "data", "model", "run", "settings", "train", "trust"},
+    "inference": {"chatglm", "kernel", "run"},
     "train": {"data", "kernel", "run", "settings", "trust"},
     "kernel": {"chatglm", "run"},
     "data": {"chat_templates", "chatglm", "run"},

@@ -1,0 +1,122 @@
+"""A conversation that is being answered, and the choice of its next token."""
+
+import random
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..kernel.decoder import upload
+from ..run.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen.
+
+    Args:
+        max_new_tokens: of the answer.
+        temperature: what logits are divided by; 0 takes the most probable token.
+        top_p: only the most probable tokens that together have this probability are drawn from.
+        top_k: only so many of the most probable tokens are drawn from; 0 for all.
+        seed: of the draws, which then do not depend on the other conversations; None for other ones each time.
+        logprobs: how many of the most probable tokens are told with each token's own probability; 0 for neither.
+
+    Raises:
+        ArgumentError: a value is out of bounds.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    logprobs: int = 0
+
+    def __post_init__(self):
+        bounds = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "logprobs": (self.logprobs >= 0, "0 or more"),
+        }
+        for name, (holds, wanted) in bounds.items():
+            if not holds:
+                raise ArgumentError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+
+GREEDY = Sampling()
+
+
+class Logprobs(NamedTuple):
+    """Natural logarithms of probabilities at one place of an answer, before temperature, top_k and top_p."""
+
+    chosen: float  # of the token that was chosen
+    top: tuple[tuple[int, float], ...]  # tokens and their logarithms, the most probable first
+
+
+@dataclass(eq=False)
+class Generation:
+    """A conversation that is being answered. `tokens` grows, and `finish_reason` is None until the answer ends.
+
+    Args:
+        adapted: whether the adapter is used.
+        finish_reason: "stop", "length" or "cancelled".
+        stop_id: the token that ended the answer; it is not in `tokens`.
+        cached: tokens of the prompt that were not computed, because another conversation begins with them.
+        logprobs: one entry for each of `tokens`, if they were asked for.
+    """
+
+    prompt: list[int]
+    sampling: Sampling = GREEDY
+    adapted: bool = True
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_id: int | None = None
+    cached: int = 0
+    logprobs: list[Logprobs] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.draws = random.Random(self.sampling.seed)
+
+
+def choose(logits: torch.Tensor, generations: list[Generation]) -> list[int]:
+    """Choose the next token of each conversation, and note its probability where that is asked for.
+
+    Args:
+        logits: (conversations, vocab).
+    """
+    tokens = logits.argmax(-1)
+    if any(generation.sampling.temperature for generation in generations):
+        tokens = torch.where(*draw(logits.float(), generations), tokens)
+    chosen = tokens.tolist()
+    most = min(max(generation.sampling.logprobs for generation in generations), logits.shape[1])
+    if most:
+        every = logits.float().log_softmax(-1)
+        best, ids = (part.tolist() for part in every.topk(most))
+        own = every.gather(1, tokens[:, None])[:, 0].tolist()
+        for row, generation in enumerate(generations):
+            if count := generation.sampling.logprobs:
+                top = zip(ids[row][:count], best[row][:count], strict=True)
+                generation.logprobs.append(Logprobs(own[row], tuple(top)))
+    return chosen
+
+
+def draw(logits: torch.Tensor, generations: list[Generation]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows that are drawn, a token for each row), by one uniform number from each conversation's own generator."""
+    every, vocab = [generation.sampling for generation in generations], logits.shape[1]
+    settings = [
+        (one.temperature or 1.0, one.top_p, one.top_k or vocab, one.temperature > 0, generation.draws.random())
+        for one, generation in zip(every, generations, strict=True)
+    ]
+    temperature, top_p, top_k, drawn, uniform = upload(torch.tensor(settings), logits.device).t()[..., None]
+    logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    places = torch.arange(vocab, device=logits.device)
+    weights = logits.masked_fill(places >= top_k, -torch.inf).softmax(-1)
+    before = weights.cumsum(-1) - weights  # the probability of all that is more probable
+    weights = weights.masked_fill(before >= top_p, 0.0)
+    sums = weights.cumsum(-1)
+    last = (weights > 0).sum(-1, keepdim=True) - 1  # where rounding lets a number reach the whole sum
+    chosen = torch.minimum((sums <= sums[:, -1:] * uniform).sum(-1, keepdim=True), last)
+    return drawn[:, 0] > 0, ids.gather(1, chosen)[:, 0]
