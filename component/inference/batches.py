@@ -26,6 +26,10 @@ class Batches:
         self.takes_positions = "position_ids" in inspect.signature(self.own.forward).parameters
         self.batch: list[Generation] = []
 
+    @property
+    def is_busy(self) -> bool:
+        return any(generation.finish_reason is None for generation in self.batch)
+
     def advance(self, waiting: deque[Generation]) -> Iterator[tuple[list[Generation], torch.Tensor]]:
         """Take the next batch from `waiting` if the last one has ended, and compute one step of it."""
         kept = [row for row, generation in enumerate(self.batch) if generation.finish_reason is None]

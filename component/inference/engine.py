@@ -60,6 +60,11 @@ class Engine:
         """Tokens of a conversation, prompt and answer together, at most."""
         return self.running.room
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a conversation waits or runs, so that there is something to do for `step`."""
+        return bool(self.waiting) or self.running.is_busy
+
     def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY, adapted: bool | None = None) -> Generation:
         """Ask for the continuation of a prompt, which `step` writes into the result.
 
@@ -81,12 +86,16 @@ class Engine:
         return generation
 
     def step(self) -> list[Generation]:
-        """Compute the next token of each running conversation; return those that got one or came to their end."""
+        """Compute a token for each running conversation whose prompt is read; return those that got one or ended by it.
+
+        Prompts are read in chunks, so that a step may read part of one and return nothing.
+        """
         advanced = []
         with torch.inference_mode():
             for generations, logits in self.running.advance(self.waiting):
-                for generation, token in zip(generations, choose(logits, generations), strict=True):
-                    self.take(generation, token)
+                if generations:
+                    for generation, token in zip(generations, choose(logits, generations), strict=True):
+                        self.take(generation, token)
                 advanced += generations
         return advanced
 
@@ -102,7 +111,7 @@ class Engine:
     def run(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[Generation]:
         """Answer all prompts to their ends, and return the answers in the prompts' order."""
         generations = [self.submit(prompt, sampling) for prompt in prompts]
-        while any(generation.finish_reason is None for generation in generations):
+        while self.is_busy:
             self.step()
         return generations
 

@@ -54,6 +54,10 @@ class Slots:
     def room(self) -> int:
         return self.decoder.capacity
 
+    @property
+    def is_busy(self) -> bool:
+        return any(slot.generation.finish_reason is None for slot in self.busy)
+
     def advance(self, waiting: deque[Generation]) -> Iterator[tuple[list[Generation], torch.Tensor]]:
         """Take conversations from `waiting`, and compute one step: conversations, with the logits of their next tokens.
 
@@ -79,13 +83,12 @@ class Slots:
                     yield self.compute(mine, adapted)
 
     def compute(self, new: list[tuple[Slot, list[int]]], adapted: bool) -> tuple[list[Generation], torch.Tensor]:
+        """Compute tokens of some conversations. Those that lack others before their next token give no logits."""
         logits = self.decoder([Part(slot.number, len(slot.tokens), ids) for slot, ids in new], adapted)
         for slot, ids in new:
             slot.tokens += ids
         ready = [row for row, (slot, _) in enumerate(new) if not slot.missing]
-        if len(ready) < len(new):
-            logits = logits[ready]
-        return [new[row][0].generation for row in ready], logits
+        return [new[row][0].generation for row in ready], logits if len(ready) == len(new) else logits[ready]
 
     def admit(self, waiting: deque[Generation]) -> None:
         """Give slots to waiting conversations, in their order.

@@ -233,13 +233,16 @@ class Graph:
         self.values = torch.zeros(3, size, dtype=torch.long, device=decoder.device)
         self.values[1] = decoder.slots * decoder.capacity
         self.ends = torch.arange(size + 1, dtype=torch.int32, device=decoder.device)
-        stream = torch.cuda.Stream(decoder.device)
+        self.record()
+
+    def record(self) -> None:
+        stream = torch.cuda.Stream(self.decoder.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # Triton compiles and cuBLAS takes its memory before the recording
             self.forward()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=decoder.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=self.decoder.pool, capture_error_mode="thread_local"):
             self.logits = self.forward()
 
     def forward(self) -> torch.Tensor:
