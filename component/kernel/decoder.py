@@ -94,7 +94,7 @@ class FrozenProjection:
 
     def __init__(self, projection: Projection, wide: bool):
         self.in_features, self.bias, self.rank = projection.in_features, projection.bias, projection.rank
-        self.room = projection.room if wide else 0
+        self.room = self.rank if wide and self.rank % 16 == 0 else 0  # as Projection.room, and beside plain bases, too
         self.weight = projection.weight_beside_ups() if self.room else projection.weight()
         parts = self.weight[:, : self.in_features].split([base.out_features for base in projection.bases])
         for base, part in zip(projection.bases, parts, strict=True):

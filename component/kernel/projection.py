@@ -190,7 +190,7 @@ def join_weights(layers: list[nn.Linear]) -> torch.Tensor:
     if len(weights) == 1:
         return weights[0]
     places = [(weight.untyped_storage().data_ptr(), weight.storage_offset()) for weight in weights]
-    sizes = [weight.numel() for weight in weights]
+    sizes = [len(weight) * weight.stride(0) for weight in weights]
     if all(two == (one[0], one[1] + size) for (one, two), size in zip(pairwise(places), sizes, strict=False)):
         return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
     whole = torch.cat(weights)
