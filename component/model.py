@@ -43,6 +43,7 @@ from .trust import (
     read_adapter_shapes,
     read_conversation,
     read_model_json,
+    read_run,
 )
 
 DRIVER = "/proc/driver/nvidia/version"  # exists where NVIDIA's driver is loaded
@@ -52,6 +53,11 @@ UNLOADABLE += (SafetensorError,)
 
 
 def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
+    """`open_tokenizer` for the settings of a run."""
+    return open_tokenizer(args.model_name_or_path, args.chat_template)
+
+
+def open_tokenizer(name_or_path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """Load the model's own tokenizer, with `chat_template` if that is given. Its `embedding_rows` is the number of rows
     in the model's embedding, its `stops` the ids at which transformers' generate stops.
 
@@ -60,14 +66,14 @@ def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
     Raises:
         ArgumentError: there is no such model, or it needs Python of its own.
     """
-    tokenizer = from_pretrained(AutoTokenizer, args.model_name_or_path)
-    if args.chat_template:
-        set_chat_template(tokenizer, args.chat_template)
+    tokenizer = from_pretrained(AutoTokenizer, name_or_path)
+    if chat_template:
+        set_chat_template(tokenizer, chat_template)
     tokenizer.embedding_rows, tokenizer.stops = math.inf, set()
-    if find_model_file(args.model_name_or_path, "config.json"):  # the inspector takes a tokenizer's folder too
-        config = from_pretrained(AutoConfig, args.model_name_or_path).get_text_config()
+    if find_model_file(name_or_path, "config.json"):  # the inspector takes a tokenizer's folder too
+        config = from_pretrained(AutoConfig, name_or_path).get_text_config()
         tokenizer.embedding_rows = config.vocab_size
-        tokenizer.stops = find_stops(args.model_name_or_path, config)
+        tokenizer.stops = find_stops(name_or_path, config)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.embedding_rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -406,6 +412,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
             "head out of target_modules"
         )
     return adapted
+
+
+def check_fits(folder: Path, name_or_path: str) -> None:
+    """Raise ArgumentError unless each of an adapter's tensors has a layer of its shape in a base. No weight is read."""
+    layers = dict(sketch_base(name_or_path).named_modules())
+    for name, shape in read_adapter_shapes(folder).items():
+        place, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+        weight = getattr(layers.get(place), "weight", None)
+        axis = {"A.weight": 1, "B.weight": 0}.get(part)  # the other one is the rank
+        if weight is None or (axis is not None and shape[axis] != weight.shape[axis]):
+            raise ArgumentError(f"{folder}: {name} of shape {shape} has no place in {name_or_path!r}; give its base")
 
 
 def adopt_conversation(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

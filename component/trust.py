@@ -1,5 +1,6 @@
 """Checks of a folder that somebody else made, before anything in it is loaded (docs/security.md)."""
 
+import hashlib
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from transformers.utils import cached_file
 from . import chatglm  # noqa: F401  registers ChatGLM2/3, which are then known to CONFIG_MAPPING
 from .pickles import open_pickle
 from .run.errors import ArgumentError
-from .run.files import POINTER
+from .run.files import POINTER, fingerprint
 from .run.hub import require_hub_or_cache
 from .run.manifest import MANIFEST, Damaged, verify
 from .settings.load import missing_folder, read_json_object
@@ -27,6 +28,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their shards by an in
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 # Kinds of weights that are not opened, unless a file is of WEIGHTS, a shard of these, or of ADAPTER.
 UNOPENED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
+WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # of a file above WHOLE bytes, SAMPLES blocks of BLOCK bytes are identified
 FULL = "take the full checkpoint, which is quantised to 4 bits while it loads, unless base_bits is 16"
 
 
@@ -279,6 +281,23 @@ def check_adapter(folder: Path) -> dict:
     return defaults | config
 
 
+def read_run(folder: Path) -> dict:
+    """What an adapter of ours records of the run that trained it (component.train.identity); empty for any other."""
+    run = read_model_json(folder / MANIFEST).get("run") if (folder / MANIFEST).exists() else None
+    return run if isinstance(run, dict) else {}
+
+
+def find_base(folder: Path, config: dict) -> str:
+    """The base that an adapter's settings name. Raises ArgumentError unless it is a folder here."""
+    named = config["base_model_name_or_path"]
+    if not named or ".." in Path(named).parts or not Path(named).is_dir():
+        raise ArgumentError(
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {named!r}, which is no folder here; name "
+            "the base, so that nothing but what you name is loaded"
+        )
+    return named
+
+
 def find_adapter_weights(folder: Path) -> Path:
     """The file that holds an adapter's weights. Raises ArgumentError where there is none."""
     weights = next((folder / name for name in ADAPTER if (folder / name).is_file()), None)
@@ -335,3 +354,27 @@ def read_shapes(weights: Path) -> dict[str, list[int]]:
         return {name: list(tensor.shape) for name, tensor in open_pickle(weights).items()}
     with safe_open(weights, "pt") as tensors:
         return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+
+
+def identify_base(name_or_path: str) -> str:
+    """Name and commit of a hub's model, or digest of a folder's configuration and weights (large files by samples)."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        commit = find_model_file(name_or_path, "config.json").parent.name  # a folder of the hub's cache
+        return f"{name_or_path} {commit}"
+    weights = {*folder.glob("*.safetensors"), *find_weights(name_or_path)}  # torch's .bin, if used
+    return fingerprint([folder / "config.json", *map(digest_of, sorted(weights))])
+
+
+def digest_of(path: Path) -> str:
+    """Digest of a file's size and contents. Of a large file, evenly spread blocks are read, from head to tail."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with open(path, "rb") as file:
+        if size <= WHOLE:
+            digest.update(file.read())
+        else:
+            for place in range(SAMPLES):
+                file.seek((size - BLOCK) * place // (SAMPLES - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()

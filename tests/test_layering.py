@@ -13,6 +13,7 @@ ROOMS = {  # room: the rooms that it imports
     "verify": {"chatglm", "data", "model", "run", "settings", "train", "trust"},
     "inference": {"chatglm", "kernel", "run"},
     "train": {"data", "kernel", "run", "settings", "trust"},
+    "inference": {"chat_templates", "chatglm", "data", "model", "run", "trust"},
     "kernel": {"chatglm", "run"},
     "data": {"chat_templates", "chatglm", "run"},
     "model": {"chat_templates", "chatglm", "run", "settings", "trust"},
@@ -106,7 +107,13 @@ def test_settings_and_chatglm_use_of_other_rooms_the_errors_alone(room):
 
 @pytest.mark.parametrize(
     "module",
-    ["component.data.formats", "component.data.messages", "component.settings.load", "component.run.process"],
+    [
+        "component.inference.calls",
+        "component.data.formats",
+        "component.data.messages",
+        "component.settings.load",
+        "component.run.process",
+    ],
 )
 def test_light_parts_import_no_torch(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from .prompt import parse_tool_call, round_prompt
+from .prompt import parse_fenced_call, round_prompt, split_reply
 from .text import HALF, GrowingText
 from .versions import CACHE
 
@@ -32,17 +32,14 @@ def parse_reply(messages: list[str], history: list[dict]) -> tuple[str | dict, l
     offers_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
     content: str | dict = ""
     for message in messages:
-        metadata, newline, text = message.partition("\n")
-        if not newline:
-            metadata, text = "", message
+        metadata, text = split_reply(message)
         if not metadata.strip():
             text = text.strip()
             history.append({"role": "assistant", "metadata": metadata, "content": text})
             content = text.replace("[[训练时间]]", "2023年")
             continue
         history.append({"role": "assistant", "metadata": metadata, "content": text})
-        code = "\n".join(text.split("\n")[1:-1])  # without the ```python fence
-        parameters = parse_tool_call(code) if offers_tools else None
+        parameters = parse_fenced_call(text) if offers_tools else None
         content = {"name": metadata.strip()}
         content |= {"content": text} if parameters is None else {"parameters": parameters}
     return content, history

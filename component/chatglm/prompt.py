@@ -38,6 +38,17 @@ def call_message(name: str, parameters: dict[str, Any]) -> Message:
     return Message("assistant", name, f"```python\n{text}\n```")
 
 
+def split_reply(message: str) -> tuple[str, str]:
+    """(metadata, content) of a message that ChatGLM3 wrote; one without a newline is content alone."""
+    metadata, newline, content = message.partition("\n")
+    return (metadata, content) if newline else ("", message)
+
+
+def parse_fenced_call(content: str) -> dict | None:
+    """Parse the content of a call's message, ```` ```python\\ntool_call(…)\\n``` ````, as `parse_tool_call` does."""
+    return parse_tool_call("\n".join(content.split("\n")[1:-1]))
+
+
 def parse_tool_call(code: str) -> dict | None:
     """Keyword arguments of a call such as `tool_call(city='北京', days=2)`, or None for any other code.
 

@@ -3,7 +3,8 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,6 +92,15 @@ def without_first_rounds(conversation: Conversation, rounds: int) -> Conversatio
     start = round_starts(conversation.turns)[rounds]
     kept = [turn for i, turn in enumerate(conversation.turns) if i >= start or turn.role == "system"]
     return replace(conversation, turns=tuple(kept))
+
+
+def first_rounds_to_leave_out(conversation: Conversation, fits: Callable[[Conversation], bool]) -> int:
+    """The smallest number of first rounds without which the conversation fits. The last round is never counted in."""
+
+    def fits_without(rounds: int) -> bool:
+        return fits(without_first_rounds(conversation, rounds))
+
+    return bisect_left(range(count_rounds(conversation) - 1), True, key=fits_without)
 
 
 def round_starts(turns: tuple[Turn, ...]) -> list[int]:

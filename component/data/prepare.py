@@ -4,7 +4,6 @@ import json
 import math
 import time
 from array import array
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -16,7 +15,14 @@ from loguru import logger
 
 from ..run.errors import DataError
 from .chat_template import render_chat_template
-from .conversation import Conversation, choose_learned, count_rounds, oddities, without_first_rounds
+from .conversation import (
+    Conversation,
+    choose_learned,
+    count_rounds,
+    first_rounds_to_leave_out,
+    oddities,
+    without_first_rounds,
+)
 from .formats import parse_row, unread_keys
 from .pool import in_order
 from .reader import Unreadable, parse_line, read_lines, rejected_line
@@ -38,7 +44,7 @@ class RowRenderer:
 
     def __init__(self, render: Callable, tokenizer, rules: DataRules):
         self.render, self.tokenizer, self.rules = render, tokenizer, rules
-        self.rows = getattr(tokenizer, "embedding_rows", math.inf)  # of the embedding, if the tokenizer knows them
+        self.rows = rows_of(tokenizer)
 
     def parse(self, raw: bytes | DataError) -> tuple[Conversation, list[str]]:
         """Parse a row, and list what is unusual in it. Raises DataError, without file and line, if the row is bad."""
@@ -73,24 +79,17 @@ class RowRenderer:
             if len(sample.input_ids) > limit:
                 note = CUT
                 sample = TokenizedSample(sample.input_ids[:limit], sample.target_mask[:limit])
-        if (largest := max(sample.input_ids, default=0)) >= self.rows:
-            raise DataError(
-                f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}: the tokenizer has ids "
-                f"up to {max(largest, len(self.tokenizer) - 1)}, the embedding has rows up to {self.rows - 1}; resize "
-                "the embedding and save the model, or write the row without this token"
-            )
+        require_rows(sample.input_ids, self.tokenizer)
         # Nothing predicts the first token, so learning starts at the second.
         return (sample, note) if any(sample.target_mask[1:]) else (None, DROPPED)
 
     def shorten(self, conversation: Conversation) -> Conversation:
         """Leave out as few early rounds as possible for the rest to fit. The last round always stays."""
 
-        def fits(gone: int) -> bool:
-            return len(self.render(without_first_rounds(conversation, gone), self.tokenizer).input_ids) <= limit
+        def fits(rest: Conversation) -> bool:
+            return len(self.render(rest, self.tokenizer).input_ids) <= self.rules.max_seq_length
 
-        limit = self.rules.max_seq_length
-        gone = bisect_left(range(1, count_rounds(conversation) - 1), True, key=fits) + 1
-        return without_first_rounds(conversation, gone)
+        return without_first_rounds(conversation, first_rounds_to_leave_out(conversation, fits))
 
 
 def fill_store(files: list[Path], renderer: RowRenderer, workers: int, folder: Path) -> None:
@@ -220,6 +219,22 @@ def count_outcome(report: DataReport, outcome: Outcome, files: list[Path]) -> No
 
 def as_item(input_ids: list[int], target_mask: list[int]) -> dict[str, list[int]]:
     return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "target_mask": target_mask}
+
+
+def rows_of(tokenizer) -> float:
+    """Number of rows of the model's embedding, if the tokenizer knows it."""
+    return getattr(tokenizer, "embedding_rows", math.inf)
+
+
+def require_rows(ids: list[int], tokenizer) -> None:
+    """Raise DataError for a token that has no row in the model's embedding."""
+    rows = rows_of(tokenizer)
+    if (largest := max(ids, default=0)) >= rows:
+        raise DataError(
+            f"token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}: the tokenizer has ids up to "
+            f"{max(largest, len(tokenizer) - 1)}, the embedding has rows up to {rows - 1}; resize the embedding and "
+            "save the model, or write the row without this token"
+        )
 
 
 def check_tokenizer(tokenizer, render):

@@ -1,7 +1,6 @@
 """The identity of a run: everything that decides its numbers, as JSON. Runs of the same identity are the same run."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from ..data.reader import find_files
 from ..run.files import fingerprint
 from ..settings.legacy import rows_of_pack_to
 from ..settings.optimization import FOLLOWING_EVALUATIONS
-from ..trust import find_adapter, find_adapter_weights, find_model_file, find_weights
+from ..trust import find_adapter, find_adapter_weights, identify_base
 
 # Settings on which no trained number depends, besides those whose names start with one of BEGINNINGS.
 WITHOUT_EFFECT = {
@@ -47,7 +46,6 @@ WITHOUT_EFFECT = {
 BEGINNINGS = ("ddp_", "logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
 # Settings that describe_run describes by content.
 ELSEWHERE = {"train_file", "model_name_or_path", "adapter_name_or_path", "data_format", "chat_template"}
-WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # of a file above WHOLE bytes, SAMPLES blocks of BLOCK bytes count
 
 
 def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
@@ -122,30 +120,10 @@ def describe_tokenizer(tokenizer) -> str:
 
 
 def describe_base(args) -> str:
-    """Name and commit of a hub's model, or digest of a folder's configuration and weights (large files by samples)."""
-    folder = Path(args.model_name_or_path)
-    if not folder.is_dir():
-        commit = find_model_file(args.model_name_or_path, "config.json").parent.name  # a folder of the hub's cache
-        return f"{args.model_name_or_path} {commit}"
-    weights = {*folder.glob("*.safetensors"), *find_weights(args.model_name_or_path)}  # torch's .bin, if used
-    return fingerprint([folder / "config.json", *map(digest_of, sorted(weights))])
+    return identify_base(args.model_name_or_path)
 
 
 def describe_adapter(args) -> str | None:
     """Digest of the weights that the run's adapter begins with; None for a new adapter."""
     name = args.adapter_name_or_path
     return name and fingerprint([find_adapter_weights(find_adapter(name))])
-
-
-def digest_of(path: Path) -> str:
-    """Digest of a file's size and contents. Of a large file, evenly spread blocks are read, from head to tail."""
-    size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with open(path, "rb") as file:
-        if size <= WHOLE:
-            digest.update(file.read())
-        else:
-            for place in range(SAMPLES):
-                file.seek((size - BLOCK) * place // (SAMPLES - 1))
-                digest.update(file.read(BLOCK))
-    return digest.hexdigest()

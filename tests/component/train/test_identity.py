@@ -11,7 +11,8 @@ from component.data.dataset import select_format
 from component.model import load_tokenizer
 from component.run.resume import differences
 from component.settings.load import load_arguments
-from component.train.identity import WHOLE, describe_machine, describe_run, digest_of
+from component.train.identity import describe_machine, describe_run
+from component.trust import WHOLE, digest_of
 from tests.runs import ROWS, write_rows
 
 

@@ -1,0 +1,125 @@
+"""Turns the tokens of an answer into an Answer, with one class for each way in which formats write calls."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..chatglm.prompt import parse_fenced_call, split_reply
+from ..data.conversation import Conversation, Turn
+from ..run.errors import DataError
+from .calls import Answer, Call, Thought, Unreadable, finished, require_json, skip
+from .syntax import describe_calls, learn_lead, learn_syntax, learn_thought
+
+
+class TextReader:
+    """Answers of text alone: ChatGLM2 and Firefly.
+
+    Attributes:
+        no_calls: why calls cannot be read; empty if they can.
+    """
+
+    no_calls = "the format has no calls; train and open the model with data_format chat_template or chatglm3"
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def read(self, ids: Sequence[int], tools: Any, cut: bool) -> Answer:
+        raw = self.decode(ids)
+        reasoning, text = Thought().split(raw, cut)
+        return finished(Answer(text.strip(), reasoning=reasoning), cut, raw)
+
+
+class ChatGLM3Reader(TextReader):
+    """Answers of ChatGLM3: messages between `<|assistant|>` tokens, each with its metadata, which names a function."""
+
+    no_calls = ""
+
+    def read(self, ids: Sequence[int], tools: Any, cut: bool) -> Answer:
+        messages: list[list[int]] = [[]]
+        for token in ids:
+            if token == self.tokenizer.get_command("<|assistant|>"):
+                messages.append([])
+            else:
+                messages[-1].append(token)
+        texts = [self.decode(message) for message in messages]
+        calls, spoken, thoughts, fault = [], [], [], ""
+        for i, message in enumerate(texts):
+            is_cut = cut and i == len(texts) - 1
+            metadata, content = split_reply(message)
+            try:
+                if metadata.strip():
+                    calls.append(read_fenced_call(metadata.strip(), content.strip()))
+                    continue
+                if is_cut and metadata == "" and "\n" not in message and message.strip():
+                    raise Unreadable("it may be the name of a function")
+            except Unreadable:
+                fault = "truncated" if is_cut else "unparsable"
+                spoken.append(message.strip())
+                continue
+            reasoning, text = Thought().split(content, is_cut)
+            thoughts.append(reasoning)
+            spoken.append(text.strip())
+        text, reasoning = ("\n".join(filter(None, parts)) for parts in (spoken, thoughts))
+        answer = Answer(text, () if fault else tuple(calls), reasoning, fault)
+        return finished(answer, cut, "<|assistant|>".join(texts))
+
+
+def read_fenced_call(name: str, content: str) -> Call:
+    """ChatGLM3's call. Raises Unreadable for a content that is none, or whose values no JSON can hold."""
+    if not (content.startswith("```") and content.endswith("\n```")):
+        raise Unreadable("a call stands between two lines of ```")
+    arguments = parse_fenced_call(content)
+    try:
+        call = Call(name, json.loads(json.dumps(arguments, allow_nan=False)))
+        require_json([call])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Unreadable(str(error)) from None
+    if not isinstance(call.arguments, dict):
+        raise Unreadable("it is no call with literal arguments")
+    return call
+
+
+class TemplateReader(TextReader):
+    """Answers as a chat template writes them, whose way of writing calls is learned from the template itself."""
+
+    def __init__(self, tokenizer, render: Callable):
+        super().__init__(tokenizer)
+        self.render = render
+        self.thought, self.lead, self.syntax, self.no_calls = Thought(open=""), (), None, ""
+        try:
+            self.thought = learn_thought(self.write)
+            self.lead = learn_lead(self.write, self.thought)
+            self.syntax = learn_syntax(self.write, self.thought)
+        except (DataError, Unreadable) as error:
+            self.no_calls = f"calls cannot be read as the tokenizer's chat template writes them: {error}"
+
+    def write(self, calls: tuple[Call, ...] = (), text: str = "", reasoning: str = "") -> str:
+        """What the model learns to write for an answer, without the token that ends it. Raises DataError."""
+        turns = [Turn("assistant", text, True, reasoning=reasoning)] if text or reasoning else []
+        for name, arguments in calls:
+            turns.append(Turn("tool", name=name, parameters=arguments, learned=True, joined=bool(turns)))
+        try:
+            return self.render_answer(turns, describe_calls(calls) or None)
+        except DataError:
+            if not calls:
+                raise
+            return self.render_answer(turns, None)  # DeepSeek V3's template shows calls, and no tools
+
+    def render_answer(self, turns: list[Turn], tools: list[dict] | None) -> str:
+        sample = self.render(Conversation((Turn("user", "Hello"), *turns), tools), self.tokenizer)
+        learned = [token for token, flag in zip(sample.input_ids, sample.target_mask, strict=True) if flag]
+        return self.decode(learned[:-1])
+
+    def read(self, ids: Sequence[int], tools: Any, cut: bool) -> Answer:
+        raw = self.decode(ids)
+        reasoning, text = self.thought.split(raw, cut)
+        answer = self.syntax.read(text, tools, cut) if self.syntax else Answer(text.strip())
+        try:
+            if not answer.calls and not answer.fault:
+                answer = Answer(text[skip(text, 0, self.lead) :].strip())
+        except Unreadable:
+            pass
+        return finished(Answer(answer.text, answer.calls, reasoning, answer.fault), cut, raw)

@@ -1,0 +1,238 @@
+"""Learns from a chat template how it writes reasoning and calls, and proves by a round trip that they can be read."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from ..run.errors import DataError
+from .calls import (
+    DECODER,
+    BraceForm,
+    Call,
+    NamedForm,
+    ObjectForm,
+    PythonForm,
+    Syntax,
+    TaggedForm,
+    Thought,
+    Unreadable,
+    pieces,
+    skip_space,
+)
+
+# Words that no template has a reason to change.
+TEXT, REASONING, NAME, OTHER, KEY, KEY2, VALUE = "Ttttt", "Rrrrr", "nnnnn", "mmmmm", "kkkkk", "jjjjj", "Vvvvv"
+ONE = Call(NAME, {KEY: VALUE})
+# Calls that must come back as they were written.
+PROOFS = (
+    (Call("get_weather", {"city": "北京 🙂", "days": 3, "exact": True, "step": -0.5, "until": None, "old": False}),),
+    (Call("save", {"text": 'a "quoted" word, it\'s\n  a \\ second line', "empty": "", "number": "3"}),),
+    (Call("plot", {"points": [1, 2.5, "x y", None, [True]], "style": {"color": {"name": "dark red"}, "more": {}}}),),
+    (Call("now", {}),),
+    (Call("get_weather", {"city": "x", "days": 1}), Call("now", {}), Call("save", {"text": "y"})),
+)
+JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+Write = Callable[
+    ..., str
+]  # write(calls=(), text="", reasoning=""): what the model learns to write; may raise DataError
+
+
+def describe_calls(calls: tuple[Call, ...]) -> list[dict]:
+    """Descriptions of functions that the calls fit."""
+    tools = []
+    for name, arguments in dict(calls).items():
+        types = {key: {"type": JSON_TYPES.get(type(value), "null")} for key, value in arguments.items()}
+        parameters = {"type": "object", "properties": types}
+        tools.append({"name": name, "description": "A function.", "parameters": parameters})
+    return tools
+
+
+def learn_thought(write: Write) -> Thought:
+    """Find how reasoning is written; up to `</think>` where the template does not show it."""
+    answers = []
+    for calls, text in (((), TEXT), ((ONE,), "")):
+        with suppress(DataError):
+            before, found, after = write(calls, text, REASONING).partition(REASONING)
+            if found and VALUE not in before and TEXT not in before:
+                answers.append((before.strip(), after.partition(NAME)[0].partition(TEXT)[0]))
+    if not answers:
+        return Thought(open="")
+    opens, close = answers[0]
+    if len(answers) == 2:
+        close = close[: common_prefix(close, answers[1][1])]
+    elif not shows_text(write, REASONING):  # before calls alone, whose own beginning is no part of it
+        plain = write((ONE,)).partition(NAME)[0]
+        close = close[: len(close) - common_prefix(close[::-1], plain[::-1])]
+    close = close.strip()
+    return Thought(opens, close, asked=not opens and close in write((), TEXT)) if close else Thought(open="")
+
+
+def shows_text(write: Write, reasoning: str) -> bool:
+    with suppress(DataError):
+        return bool(write((), TEXT, reasoning))
+    return False
+
+
+def learn_lead(write: Write, thought: Thought) -> tuple[str, ...]:
+    """The pieces that are written before every text without calls, such as the name of a channel."""
+    return pieces(thought.split(write((), TEXT), False)[1].partition(TEXT)[0])
+
+
+def learn_syntax(write: Write, thought: Thought) -> Syntax:
+    """Find how calls are written, and prove it. Raises Unreadable, which says what is in the way, or DataError where
+    the template refuses calls."""
+
+    def body(*calls: Call, text: str = "") -> str:
+        return thought.split(write(calls, text), False)[1]
+
+    one = body(ONE)
+    if NAME not in one or VALUE not in one:
+        raise Unreadable("the template does not write a call's name and value as they are")
+    for learn in (learn_object, learn_named, learn_python, learn_tagged, learn_braces):
+        if found := learn(one, body):
+            form, start, tail = found
+            break
+    else:
+        raise Unreadable(f"the template writes calls in an unknown way: {one!r}")
+    opens = one[:start]
+    with suppress(DataError):
+        spoken = body(ONE, text=TEXT)
+        if TEXT in spoken[: spoken.find(NAME)]:
+            beside = spoken[: start + len(spoken) - len(one)]
+            opens = opens[len(opens) - common_prefix(opens[::-1], beside[::-1]) :]
+    between = ""
+    if not isinstance(form, PythonForm):
+        with suppress(DataError):
+            between = learn_between(body(ONE, Call(OTHER, {KEY: VALUE})), opens, form)
+    syntax = Syntax(form, pieces(opens), pieces(between), pieces(tail))
+    if not syntax.is_marked and not isinstance(form, ObjectForm | NamedForm):
+        raise Unreadable("no marker shows where a call begins")
+    prove(syntax, thought, write)
+    return syntax
+
+
+def learn_object(one: str, body: Callable) -> tuple | None:
+    """(form, where the call begins in `one`, what follows it) if calls are JSON objects; None otherwise."""
+    for start in [i for i, letter in enumerate(one) if letter == "{"]:
+        with suppress(ValueError):
+            value, end = DECODER.raw_decode(one, start)
+            keys = {
+                json.dumps(item) if isinstance(item, dict) else item: key
+                for key, item in value.items()
+                if isinstance(item, str | dict)
+            }
+            arguments = json.dumps(ONE.arguments)
+            if NAME in keys and arguments in keys:
+                name, key = keys[NAME], keys[arguments]
+                form = ObjectForm(name, key, frozenset(value) - {name, key}, isinstance(value[key], str))
+                return form, start, one[end:]
+    return None
+
+
+def learn_named(one: str, body: Callable) -> tuple | None:
+    start = one.find(NAME)
+    brace = one.find("{", start)
+    with suppress(ValueError):
+        value, end = DECODER.raw_decode(one, brace) if brace >= 0 else (None, 0)
+        if value == ONE.arguments:
+            return NamedForm(pieces(one[start + len(NAME) : brace])), start, one[end:]
+    return None
+
+
+def learn_python(one: str, body: Callable) -> tuple | None:
+    start = one.find("[" + NAME)
+    end = one.find(")]", start) + len(")]")
+    if start < 0 or end < start or not one[end:].strip():
+        return None
+    with suppress(Unreadable):
+        if PythonForm().read_all(one[start:end]) == [ONE]:
+            return PythonForm(), start, one[end:]
+    return None
+
+
+def learn_tagged(one: str, body: Callable) -> tuple | None:
+    start = one.rfind(NAME)
+    key, value = one.find(KEY, start), one.find(VALUE, start)
+    two, none = body(Call(NAME, {KEY: VALUE, KEY2: VALUE})), body(Call(NAME, {}))
+    if not start < key < value:
+        return None
+    first, last = pieces(one[start + len(NAME) : key]), one[value + len(VALUE) :]
+    rest = pieces(none[none.rfind(NAME) + len(NAME) :])
+    head = next((i for i, pair in enumerate(zip(first, rest, strict=False)) if pair[0] != pair[1]), len(first))
+    opens, middle = first[head:], one[key + len(KEY) : value]
+    next_key = two.find(KEY2, start)
+    again = pieces(two[two.find(VALUE, start) + len(VALUE) : next_key])
+    closes = again[: len(again) - len(opens)]
+    if not opens or not closes or not pieces(middle) or again != closes + opens or not rest[head:]:
+        return None
+    if pieces(last) != closes + rest[head:]:
+        return None
+    before, after = middle[len(middle.rstrip()) :], last[: skip_space(last, 0)]
+    form = TaggedForm(first[:head], opens, pieces(middle), closes, before, after, rest[head : head + 1])
+    return form, start, none[none.rfind(NAME) + len(NAME) :].lstrip().removeprefix("".join(first[:head]))
+
+
+def learn_braces(one: str, body: Callable) -> tuple | None:
+    start = one.find(NAME)
+    before, _, after = one[start + len(NAME) :].partition(VALUE)
+    quote = after.partition("}")[0]
+    if before != f"{{{KEY}:{quote}" or not quote:
+        return None
+    return BraceForm(quote), start, after.partition("}")[2]
+
+
+def learn_between(two: str, opens: str, form: Any) -> str:
+    """What stands between two calls; Unreadable where the second does not follow the first."""
+    at = two.find(opens) + len(opens)
+    _, end = form.read(two, at)
+    start = two.find(OTHER, end)
+    if isinstance(form, ObjectForm):
+        starts = [i for i in range(end, len(two)) if two[i] == "{"]
+        start = next((i for i in starts if reads(form, two, i)), -1)
+    if start < 0:
+        raise Unreadable("of two calls, the second is not found behind the first")
+    return two[end:start]
+
+
+def reads(form: ObjectForm, text: str, at: int) -> bool:
+    with suppress(Unreadable):
+        return form.read(text, at)[0].name == OTHER
+    return False
+
+
+def prove(syntax: Syntax, thought: Thought, write: Write) -> None:
+    """Raise Unreadable unless every call that the template writes is read as it was given. Text beside a call may be
+    written as reasoning (gpt-oss)."""
+    for calls, text in proofs():
+        try:
+            written = write(calls, text)
+        except DataError as error:
+            if len(calls) == 1 and not text:
+                raise Unreadable(str(error)) from None
+            continue  # the template has no place for parallel calls, or for text beside them
+        thoughts, body = thought.split(written, False)
+        answer = syntax.read(body, describe_calls(calls))
+        spoken = "\n".join(filter(None, (thoughts, answer.text)))
+        if (spoken, answer.fault) != (text, "") or not same(answer.calls, calls):
+            shown = " and ".join(call.name for call in calls)
+            raise Unreadable(
+                f"a call of {shown} with {calls[0].arguments} is written as {written!r}, and not read as that"
+            )
+
+
+def same(found: tuple[Call, ...], given: tuple[Call, ...]) -> bool:
+    """Whether calls are the same, with values of the same types; the template may sort the arguments."""
+    return [json.dumps(call, sort_keys=True) for call in found] == [json.dumps(call, sort_keys=True) for call in given]
+
+
+def proofs() -> Iterator[tuple[tuple[Call, ...], str]]:
+    for calls in PROOFS:
+        yield calls, ""
+    yield PROOFS[0], "One moment, please."
+    yield PROOFS[-1], "Two lines\nbefore it."
+
+
+def common_prefix(one: str, two: str) -> int:
+    pairs = zip(one, two, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))
