@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 FAULTS = ("unparsable", "truncated")  # what Answer.fault may be, beside ""
+DEPTH = 100  # of arguments, so that whoever takes them can walk through them
 SPACE = re.compile(r"\s*")
 PIECE = re.compile(r"<[^<>\s]*>?|\[/?\w+\]|\[|[^\s<\[]+")
 SCALAR = re.compile(r"[^\s,:{}\[\]]+")
@@ -90,15 +91,21 @@ class Thought:
 
     def split(self, text: str, cut: bool) -> tuple[str, str]:
         """(reasoning, what follows it) of an answer. A thought without an end is reasoning if the answer was cut."""
-        own = text.lstrip()
-        opened = bool(self.open) and own.startswith(self.open)
-        body = own[len(self.open) :] if opened else text
-        if not opened and self.open:
-            return "", text
-        at = body.find(self.close)
-        if at >= 0:
-            return body[:at].strip(), body[at + len(self.close) :]
-        return (body.strip(), "") if cut and (opened or self.asked) else ("", text)
+        thoughts: list[str] = []
+        at, within = 0, not self.open
+        while within or text.startswith(self.open, skip_space(text, at)):
+            start = at if within else skip_space(text, at) + len(self.open)
+            stop = text.find(self.close, start)
+            if stop < 0:
+                if cut and (self.open or self.asked):
+                    thoughts.append(text[start:].strip())
+                    at = len(text)
+                break
+            thoughts.append(text[start:stop].strip())
+            at, within = stop + len(self.close), False
+            if not self.open:
+                break
+        return "\n".join(filter(None, thoughts)), text[at:]
 
 
 def pieces(literal: str) -> tuple[str, ...]:
@@ -156,8 +163,15 @@ def find_name(text: str, at: int, ends: Sequence[str]) -> tuple[str, int]:
 
 
 def require_json(calls: Sequence[Call]) -> None:
-    """Raise ValueError or RecursionError for calls that no JSON can hold: with infinity or half a surrogate pair."""
+    """Raise ValueError or RecursionError for calls that cannot be written as JSON: nested deeper than DEPTH, with
+    infinity or half a surrogate pair."""
     json.dumps(calls, ensure_ascii=False, allow_nan=False).encode()
+    level: list[Any] = [call.arguments for call in calls]
+    for _ in range(DEPTH):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items]
+    if level:
+        raise ValueError(f"nested more than {DEPTH} deep")
 
 
 def types_of(tools: Any, function: str, argument: str) -> set[str]:
@@ -174,7 +188,7 @@ def types_of(tools: Any, function: str, argument: str) -> set[str]:
 
 
 # Ways to write a call. `read` returns the call that stands at a place, and where it ends, or raises Unreadable.
-# `begins` tells whether an answer without a marker before its call is one.
+# `begins` tells whether a text without a marker before its call begins like one, or is the beginning of one.
 
 
 @dataclass(frozen=True)
@@ -186,9 +200,10 @@ class ObjectForm:
     others: frozenset[str] = frozenset()  # further keys that it may have
     as_text: bool = False  # the arguments are JSON within a string
 
-    def begins(self, text: str, at: int) -> bool:
+    def begins(self, text: str, at: int, cut: bool) -> bool:
         keys = "|".join(map(re.escape, (self.name, self.arguments)))
-        return bool(re.compile(rf'\{{\s*"(?:{keys})"').match(text, skip_space(text, at)))
+        rest = text[skip_space(text, at) :]
+        return bool(re.match(rf'\{{\s*"(?:{keys})"', rest) or (cut and re.fullmatch(r'\{\s*("\w*)?', rest)))
 
     def read(self, text: str, at: int, tools: Any = None) -> tuple[Call, int]:
         value, end = read_object(text, at)
@@ -208,9 +223,8 @@ class NamedForm:
 
     between: tuple[str, ...]
 
-    def begins(self, text: str, at: int) -> bool:
-        ends = "|".join(map(re.escape, self.between[:1])) or r"\n"
-        return bool(re.compile(rf"[^\S\n]*[^\s{{]+\s*(?:{ends})").match(text, at)) and "{" in text
+    def begins(self, text: str, at: int, cut: bool) -> bool:
+        return begins_with_name(text[at:], self.between, cut)
 
     def read(self, text: str, at: int, tools: Any = None) -> tuple[Call, int]:
         name, at = find_name(text, at, self.between[:1] or ("{",))
@@ -235,9 +249,6 @@ class TaggedForm:
     before: str
     after: str
     ends: tuple[str, ...]  # the first piece after a call's last argument
-
-    def begins(self, text: str, at: int) -> bool:
-        return False
 
     def read(self, text: str, at: int, tools: Any = None) -> tuple[Call, int]:
         name, at = find_name(text, at, self.head[:1] or self.opens[:1] + self.ends)
@@ -272,12 +283,39 @@ def plain_value(written: str, types: set[str]) -> Any:
     return value if skip_space(written, end) == len(written) else written
 
 
+def begins_with_name(text: str, between: Sequence[str], cut: bool) -> bool:
+    """Whether a text is a name in its first line and then what stands between a name and its arguments."""
+    name = re.match(r"[^\S\n]*[^\s{]+", text)
+    if not name:
+        return False
+    space = SPACE.match(text, name.end())
+    if not between and "\n" not in space[0]:
+        return cut and space.end() == len(text)
+    following = between[0] if between else "{"
+    return text.startswith(following, space.end()) or (cut and following.startswith(text[space.end() :]))
+
+
+@dataclass(frozen=True)
+class KeywordForm:
+    """The name, then the keyword arguments of a Python call in parentheses, which end with their line."""
+
+    between: tuple[str, ...]
+
+    def begins(self, text: str, at: int, cut: bool) -> bool:
+        return begins_with_name(text[at:], self.between, cut)
+
+    def read(self, text: str, at: int, tools: Any = None) -> tuple[Call, int]:
+        name, at = find_name(text, at, self.between[:1] or ("(",))
+        at = skip(text, at, self.between)
+        end = text.find("\n", at)
+        end = len(text) if end < 0 else end
+        (call,) = PythonForm().read_all(f"[call{text[at:end].strip()}]")
+        return Call(name, call.arguments), end
+
+
 @dataclass(frozen=True)
 class PythonForm:
     """A list of Python calls with keyword arguments, `[one(a='x'), two()]`, whose values are literals."""
-
-    def begins(self, text: str, at: int) -> bool:
-        return False
 
     def read_all(self, text: str) -> list[Call]:
         try:
@@ -320,9 +358,6 @@ class BraceForm:
     """The name, then `{key:value,…}` with bare keys and strings between two quotes, which no string holds."""
 
     quote: str
-
-    def begins(self, text: str, at: int) -> bool:
-        return False
 
     def read(self, text: str, at: int, tools: Any = None) -> tuple[Call, int]:
         name, at = find_name(text, at, ("{",))
@@ -375,34 +410,44 @@ class BraceForm:
         return word[0], word.end()
 
 
-Form = ObjectForm | NamedForm | TaggedForm | PythonForm | BraceForm
+Form = ObjectForm | NamedForm | KeywordForm | TaggedForm | PythonForm | BraceForm
 
 
 @dataclass(frozen=True)
 class Syntax:
-    """How a chat template writes the calls of an answer: pieces, in which white space does not count, around a Form."""
+    """How a chat template writes the calls of an answer: pieces, in which white space does not count, around a Form.
+
+    Attributes:
+        between: what stands between two calls; empty if there is one call at most.
+        joint: what stands between a text and its calls, where `opens` is no marker; empty if there is either of them.
+    """
 
     form: Form
     opens: tuple[str, ...]
-    between: tuple[str, ...]  # two calls; empty if there is one call at most
+    between: tuple[str, ...]
     closes: tuple[str, ...]
+    joint: tuple[str, ...] = ()
 
     @property
     def is_marked(self) -> bool:
         """Whether the first piece before a call shows that one comes, wherever it stands."""
         return bool(self.opens) and bool(re.search(r"\w", self.opens[0]))
 
-    def find(self, text: str, at: int) -> int:
-        """Where the next calls begin, or -1."""
+    def find(self, text: str, at: int, cut: bool) -> int:
+        """Where the next calls begin, or -1. Without a marker, they begin the answer or stand behind `joint`."""
         if self.is_marked:
             return text.find(self.opens[0], at)
         try:
-            return 0 if at == 0 and self.form.begins(text, skip(text, 0, self.opens)) else -1
+            if at == 0 and self.form.begins(text, skip(text, 0, self.opens), cut):
+                return 0
         except Unreadable:
-            return -1
+            pass
+        return text.find(self.joint[0], at) if self.joint else -1
 
     def read_group(self, text: str, at: int, tools: Any) -> tuple[list[Call], int]:
         """The calls that stand at a place, and where they end. Raises Unreadable."""
+        if self.joint and text.startswith(self.joint[0], at):
+            at = skip(text, at, self.joint)
         at = skip(text, at, self.opens)
         if isinstance(self.form, PythonForm):
             end = text.find(self.closes[0], at)
@@ -425,7 +470,7 @@ class Syntax:
         calls: list[Call] = []
         spoken, at = [], 0
         try:
-            while (start := self.find(text, at)) >= 0:
+            while (start := self.find(text, at, cut)) >= 0:
                 spoken.append(text[at:start].strip())
                 group, at = self.read_group(text, start, tools)
                 calls += group

@@ -1,6 +1,6 @@
 """A model with or without its adapter, the prompts that it gets, and the reading of its answers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,8 +11,9 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..chat_templates import set_chat_template
+from ..chat_templates import control_tokens, set_chat_template
 from ..chatglm import ChatGLMTokenizer
+from ..chatglm.chat import HALF
 from ..data.conversation import Conversation, Turn, first_rounds_to_leave_out, without_first_rounds
 from ..data.dataset import DATA_FORMATS, select_format
 from ..data.formats import parse_row
@@ -168,9 +169,11 @@ class Session:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens at which an answer ends: every one that the model learns to end on, its EOS, and those of its
-        generation_config.json."""
-        stops = {self.tokenizer.eos_token_id, *getattr(self.tokenizer, "stops", ())}
+        """Tokens at which an answer ends: those that the model learns to end on, EOS, and with a chat template the
+        control tokens of its generation_config.json."""
+        stops = {self.tokenizer.eos_token_id}
+        if self.data_format == "chat_template":
+            stops |= {*getattr(self.tokenizer, "stops", ())} & {*control_tokens(self.tokenizer).values()}
         for turns in ENDINGS:
             for tools in ([{"name": "now", "parameters": {"type": "object", "properties": {}}}], None):
                 with suppress(DataError):
@@ -191,6 +194,51 @@ class Session:
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
         return self.reader.read(ids, tools, finish_reason == "length")
+
+    # Conversations
+
+    @cached_property
+    def engine(self):
+        from .engine import Engine  # imported here: prompts and answers need no engine
+
+        return Engine(self.model, self.stop_ids)
+
+    def ask(self, messages: list[dict], tools: Any = None, sampling: Any = None) -> Answer:
+        """Answer messages as `conversation` takes them. Early rounds for which the context has no room are left out.
+
+        Args:
+            sampling: component.inference.engine.Sampling; greedy by default.
+
+        Raises:
+            DataError: training would refuse the messages, or the last round is too long.
+        """
+        *_, answer = self.stream(messages, tools, sampling)
+        return answer
+
+    def stream(self, messages: list[dict], tools: Any = None, sampling: Any = None) -> Iterator[Answer]:
+        """Answer as `ask` does, and yield the answer so far after every token that adds to it, the whole one last.
+
+        A call is part of it when it is complete. Each token costs a reading of the whole answer.
+        """
+        from .engine import Sampling
+
+        sampling = sampling or Sampling()
+        room = max(self.engine.room - sampling.max_new_tokens, self.engine.room // 2)
+        conversation, _ = self.fit(self.conversation(messages, tools), room)
+        generation = self.engine.submit(self.prompt(conversation), sampling)
+        shown = Answer()
+        try:
+            while generation.finish_reason is None:
+                self.engine.step()
+                so_far = self.read(generation.tokens, "length", conversation.tools)
+                half = so_far.fault or so_far.raw.endswith(HALF)
+                said = (so_far.text, so_far.calls, so_far.reasoning)
+                if generation.finish_reason is None and not half and said != (shown.text, shown.calls, shown.reasoning):
+                    yield (shown := so_far)
+            yield self.read(generation.tokens, generation.finish_reason, conversation.tools)
+        finally:
+            if generation.finish_reason is None:
+                self.engine.cancel(generation)
 
     def require_calls(self) -> None:
         """Raise DataError, which says why, where answers of this model are text alone."""

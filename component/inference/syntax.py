@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ..run.errors import DataError
@@ -10,6 +11,7 @@ from .calls import (
     DECODER,
     BraceForm,
     Call,
+    KeywordForm,
     NamedForm,
     ObjectForm,
     PythonForm,
@@ -65,6 +67,7 @@ def learn_thought(write: Write) -> Thought:
         plain = write((ONE,)).partition(NAME)[0]
         close = close[: len(close) - common_prefix(close[::-1], plain[::-1])]
     close = close.strip()
+    opens = opens.rpartition(close)[2].strip() if close else ""  # Qwen3's template writes an empty thought before it
     return Thought(opens, close, asked=not opens and close in write((), TEXT)) if close else Thought(open="")
 
 
@@ -89,24 +92,26 @@ def learn_syntax(write: Write, thought: Thought) -> Syntax:
     one = body(ONE)
     if NAME not in one or VALUE not in one:
         raise Unreadable("the template does not write a call's name and value as they are")
-    for learn in (learn_object, learn_named, learn_python, learn_tagged, learn_braces):
+    for learn in (learn_object, learn_named, learn_python, learn_keywords, learn_tagged, learn_braces):
         if found := learn(one, body):
             form, start, tail = found
             break
     else:
         raise Unreadable(f"the template writes calls in an unknown way: {one!r}")
-    opens = one[:start]
+    opens, between, joint = one[:start], "", ""
     with suppress(DataError):
         spoken = body(ONE, text=TEXT)
-        if TEXT in spoken[: spoken.find(NAME)]:
-            beside = spoken[: start + len(spoken) - len(one)]
+        beside = spoken[: len(spoken) - len(one[start:])]
+        if TEXT in beside:
             opens = opens[len(opens) - common_prefix(opens[::-1], beside[::-1]) :]
-    between = ""
+            joint = beside.partition(TEXT)[2].removesuffix(opens)
     if not isinstance(form, PythonForm):
         with suppress(DataError):
             between = learn_between(body(ONE, Call(OTHER, {KEY: VALUE})), opens, form)
     syntax = Syntax(form, pieces(opens), pieces(between), pieces(tail))
-    if not syntax.is_marked and not isinstance(form, ObjectForm | NamedForm):
+    if not syntax.is_marked:
+        syntax = replace(syntax, joint=pieces(joint))
+    if not syntax.is_marked and not hasattr(form, "begins"):
         raise Unreadable("no marker shows where a call begins")
     prove(syntax, thought, write)
     return syntax
@@ -148,6 +153,17 @@ def learn_python(one: str, body: Callable) -> tuple | None:
     with suppress(Unreadable):
         if PythonForm().read_all(one[start:end]) == [ONE]:
             return PythonForm(), start, one[end:]
+    return None
+
+
+def learn_keywords(one: str, body: Callable) -> tuple | None:
+    start = one.find(NAME)
+    at = one.find(f"({KEY}=", start)
+    form = KeywordForm(pieces(one[start + len(NAME) : at]))
+    with suppress(Unreadable):
+        call, end = form.read(one, start)
+        if at > start and call == ONE:
+            return form, start, one[end:]
     return None
 
 
