@@ -12,7 +12,6 @@ from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat_templates import control_tokens, set_chat_template
-from ..chatglm import ChatGLMTokenizer
 from ..chatglm.chat import HALF
 from ..data.conversation import Conversation, Turn, first_rounds_to_leave_out, without_first_rounds
 from ..data.dataset import DATA_FORMATS, select_format
@@ -20,6 +19,7 @@ from ..data.formats import parse_row
 from ..data.prepare import check_tokenizer, require_rows
 from ..model import adopt_conversation, check_fits, check_same_base, load_adapter, load_base, open_tokenizer
 from ..run.errors import ArgumentError, DataError
+from ..run.log import counted
 from ..trust import check_adapter, find_adapter, find_base, identify_base, read_run, require_weights
 from .answers import ChatGLM3Reader, TemplateReader, TextReader
 from .calls import Answer
@@ -162,7 +162,7 @@ class Session:
                 f"the last round has a prompt of {len(self.prompt(rest)):,} tokens, and there is room for {room:,}; "
                 "shorten it, its system message or its tools"
             )
-        logger.warning(f"the context is full: the first {gone} rounds are left out of the prompt")
+        logger.warning(f"the context is full: {counted(gone, 'early round')} left out of the prompt")
         return rest, gone
 
     # Answers
@@ -270,13 +270,12 @@ def choose_format(base: str, tokenizer, data_format: str | None, chat_template: 
     trained = run["format"].get("name") if isinstance(run.get("format"), dict) else None
     if trained and data_format and data_format != trained:
         logger.warning(f"the adapter was trained with data_format {trained}, and its prompts are now {data_format}'s")
-    chosen = select_format(base, data_format or (None if chat_template else trained), chat_template)[0]
-    if not data_format and not trained and chosen == "firefly" and tokenizer.chat_template:
-        chosen = "chat_template"
-    if chosen == "firefly" or isinstance(tokenizer, ChatGLMTokenizer) or data_format or trained:
+    named = data_format or (None if chat_template else trained)
+    chosen = select_format(base, named, chat_template)[0]
+    if named or chosen != "firefly" or not tokenizer.chat_template:
         return chosen
-    logger.info(f"prompts are written by the chat template of {base}'s tokenizer")
-    return chosen
+    logger.info(f"data_format chat_template: {base} has a chat template of its own")
+    return "chat_template"
 
 
 def choose_bits(asked: int | None, folder: Path | None, settings: dict) -> int:

@@ -16,10 +16,11 @@ from component.data.conversation import choose_learned
 from component.data.formats import parse_chatglm3, parse_firefly, parse_row
 from component.data.render import render_chatglm2, render_chatglm3
 from component.inference.calls import Answer, Call, to_message
-from component.inference.session import Session, choose_bits, choose_dtype
+from component.inference.session import Session, choose_bits, choose_dtype, choose_format
 from component.model import open_tokenizer
 from component.run.errors import ArgumentError, DataError, Fault
 from tests.component.data.test_chat_template import FAMILIES, make_tokenizer
+from tests.component.inference.test_syntax import LEARNED, TOKENIZERS
 from tests.conftest import read_jsonl
 
 
@@ -178,7 +179,7 @@ def test_early_rounds_are_left_out_where_the_context_is_full_and_it_is_said(tiny
     assert (gone, shorter) == (1, session.conversation([system, *rounds[2:], last], [CLOCK]))
     alone = session.conversation([system, last], [CLOCK])
     assert session.fit(whole, len(session.prompt(alone))) == (alone, 3)
-    assert "the context is full: the first 3 rounds are left out of the prompt" in log[-1]
+    assert "the context is full: 3 early rounds left out of the prompt" in log[-1]
     with pytest.raises(DataError, match=r"^the last round has a prompt of [0-9]+ tokens, and there is room for 5;"):
         session.fit(whole, 5)
     with pytest.raises(DataError, match=r"^the last round has a prompt"):
@@ -288,13 +289,11 @@ def engine(monkeypatch):
     monkeypatch.setitem(sys.modules, "component.inference.engine", fake)
 
 
-SPEAKERS = ["chatglm3", "qwen2.5", "qwen3", "glm4", "llama3.1", "mistral"]
-
-
-@pytest.mark.parametrize("speaker", SPEAKERS)
-def test_a_whole_conversation_is_one_training_row(speaker, tiny_tokenizer, engine):
+@pytest.mark.parametrize("speaker", ["chatglm3", *LEARNED])
+def test_a_whole_conversation_is_one_training_row(speaker, tiny_tokenizer, engine, monkeypatch):
     """Question, call, result, answer, question: each prompt is the row before it, each answer what the row teaches."""
-    tokenizer = tiny_tokenizer if speaker == "chatglm3" else FAMILIES[speaker]
+    monkeypatch.setattr("uuid.uuid4", lambda: SimpleNamespace(hex="call00001"))  # Mistral's template writes ids
+    tokenizer = tiny_tokenizer if speaker == "chatglm3" else TOKENIZERS[speaker]
     session = Session(tokenizer, "chatglm3" if speaker == "chatglm3" else "chat_template")
     messages = [
         HELLO,
@@ -316,8 +315,6 @@ def test_a_whole_conversation_is_one_training_row(speaker, tiny_tokenizer, engin
     assert (second.text, second.finish_reason) == ("It is 24.", "stop")
     said += [to_message(second), {"role": "user", "content": "q2"}]
     assert session.ask(said, tools).text == "a2"
-    if speaker == "mistral":  # which writes the ids of calls
-        return
     assert session.engine.prompts == [before for before, _ in taught]
 
 
@@ -351,7 +348,7 @@ def test_an_answer_that_has_no_room_leaves_early_rounds_out(tiny_tokenizer, engi
     session.engine = Script(chatglm3_ids(tiny_tokenizer, "\n ok"), room=len(alone) + 8)
     assert session.ask(messages).text == "ok"
     assert session.engine.prompts == [alone]
-    assert "the first 1 rounds are left out" in log[-1]
+    assert "the context is full: 1 early round left out" in log[-1]
 
 
 # Opening
@@ -444,6 +441,20 @@ def test_an_adapter_of_another_shape_is_refused_before_weights_are_loaded(
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "THUDM/chatglm3-6b"}))
     with pytest.raises(ArgumentError, match="'THUDM/chatglm3-6b', which is no folder here; name the base"):
         Session.open(adapter=adapter)
+
+
+def test_a_model_with_a_template_of_its_own_is_asked_by_it_unless_its_adapter_learned_another_format(log):
+    chatty, plain = SimpleNamespace(chat_template="x"), SimpleNamespace(chat_template=None)
+    assert choose_format("models/qwen", chatty, None, None, {}) == "chat_template"
+    assert "data_format chat_template: models/qwen has a chat template of its own" in log[-1]
+    assert choose_format("models/qwen", plain, None, None, {}) == "firefly"
+    assert choose_format("models/chatglm3-6b", plain, None, None, {}) == "chatglm3"
+    trained = {"format": {"name": "firefly"}}
+    assert choose_format("models/qwen", chatty, None, None, trained) == "firefly"
+    assert choose_format("models/qwen", chatty, None, "chatml", trained) == "chat_template"
+    assert len(log) == 1
+    assert choose_format("models/qwen", chatty, "chat_template", None, trained) == "chat_template"
+    assert "the adapter was trained with data_format firefly, and its prompts are now chat_template's" in log[-1]
 
 
 @pytest.mark.parametrize(
