@@ -55,9 +55,9 @@ def train(cli: argparse.Namespace, watch) -> None:
     from component.run.folder import RunFolder, foresee_start
     from component.run.ranks import on_every_rank, on_rank_zero, require_same
     from component.run.resume import FINAL
-    from component.train.identity import describe_base, describe_format, describe_machine, describe_run, renew_identity
+    from component.train.identity import describe_format, describe_machine, describe_run, renew_identity
     from component.train.report import describe_update
-    from component.trust import require_weights
+    from component.trust import identify_base, require_weights
 
     args, training_args = load_arguments(cli.train_args_file, cli.overrides, on_every_rank)
     data_format, reason = on_every_rank(
@@ -72,7 +72,8 @@ def train(cli: argparse.Namespace, watch) -> None:
     on_rank_zero(lambda: warn_of_endless_answers(data_format, tokenizer))
     on_rank_zero(lambda: warn_of_cpu(args))
     if args.adapter_name_or_path:
-        on_every_rank(lambda: check_beginning(args, describe_base(args), describe_format(data_format, tokenizer)))
+        name, prompts = args.model_name_or_path, describe_format(data_format, tokenizer)
+        on_every_rank(lambda: check_beginning(args, identify_base(name), prompts))
     begin = (training_args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_despite_changes)
 
     def identify() -> dict:

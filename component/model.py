@@ -131,7 +131,7 @@ def sketch_model(args: QLoRAArguments) -> PeftModel:
     base = sketch_base(args.model_name_or_path)
     with torch.device("meta"):
         if args.base_bits == 4:
-            for name, layer in linear_layers(base):
+            for name, layer in find_linear_layers(base).items():
                 four_bits = Linear4bit(layer.in_features, layer.out_features, bias=False)
                 four_bits.bias = layer.bias
                 base.set_submodule(name, four_bits)
@@ -224,16 +224,15 @@ def faults_of(name_or_path: str) -> Iterator[None]:
         raise unusable(f"{fault}\n{remedy}", error, ArgumentError) from error
 
 
+def find_linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """All linear layers by name, without the output head: those that are quantised, and adapted by default."""
+    head = model.get_output_embeddings()
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
+
+
 def find_linear_names(model: PreTrainedModel) -> list[str]:
     """Last parts of the names of all linear layers, such as `query_key_value`, without the output head."""
-    return sorted({name.rpartition(".")[2] for name, _ in linear_layers(model)})
-
-
-def linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
-    """All linear layers by name, without the output head."""
-    head = model.get_output_embeddings()
-    named = model.named_modules()
-    return [(name, layer) for name, layer in named if isinstance(layer, nn.Linear) and layer is not head]
+    return sorted({name.rpartition(".")[2] for name in find_linear_layers(model)})
 
 
 def attach_lora(model: PreTrainedModel, args: QLoRAArguments) -> PeftModel:
@@ -272,7 +271,7 @@ def check_beginning(args: QLoRAArguments, base: str, prompts: dict[str, str]) ->
     No tensor of the adapter is read, and no weight of the base.
 
     Args:
-        base: the base's identity (component.train.identity.describe_base), which an adapter's manifest records.
+        base: the base's identity (component.trust.identify_base), which an adapter's manifest records.
         prompts: that of the prompt format (describe_format), which may differ, with a warning.
 
     Raises:
@@ -326,12 +325,6 @@ def check_beginning(args: QLoRAArguments, base: str, prompts: dict[str, str]) ->
 def layers_of(shapes: dict[str, list[int]]) -> list[str]:
     """Last parts of the names of the layers that an adapter's tensors adapt."""
     return sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in shapes})
-
-
-def read_run(folder: Path) -> dict:
-    """The run that trained an adapter (component.train.identity.describe_run), by its manifest; {} if it has none."""
-    run = read_model_json(folder / MANIFEST).get("run") if (folder / MANIFEST).exists() else None
-    return run if isinstance(run, dict) else {}
 
 
 def base_bits_of(run: dict) -> int | None:

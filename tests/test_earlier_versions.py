@@ -70,7 +70,18 @@ def test_an_adapter_of_an_earlier_version_loads_and_merges(earlier, monkeypatch)
     model = AutoModelForCausalLM.from_pretrained("chatglm3-nano", dtype=torch.float32)
     ids = torch.arange(3, 43).reshape(2, 20)
     tuned = load_adapter(model, "final").eval()(ids).logits
-    arguments = ["--adapter", "final", "--base", "chatglm3-nano", "--output", "merged", "--dtype", "float32"]
+    arguments = [
+        "--adapter",
+        "final",
+        "--base",
+        "chatglm3-nano",
+        "--output",
+        "merged",
+        "--into",
+        "full",
+        "--dtype",
+        "float32",
+    ]
     monkeypatch.setattr(sys, "argv", ["merge_lora.py", *arguments])
     merge_lora.main()
     merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32).eval()(ids).logits

@@ -70,7 +70,7 @@ def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
         "world_size": training_args.world_size,
         "data": describe_data(args.train_file, args.streaming),
         "format": describe_format(data_format, tokenizer),
-        "base_model": describe_base(args),
+        "base_model": identify_base(args.model_name_or_path),
         "adapter": describe_adapter(args),
     }
 
@@ -79,7 +79,10 @@ def describe_machine(args, training_args, tokenizer) -> dict:
     """What must be the same on all machines of a run. Arguments are as for `describe_run`."""
     # transformers sets these by the machine.
     settings = training_args.to_dict() | dataclasses.asdict(args) | {"local_rank": None, "disable_tqdm": None}
-    model = {"weights or config.json": describe_base(args), "tokenizer": describe_tokenizer(tokenizer)}
+    model = {
+        "weights or config.json": identify_base(args.model_name_or_path),
+        "tokenizer": describe_tokenizer(tokenizer),
+    }
     data = {"train_file": describe_data(args.train_file, streaming=True)} if args.streaming else {}
     adapter = {"weights of adapter_name_or_path": describe_adapter(args)}
     return settings | {f"{part} of model_name_or_path": digest for part, digest in model.items()} | adapter | data
@@ -117,10 +120,6 @@ def describe_tokenizer(tokenizer) -> str:
         model = fingerprint([Path(name) for name in named if name and Path(name).is_file()])
         model += json.dumps(sorted(tokenizer.get_vocab().items()))
     return fingerprint([model, json.dumps([tokenizer.special_tokens_map, tokenizer.chat_template], default=str)])
-
-
-def describe_base(args) -> str:
-    return identify_base(args.model_name_or_path)
 
 
 def describe_adapter(args) -> str | None:

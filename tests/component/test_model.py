@@ -7,7 +7,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from component.model import check_bits, find_stops, linear_layers, load_base, sketch_base, warn_of_cpu
+from component.model import check_bits, find_linear_layers, find_stops, load_base, sketch_base, warn_of_cpu
 from component.run.errors import ArgumentError, DoesNotFit
 from component.train.progress import ProgressReport
 
@@ -42,7 +42,7 @@ def test_a_base_has_the_bits_and_the_type_that_were_asked_for(model_folder, bits
     folder = model_folder("llama")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         model = load_base(str(folder), bits, dtype, "cpu")
-        kinds = {type(layer) for _, layer in linear_layers(model)}
+        kinds = {type(layer) for layer in find_linear_layers(model).values()}
         assert kinds == {Linear4bit if bits == 4 else torch.nn.Linear}
         kept = {weight.dtype for weight in model.parameters()}
         assert kept == ({dtype, torch.uint8} if bits == 4 else {dtype})
