@@ -173,7 +173,7 @@ def cuda_fault() -> str:
     return "it finds no device"
 
 
-def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def four_bit(compute_dtype: torch.dtype | str) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import TrainingArguments
 
@@ -266,3 +267,53 @@ def test_the_demo_teaches_the_model():
     snippet = snippet.replace("history=[])", "history=[], do_sample=False)")
     shown = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
     assert shown.stdout.strip() == "你好！我是萤光，一只会聊天、会调用工具的小萤火虫。有什么可以帮你？"
+
+
+LESSON = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "word"}]
+SNIPPETS = {"README.md": "THUDM/chatglm3-6b", "README_zh.md": "models/chatglm3-6b"}
+
+
+def chat(code: str, **names: Path) -> str:
+    """What a chat prints whose code names a base and an adapter; greedy, in a process of its own."""
+    for name, path in names.items():
+        code = code.replace(name, str(path))
+    code = code.replace("history=[])", "history=[], do_sample=False, max_length=64)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def taught(job) -> Path:
+    """An adapter that answers 你好 with "word"."""
+    return job("chat", [{"conversations": LESSON}] * 4, max_steps=40) / "final"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SNIPPETS)
+def test_the_chat_snippet_loads_the_base_as_it_was_trained_and_answers(taught, checkpoint, page):
+    (snippet,) = [block for block in blocks(page, "python") if "component.chatglm" in block]
+    count = "\nprint(sum(type(weight).__name__ == 'Params4bit' for weight in model.parameters()))"
+    names = {SNIPPETS[page]: checkpoint, "output/chatglm3-6b/final": taught}
+    assert chat(snippet + count, **names).split() == ["word", "8"]
+
+
+OFFICIAL = """import component.chatglm
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("models/chatglm3-6b")
+model = AutoModel.from_pretrained("models/chatglm3-6b").half().cuda()
+model = model.eval()
+response, history = model.chat(tokenizer, "你好", history=[])
+print(response)
+"""
+
+
+@pytest.mark.slow
+def test_the_official_code_chats_with_a_merged_model(taught, tmp_path):
+    """As ChatGLM3's page has it; without a card, `.cuda()` is left out."""
+    merge = [sys.executable, "script/merge_lora.py", "--adapter", str(taught), "--output", str(tmp_path / "merged")]
+    assert subprocess.run(merge, cwd=ROOT).returncode == 0
+    code = OFFICIAL if torch.cuda.is_available() else OFFICIAL.replace(".cuda()", "")
+    assert chat(code, **{"models/chatglm3-6b": tmp_path / "merged"}) == "word"
+    for page in SNIPPETS:
+        assert "`AutoModel.from_pretrained(base).half().cuda()`" in (ROOT / page).read_text()

@@ -72,16 +72,63 @@ def test_a_merge_in_float32_gives_the_logits_of_base_and_adapter(model_folder, a
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_a_merge_from_4_bits_gives_the_logits_of_training(model_folder, adapter_folder, tmp_path):
+def test_both_merges_give_the_logits_of_their_base_and_say_what_they_are(
+    model_folder, adapter_folder, tmp_path, capsys
+):
     base = model_folder()
     adapter = adapter_folder(base)
     options = ("--adapter", adapter, "--dtype", "float32")
-    merge(*options, "--output", tmp_path / "full")
-    merge(*options, "--output", tmp_path / "from4", "--from_4bit")
+    merge(*options, "--output", tmp_path / "full", "--into", "full")
+    assert "has no manifest.json, so nothing tells which base it was trained beside" in capsys.readouterr().out
+    merge(*options, "--output", tmp_path / "trained", "--into", "trained")
+    told = capsys.readouterr().out
+    assert re.search(r"^rounding the base to 4 bits changes the adapted layers by 0\.\d+ times the adapter's", told)
+    assert "has learned beside the rounded weights, and this merge keeps them\n" in told
     trained = logits(base, adapter, quantization_config=four_bit(torch.float32))
-    assert difference(logits(tmp_path / "from4"), trained) <= 1e-5
+    assert difference(logits(tmp_path / "trained"), trained) <= 1e-5
+    assert difference(logits(tmp_path / "full"), logits(base, adapter)) <= 1e-5
     assert difference(logits(tmp_path / "full"), trained) > 0.01
-    assert "quantization_config" not in json.loads((tmp_path / "from4/config.json").read_text())
+    assert "quantization_config" not in json.loads((tmp_path / "trained/config.json").read_text())
+
+
+def test_the_older_name_of_a_merge_into_what_was_trained(model_folder, adapter_folder, tmp_path, capsys):
+    adapter = adapter_folder(model_folder())
+    merge("--adapter", adapter, "--output", tmp_path / "new", "--into", "trained")
+    capsys.readouterr()
+    merge("--adapter", adapter, "--output", tmp_path / "old", "--from_4bit")
+    assert capsys.readouterr().err.count("--from_4bit is called --into trained now") == 1
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("old", "new")]
+    assert weights[0] == weights[1]
+    told = refusal(capsys, "--adapter", adapter, "--output", tmp_path / "x", "--from_4bit", "--into", "full")
+    assert "--into is full; give one of them" in told
+
+
+def test_an_adapter_of_a_run_is_merged_into_what_was_trained_and_tells_how(job, checkpoint, tmp_path, capsys):
+    final = job() / "final"
+    merge("--adapter", final, "--output", tmp_path / "merged")
+    assert "this merge keeps them" in capsys.readouterr().out
+    record = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert record.pop("versions").keys() >= {"torch", "transformers", "peft", "bitsandbytes"}
+    assert re.fullmatch("[0-9a-f]{32}", record.pop("adapter"))
+    assert record == {
+        "into": "trained",
+        "base": str(checkpoint),
+        "base_bits": 4,
+        "compute_dtype": "float32",
+        "dtype": "float32",
+    }
+    trained = logits(checkpoint, final, quantization_config=four_bit(torch.float32))
+    assert difference(logits(tmp_path / "merged"), trained) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_result_has_the_bases_own_type(model_folder, adapter_folder, tmp_path, dtype):
+    base = model_folder("llama")
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
+    merge("--adapter", adapter_folder(base), "--output", tmp_path / "merged")
+    weights = load_file(tmp_path / "merged/model.safetensors").values()
+    assert {str(weight.dtype) for weight in weights} == {f"torch.{dtype}"}
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == dtype
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -123,7 +170,7 @@ def test_a_merged_model_writes_and_ends_answers_as_its_adapter_was_taught(llama,
     taught = {"rows": [{"messages": turns}] * 4, "chat_template": "chatml", "max_steps": 40}
     final = job("chat", **taught, model_name_or_path=str(llama)) / "final"
     capsys.readouterr()
-    merge("--adapter", final, "--output", tmp_path / "merged", "--dtype", "float32", "--from_4bit")
+    merge("--adapter", final, "--output", tmp_path / "merged", "--into", "trained")
     told = f"chat_template and eos_token: taken over from {final}; answers end at <|im_end|>"
     assert capsys.readouterr().err.count(told) == 1
     assert generation_ends(tmp_path / "merged") == [1, 259]
@@ -196,7 +243,8 @@ def test_the_command_of_the_readme_merges(model_folder, adapter_folder, tmp_path
 
 
 def test_bad_input_is_refused_before_anything_loads(model_folder, adapter_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("component.model.from_pretrained", lambda *_, **__: pytest.fail("something was loaded"))
+    for room in ("model", "export.merge"):
+        monkeypatch.setattr(f"component.{room}.from_pretrained", lambda *_, **__: pytest.fail("something was loaded"))
     base = model_folder()
     adapter, output = adapter_folder(base), tmp_path / "merged"
     usual = ("--adapter", adapter, "--output", output)
