@@ -26,7 +26,7 @@ from component.export.merge import (
 from component.model import four_bit, load_adapter
 from component.run.errors import ArgumentError
 from component.run.manifest import seal
-from component.train.identity import describe_base
+from component.trust import identify_base
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,7 +42,7 @@ def logits(model) -> torch.Tensor:
 
 def trained(folder, base=None, **settings):
     """Gives an adapter the manifest of a run with these settings."""
-    described = {"base_model": describe_base(str(base))} if base else {}
+    described = {"base_model": identify_base(str(base))} if base else {}
     seal(folder, {"run": {"settings": settings, **described}})
     return folder
 
