@@ -1,11 +1,13 @@
 """Text of tokens that come one by one, by any tokenizer."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character are decoded to
+BYTE = re.compile("<0x[0-9A-F]{2}>").fullmatch  # the piece of a token that is a byte
 UNDECIDED = 3  # that many tokens at most are such bytes: a character of UTF-8 has four
 
 
@@ -22,27 +24,26 @@ class GrowingText:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = (), skip_special_tokens: bool = False
     ):
-        cleaning = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        self.decode, self.piece = partial(tokenizer.decode, **cleaning), tokenizer.convert_ids_to_tokens
+        self.decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        self.piece, self.is_fast = tokenizer.convert_ids_to_tokens, tokenizer.is_fast
         self.skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
         self.before, self.newest = list(before), []
         self.settled = self.text = ""
 
     def add(self, token: int) -> None:
-        if self.newest and self.is_silent(token) and self.is_silent(self.newest[-1]):
-            return  # a token without text, such as ChatGLM's <unk>, cuts bytes apart; another after it does no more
+        if token in self.skipped or (self.newest and not self.piece(token) and not self.piece(self.newest[-1])):
+            return  # a token without a piece, such as ChatGLM's <unk>, cuts bytes apart; another after it does no more
         self.newest.append(token)
         tail = self.read(self.before, self.newest)
         self.text = self.settled + tail
         done = self.newest[:-UNDECIDED] if tail.endswith(HALF) else self.newest
+        while self.is_fast and done and BYTE(self.piece(done[-1]) or ""):
+            done = done[:-1]  # tokenizers of Rust decode a run of bytes as a whole, or each byte of it to HALF
         rest = self.newest[len(done) :]
         text = self.read(self.before, done)
         if text and text + self.read(done, rest) == tail:  # no character has tokens on both sides
             self.settled += text
             self.before, self.newest = done, rest
-
-    def is_silent(self, token: int) -> bool:
-        return token in self.skipped or not self.piece(token)
 
     def read(self, before: list[int], tokens: list[int]) -> str:
         return self.decode(before + tokens)[len(self.decode(before)) :]

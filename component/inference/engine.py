@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..kernel.model import Unfused, base_of
 from ..run.errors import DataError
 from .batches import Batches
-from .sampling import GREEDY, Generation, Sampling, choose
+from .sampling import GREEDY, Generation, Logprobs, Sampling, choose
 from .slots import Slots
 
 
@@ -94,16 +94,18 @@ class Engine:
         with torch.inference_mode():
             for generations, logits in self.running.advance(self.waiting):
                 if generations:
-                    for generation, token in zip(generations, choose(logits, generations), strict=True):
-                        self.take(generation, token)
+                    for generation, choice in zip(generations, choose(logits, generations), strict=True):
+                        self.take(generation, *choice)
                 advanced += generations
         return advanced
 
-    def take(self, generation: Generation, token: int) -> None:
+    def take(self, generation: Generation, token: int, logprobs: Logprobs | None) -> None:
         if token in self.stop_ids:
             generation.stop_id, generation.finish_reason = token, "stop"
             return
         generation.tokens.append(token)
+        if logprobs:
+            generation.logprobs.append(logprobs)
         limit = min(generation.sampling.max_new_tokens, self.room - len(generation.prompt))
         if len(generation.tokens) >= limit:
             generation.finish_reason = "length"

@@ -81,8 +81,8 @@ class Generation:
         self.draws = random.Random(self.sampling.seed)
 
 
-def choose(logits: torch.Tensor, generations: list[Generation]) -> list[int]:
-    """Choose the next token of each conversation, and note its probability where that is asked for.
+def choose(logits: torch.Tensor, generations: list[Generation]) -> list[tuple[int, Logprobs | None]]:
+    """Choose the next token of each conversation, with its probability where that is asked for.
 
     Args:
         logits: (conversations, vocab).
@@ -91,16 +91,17 @@ def choose(logits: torch.Tensor, generations: list[Generation]) -> list[int]:
     if any(generation.sampling.temperature for generation in generations):
         tokens = torch.where(*draw(logits.float(), generations), tokens)
     chosen = tokens.tolist()
-    most = min(max(generation.sampling.logprobs for generation in generations), logits.shape[1])
-    if most:
-        every = logits.float().log_softmax(-1)
-        best, ids = (part.tolist() for part in every.topk(most))
-        own = every.gather(1, tokens[:, None])[:, 0].tolist()
-        for row, generation in enumerate(generations):
-            if count := generation.sampling.logprobs:
-                top = zip(ids[row][:count], best[row][:count], strict=True)
-                generation.logprobs.append(Logprobs(own[row], tuple(top)))
-    return chosen
+    counts = [generation.sampling.logprobs for generation in generations]
+    if not any(counts):
+        return [(token, None) for token in chosen]
+    every = logits.float().log_softmax(-1)
+    best, ids = (part.tolist() for part in every.topk(min(max(counts), logits.shape[1])))
+    own = every.gather(1, tokens[:, None])[:, 0].tolist()
+    tops = [tuple(zip(*row, strict=True)) for row in zip(ids, best, strict=True)]
+    told = [
+        Logprobs(value, top[:count]) if count else None for value, top, count in zip(own, tops, counts, strict=True)
+    ]
+    return list(zip(chosen, told, strict=True))
 
 
 def draw(logits: torch.Tensor, generations: list[Generation]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,7 +67,8 @@ class Slots:
         for slot in self.busy:
             slot.used = self.steps
         self.busy = [slot for slot in self.busy if slot.generation.finish_reason is None]
-        self.admit(waiting)
+        if waiting:
+            self.admit(waiting)
         left, reading, writing = self.chunk, [], []
         for slot in self.busy:
             ids = slot.missing

@@ -36,8 +36,9 @@ def make_unfused(config, **changes):
     return model
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("rank", [16, 3], ids=["beside the bases", "added"])
+@pytest.mark.parametrize(
+    ("family", "rank"), [*((family, 16) for family in CONFIGS), ("chatglm", 3), ("llama", 3)], ids=str
+)
 def test_greedy_answers_are_those_of_generate_with_and_without_the_adapter(family, rank):
     model = make_model(family, rank=rank).eval()
     prompts = make_prompts((9, 1, 23, 14, 5))
@@ -202,6 +203,19 @@ def test_a_seed_draws_the_same_answer_beside_any_others():
         assert run([number])[number] == together[number]
     assert together[0] != answer_by_generate(model, prompts[0])
     assert run([3])[3] != together[3], "without a seed each draw is another"
+
+
+def test_each_token_of_an_answer_has_its_probability_and_the_stop_token_has_none():
+    model = make_model("chatglm").eval()
+    (prompt,) = make_prompts((9,))
+    tokens, _ = answer_by_generate(model, prompt)
+    last = tokens[-1]
+    (answer,) = Engine(model, {last}, max_batch=3, max_tokens=48).run([prompt], Sampling(12, logprobs=2))
+    assert (answer.tokens, answer.stop_id) == (tokens[: tokens.index(last)], last)
+    assert [one.top[0][0] for one in answer.logprobs] == answer.tokens
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    assert answer.logprobs[0].chosen == pytest.approx(logits[tokens[0]].item(), abs=1e-4)
 
 
 def test_conversations_that_come_and_go_in_any_order_are_those_of_generate():

@@ -19,7 +19,7 @@ class Numbers:
 def drawn(number, logits=LOGITS, **sampling):
     generation = Generation([1], Sampling(**{"temperature": 1.0} | sampling))
     generation.draws = Numbers(number)
-    return choose(logits[None], [generation])[0]
+    return choose(logits[None], [generation])[0][0]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_number_at_the_very_end_draws_no_token_that_is_left_out():
 def test_greedy_and_drawn_conversations_stand_side_by_side():
     generations = [Generation([1]), Generation([1], Sampling(temperature=1.0)), Generation([1], GREEDY)]
     generations[1].draws = Numbers(0.9)
-    assert choose(LOGITS.expand(3, 3), generations) == [1, 0, 1]
+    assert choose(LOGITS.expand(3, 3), generations) == [(1, None), (0, None), (1, None)]
 
 
 def test_probabilities_are_told_where_they_are_asked_for():
@@ -55,9 +55,8 @@ def test_probabilities_are_told_where_they_are_asked_for():
         Generation([1], Sampling(temperature=1, logprobs=1)),
     ]
     generations[2].draws = Numbers(0.9)
-    choose(LOGITS.expand(3, 3), generations)
-    (first,), none, (third,) = (generation.logprobs for generation in generations)
-    assert none == []
+    (_, first), other, (_, third) = choose(LOGITS.expand(3, 3), generations)
+    assert other == (1, None)
     assert first.chosen == pytest.approx(math.log(0.5))
     assert [token for token, _ in first.top] == [1, 2]
     assert [value for _, value in first.top] == pytest.approx([math.log(0.5), math.log(0.3)])
