@@ -84,6 +84,13 @@ def test_an_adapter_that_fused_layers_do_not_have_is_not_ignored(log):
     assert "the adapter changes lm_head" in "".join(log)
 
 
+def test_an_adapter_may_be_on_some_layers_alone():
+    model = make_model("llama", rank=16, targets=["q_proj", "v_proj", "down_proj"]).eval()
+    prompts = make_prompts((9, 4))
+    generations = Engine(model, STOPS, max_tokens=32).run(prompts, TWELVE)
+    assert answers(generations) == [answer_by_generate(model, prompt) for prompt in prompts]
+
+
 @pytest.mark.parametrize("adapted", [True, False])
 def test_weights_of_sixteen_bits_are_joined_in_place(adapted):
     torch.manual_seed(0)

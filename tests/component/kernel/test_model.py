@@ -127,6 +127,22 @@ def test_some_layers_may_have_no_adapter(bits):
     assert_equal(packed(model, samples), expected)
 
 
+@pytest.mark.parametrize("fuses", [True, False])
+def test_without_its_adapter_a_model_has_the_losses_of_its_base(fuses):
+    model, samples = make_model("llama", rank=16).eval(), make_samples()
+    (row,) = PackingCollator(64).lay_out(samples)
+    with torch.no_grad():
+        with model.disable_adapter():
+            batch = SFTDataCollator(SimpleNamespace(pad_token_id=0), 1024)(samples)
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            expected = TargetLMLoss()(logits, batch["input_ids"], batch["target_mask"]).item()
+        tuned, base = (PackedForward(model, 64, fuses, adapted)(**row).item() for adapted in (True, False))
+        alone = PackedForward(model.unload(), 64, fuses)(**row).item()
+    assert base == pytest.approx(expected, rel=1e-5)
+    assert alone == pytest.approx(expected, rel=1e-5), "a model without an adapter"
+    assert tuned != pytest.approx(expected, rel=1e-2)
+
+
 def test_no_sample_sees_another():
     model = make_model("chatglm")
     PackedForward(model, 64)
