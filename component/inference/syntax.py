@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from ..run.errors import DataError
 from .calls import (
     DECODER,
     BraceForm,
     Call,
+    Form,
     KeywordForm,
     NamedForm,
     ObjectForm,
@@ -35,9 +35,9 @@ PROOFS = (
     (Call("get_weather", {"city": "x", "days": 1}), Call("now", {}), Call("save", {"text": "y"})),
 )
 JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
-Write = Callable[
-    ..., str
-]  # write(calls=(), text="", reasoning=""): what the model learns to write; may raise DataError
+# write(calls=(), text="", reasoning=""): what the model learns to write. Raises DataError where the template refuses.
+Write = Callable[..., str]
+Found = tuple[Form, int, str]  # the form of calls, where one begins in an answer that is a call, and what follows it
 
 
 def describe_calls(calls: tuple[Call, ...]) -> list[dict]:
@@ -52,29 +52,23 @@ def describe_calls(calls: tuple[Call, ...]) -> list[dict]:
 
 def learn_thought(write: Write) -> Thought:
     """Find how reasoning is written; up to `</think>` where the template does not show it."""
-    answers = []
-    for calls, text in (((), TEXT), ((ONE,), "")):
+    found: dict[str, tuple[str, str]] = {}  # what stands before and after it
+    for kind, calls, text in (("text", (), TEXT), ("call", (ONE,), "")):
         with suppress(DataError):
-            before, found, after = write(calls, text, REASONING).partition(REASONING)
-            if found and VALUE not in before and TEXT not in before:
-                answers.append((before.strip(), after.partition(NAME)[0].partition(TEXT)[0]))
-    if not answers:
-        return Thought(open="")
-    opens, close = answers[0]
-    if len(answers) == 2:
-        close = close[: common_prefix(close, answers[1][1])]
-    elif not shows_text(write, REASONING):  # before calls alone, whose own beginning is no part of it
+            before, shown, after = write(calls, text, REASONING).partition(REASONING)
+            if shown and VALUE not in before and TEXT not in before:
+                found[kind] = before.strip(), after.partition(NAME)[0].partition(TEXT)[0]
+    opens, close = found.get("text") or found.get("call") or ("", "")
+    if len(found) == 2:
+        close = close[: common_prefix(close, found["call"][1])]
+    elif "call" in found:  # whose own beginning is no part of it
         plain = write((ONE,)).partition(NAME)[0]
         close = close[: len(close) - common_prefix(close[::-1], plain[::-1])]
     close = close.strip()
-    opens = opens.rpartition(close)[2].strip() if close else ""  # Qwen3's template writes an empty thought before it
-    return Thought(opens, close, asked=not opens and close in write((), TEXT)) if close else Thought(open="")
-
-
-def shows_text(write: Write, reasoning: str) -> bool:
-    with suppress(DataError):
-        return bool(write((), TEXT, reasoning))
-    return False
+    if not close:
+        return Thought(open="")
+    opens = opens.rpartition(close)[2].strip()  # Qwen3's template may write an empty thought before it
+    return Thought(opens, close, asked=not opens and close in write((), TEXT))
 
 
 def learn_lead(write: Write, thought: Thought) -> tuple[str, ...]:
@@ -117,8 +111,10 @@ def learn_syntax(write: Write, thought: Thought) -> Syntax:
     return syntax
 
 
-def learn_object(one: str, body: Callable) -> tuple | None:
-    """(form, where the call begins in `one`, what follows it) if calls are JSON objects; None otherwise."""
+# Each tells whether calls are of its form, by the call ONE within `one`; body(…) writes others.
+
+
+def learn_object(one: str, body: Callable) -> Found | None:
     for start in [i for i, letter in enumerate(one) if letter == "{"]:
         with suppress(ValueError):
             value, end = DECODER.raw_decode(one, start)
@@ -135,7 +131,7 @@ def learn_object(one: str, body: Callable) -> tuple | None:
     return None
 
 
-def learn_named(one: str, body: Callable) -> tuple | None:
+def learn_named(one: str, body: Callable) -> Found | None:
     start = one.find(NAME)
     brace = one.find("{", start)
     with suppress(ValueError):
@@ -145,7 +141,7 @@ def learn_named(one: str, body: Callable) -> tuple | None:
     return None
 
 
-def learn_python(one: str, body: Callable) -> tuple | None:
+def learn_python(one: str, body: Callable) -> Found | None:
     start = one.find("[" + NAME)
     end = one.find(")]", start) + len(")]")
     if start < 0 or end < start or not one[end:].strip():
@@ -156,7 +152,7 @@ def learn_python(one: str, body: Callable) -> tuple | None:
     return None
 
 
-def learn_keywords(one: str, body: Callable) -> tuple | None:
+def learn_keywords(one: str, body: Callable) -> Found | None:
     start = one.find(NAME)
     at = one.find(f"({KEY}=", start)
     form = KeywordForm(pieces(one[start + len(NAME) : at]))
@@ -167,7 +163,7 @@ def learn_keywords(one: str, body: Callable) -> tuple | None:
     return None
 
 
-def learn_tagged(one: str, body: Callable) -> tuple | None:
+def learn_tagged(one: str, body: Callable) -> Found | None:
     start = one.rfind(NAME)
     key, value = one.find(KEY, start), one.find(VALUE, start)
     two, none = body(Call(NAME, {KEY: VALUE, KEY2: VALUE})), body(Call(NAME, {}))
@@ -186,10 +182,10 @@ def learn_tagged(one: str, body: Callable) -> tuple | None:
         return None
     before, after = middle[len(middle.rstrip()) :], last[: skip_space(last, 0)]
     form = TaggedForm(first[:head], opens, pieces(middle), closes, before, after, rest[head : head + 1])
-    return form, start, none[none.rfind(NAME) + len(NAME) :].lstrip().removeprefix("".join(first[:head]))
+    return form, start, " ".join(rest[head:])
 
 
-def learn_braces(one: str, body: Callable) -> tuple | None:
+def learn_braces(one: str, body: Callable) -> Found | None:
     start = one.find(NAME)
     before, _, after = one[start + len(NAME) :].partition(VALUE)
     quote = after.partition("}")[0]
@@ -198,7 +194,7 @@ def learn_braces(one: str, body: Callable) -> tuple | None:
     return BraceForm(quote), start, after.partition("}")[2]
 
 
-def learn_between(two: str, opens: str, form: Any) -> str:
+def learn_between(two: str, opens: str, form: Form) -> str:
     """What stands between two calls; Unreadable where the second does not follow the first."""
     at = two.find(opens) + len(opens)
     _, end = form.read(two, at)

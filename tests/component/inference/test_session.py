@@ -129,6 +129,13 @@ def test_what_a_format_has_no_place_for_is_refused_as_in_training(tiny_tokenizer
         session.prompt(session.conversation([{"role": "system", "content": "s"}, HELLO]))
 
 
+def test_a_token_without_a_row_in_the_embedding_is_refused_as_in_training(tiny_tokenizer, monkeypatch):
+    session = Session(tiny_tokenizer, "chatglm3")
+    monkeypatch.setattr(tiny_tokenizer, "embedding_rows", 10, raising=False)
+    with pytest.raises(DataError, match=r"the embedding has rows up to 9; resize the embedding"):
+        session.prompt(session.conversation([HELLO]))
+
+
 def test_firefly_ends_every_utterance_with_eos(model_folder):
     session = Session(open_tokenizer(str(model_folder("llama"))), "firefly")
     asked = session.conversation([HELLO, {"role": "assistant", "content": "a1"}, {"role": "user", "content": "q2"}])
