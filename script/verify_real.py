@@ -1,6 +1,6 @@
 """Check the published weights of a ChatGLM2-6B or ChatGLM3-6B (also -32k and -Base) with this code, step by step.
 
-python script/verify_real.py MODEL [--output FILE]
+python script/verify_real.py MODEL [--base_bits 4 | 16] [--output FILE]
 
 MODEL is a folder or hub name. Each step passes, fails or is skipped, and none of them stops the others: tensors,
 tokenizer, loss of plain text, wiring, a function call, ten updates of training, and a chat before and after. The report
@@ -19,14 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # docs/speed.md has what was measured of training a 6B.
 COST = (
-    "the weights (12.5 GB of a 6B) are read four times and $TMPDIR needs 1 GB; a card needs 6 GiB of free memory, and "
-    "training takes up to 24"
+    "the weights (12.5 GB of a 6B) are read four times and $TMPDIR needs 1 GB; a card needs {least} GiB of free "
+    "memory, and training takes up to {most}"
 )
+MEMORY = {4: {"least": 6, "most": 24}, 16: {"least": 14, "most": 32}}  # of 16 bits by estimate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="such as THUDM/chatglm3-6b or /models/chatglm3-6b")
+    parser.add_argument(
+        "--base_bits", type=int, default=4, choices=MEMORY, help="bits of the base, as in a settings file [4]"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("verify_real.md"), metavar="FILE", help="for the report [verify_real.md]"
     )
@@ -50,11 +54,11 @@ def verify(cli: argparse.Namespace) -> None:
         raise ArgumentError(f"--output {cli.output}: a link or no file; give the name of a file")
     model = os.path.abspath(cli.model) if os.path.isdir(cli.model) else cli.model
     with tempfile.TemporaryDirectory(prefix="verify_real-") as folder:
-        verification = Verification(model, Path(folder))
+        verification = Verification(model, Path(folder), cli.base_bits)
         hidden = {folder: "TEMPORARY", str(ROOT): "LUCIOLE", os.path.expanduser("~"): "~", model: verification.name}
         warn_of_cpu(verification.args)
-        logger.info(COST)
-        machine, findings = describe_machine(), []
+        logger.info(COST.format(**MEMORY[cli.base_bits]))
+        machine, findings = describe_machine() | {"base_bits": cli.base_bits}, []
 
         def save() -> str:
             report = write_report(verification.name, machine, findings, hidden)

@@ -4,12 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from component.kernel.memory import GIB, PLANS, SPARE, Plan, estimate, fixed_bytes, optimizer_bytes
 from component.kernel.model import PackedForward
-from component.model import attach_lora
+from component.model import sketch_model
 from component.settings.schema import QLoRAArguments
 
 ROOT = Path(__file__).parents[1]
@@ -36,24 +35,27 @@ SHAPES = {  # of the published config.json files
 TAKEN = 1  # GiB of a card that the table leaves to the driver, the context and a desktop
 
 
-def rows_of_cards(page: str) -> dict[int, list[str]]:
+SIXTEEN = "### With a base in 16 bits"  # the heading of its table
+
+
+def rows_of_cards(page: str, bits: int = 4) -> dict[int, list[str]]:
     """Memory in GB of each card that a page lists, and its cells, one for each of SHAPES."""
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8").partition(SIXTEEN)[0 if bits == 4 else 2]
     found = re.findall(r"^\| (\d+) GB[^|]*\|" + r" ([^|]*) \|" * len(SHAPES) + r".*$", text, re.MULTILINE)
     return {int(size): cells for size, *cells in found}
 
 
+@pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("at", range(len(SHAPES)), ids=SHAPES)
-def test_the_table_of_cards_says_what_the_estimate_chooses(at):
+def test_the_table_of_cards_says_what_the_estimate_chooses(at, bits, tmp_path):
     kind, shape = list(SHAPES.values())[at]
-    config = AutoConfig.for_model(kind, **shape)
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model = attach_lora(base, QLoRAArguments(model_name_or_path="x", train_file="x"))
-    forward = PackedForward(model, max_length=1024)
+    AutoConfig.for_model(kind, **shape).save_pretrained(tmp_path)
+    args = QLoRAArguments(model_name_or_path=str(tmp_path), train_file="x", base_bits=bits)
+    forward = PackedForward(sketch_model(args), max_length=1024)
     fixed = fixed_bytes(forward, optimizer_bytes("paged_adamw_32bit", on_card=True))
-    english, chinese = rows_of_cards("docs/speed.md"), rows_of_cards("README_zh.md")
-    assert list(english) == list(chinese) == [8, 12, 16, 24, 48, 80]
+    english = rows_of_cards("docs/speed.md", bits)
+    chinese = rows_of_cards("README_zh.md") if bits == 4 else english
+    assert list(english) == list(chinese) == ([8, 12, 16, 24, 48, 80] if bits == 4 else [16, 24, 48, 80])
     for card, cells in english.items():
         sizes = {plan: estimate(forward.layers, forward.vocab, fixed, Plan(*plan)) / GIB for plan in PLANS}
         fitting = [plan for plan, size in sizes.items() if size < SPARE * (card - TAKEN)]

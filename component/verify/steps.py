@@ -68,12 +68,13 @@ class Verification:
     Args:
         name_or_path: folder or hub name of a ChatGLM2 or ChatGLM3.
         folder: an empty one, for the run of training.
+        base_bits: with which the model is trained and asked.
 
     Raises:
         ArgumentError: the folder is no ChatGLM, or is not all there; the faults are those of training.
     """
 
-    def __init__(self, name_or_path: str, folder: Path):
+    def __init__(self, name_or_path: str, folder: Path, base_bits: int = 4):
         self.sketch = sketch_base(name_or_path)
         config = self.sketch.config
         if not isinstance(self.sketch, ChatGLMForConditionalGeneration):
@@ -92,6 +93,7 @@ class Verification:
             "model_name_or_path": name_or_path,
             "train_file": self.data,
             "data_format": self.speaks,
+            "base_bits": base_bits,
             "output_dir": self.output_dir,
             "cache_dir": folder / "cache",
             "max_steps": UPDATES,
@@ -170,7 +172,7 @@ class Verification:
 
     @cached_property
     def model(self) -> ChatGLMForConditionalGeneration:
-        """The model as training loads it: in 4 bits."""
+        """The model as training loads it: in base_bits."""
         self.require_tensors()
         return load_model(self.args, self.training_args).eval()
 
