@@ -99,24 +99,24 @@ def translate(values: dict[str, Any], known: dict[str, Any], source: str) -> tup
     return translated, environment
 
 
-def decide_base_bits(values: dict[str, Any], asked: dict[str, Any], source: str) -> None:
+def decide_base_bits(values: dict[str, Any], asked: dict[str, Any]) -> None:
     """Set `base_bits` where only the kind of adapter says it: `lora`, in programs whose other word is qlora, means a
     base that is not rounded.
 
     Args:
         values: today's settings, which may have `base_bits` already.
-        asked: keys as they were written.
+        asked: keys of file and command line as they were written.
     """
     by = [key for key, plain in foreign.UNROUNDED.items() if key in asked and asked[key] == plain]
     rounding = [key for key in foreign.KINDS if asked.get(key) == "qlora"]
     if by and not rounding and "base_bits" not in values:
         values["base_bits"] = 16
         logger.info(
-            f"{source}: {by[0]}={as_json(asked[by[0]])} is base_bits=16 here, since no key rounds the base; "
+            f"{by[0]}={as_json(asked[by[0]])} is base_bits=16 here, since no key rounds the base; "
             "base_bits=4 takes about a quarter of its memory"
         )
     if rounding and values.get("base_bits") == 16:
-        logger.warning(f'{source}: {rounding[0]}="qlora" rounds the base, but base_bits=16 wins: it is not rounded')
+        logger.warning(f'{rounding[0]}="qlora" rounds the base, but base_bits=16 wins: it is not rounded')
 
 
 def hint_of(key: str, known: dict[str, Any]) -> Any:

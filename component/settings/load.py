@@ -71,7 +71,7 @@ def read_settings(
     if overriding.get("packing_length"):
         values.pop("packing", None)
     values |= overriding
-    decide_base_bits(values, written | overrides, source)
+    decide_base_bits(values, written | overrides)
     os.environ |= of_file | environment
     for key, value in values.items():
         check_setting(key, value, known, COMMAND_LINE if key in overriding else source)
