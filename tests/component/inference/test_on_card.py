@@ -30,8 +30,8 @@ def write(decoder, tokens, adapted):
     logits += [decoder([Part(2, 300, first[300:-4])], adapted)]
     for at in range(4):
         parts = [Part(2, len(first) - 4 + at, first[at - 4 :][:1]), Part(0, len(second) + at, [7 + at])]
-        logits.append(decoder([*parts, Part(1, 40 + at, third[40 + at :][:1])], adapted))
-    return [part.float().clone() for part in logits]
+        logits.append(decoder([*parts, Part(1, 40 + at, third[40 + at :][:1])], adapted).clone())
+    return [part.float() for part in logits]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
