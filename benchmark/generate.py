@@ -65,6 +65,11 @@ def main() -> None:
 
 def measure(shape: str, weights: str, streams: list[int], cli: argparse.Namespace) -> Iterator[dict]:
     """Measure all programs with one model, which exists meanwhile."""
+    makers = {"generate": by_generate, "generate_batch": by_generate_batch, "engine": by_engine}
+    rows = [({"model": shape, "weights": weights, "program": name}, maker) for name, maker in makers.items()]
+    wanted = [(row, maker) for row, maker in rows if cli.only in " ".join(row.values())]
+    if not wanted:
+        return
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(shape, device, dtype, bits=16 if weights == MERGED else 4).eval()
@@ -76,11 +81,7 @@ def measure(shape: str, weights: str, streams: list[int], cli: argparse.Namespac
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(weight, 0, 0.02)
-    makers = {"generate": by_generate, "generate_batch": by_generate_batch, "engine": by_engine}
-    for name, maker in makers.items():
-        row = {"model": shape, "weights": weights, "program": name}
-        if cli.only not in " ".join(row.values()):
-            continue
+    for row, maker in wanted:
         try:
             program = maker(model, max(streams), cli.prompt + cli.new)
             warm_up = cli.new if maker is by_generate_batch else WARM_UP  # it takes its size from the first call

@@ -40,8 +40,8 @@ def test_writing_is_what_comes_after_the_first_token_of_each():
 
 def test_a_program_that_answers_with_fewer_tokens_is_a_row_with_its_error(monkeypatch, capsys):
     monkeypatch.setattr(generate, "by_engine", lambda *_: lambda prompts, new: [prompt[:new] for prompt in prompts])
-    generate_rows = run(monkeypatch, capsys, "--only", "engine", "--new", "30")
-    assert generate_rows.count("ValueError: 1 answers of 30 tokens are expected, got [20]") == 3
+    printed = run(monkeypatch, capsys, "--only", "tiny-llama 16 bits engine", "--new", "30")
+    assert printed.count("ValueError: 1 answers of 30 tokens are expected, got [20]") == 1
 
 
 @pytest.mark.slow
