@@ -160,6 +160,14 @@ def test_a_prompt_by_template_is_the_row_before_the_answer_and_the_templates_own
     assert prompt == session.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
+def test_an_answer_by_template_also_ends_at_the_models_own_control_tokens():
+    tokenizer = make_tokenizer(FAMILIES["llama3.1"].chat_template, "<|begin_of_text|>", "<|eot_id|>")
+    own = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.stops = {own, 5}  # 5 is a byte: such an id comes from a config.json of another vocabulary
+    assert Session(tokenizer, "chat_template").stop_ids == {own, tokenizer.eos_token_id}
+    assert Session(tokenizer, "firefly").stop_ids == {tokenizer.eos_token_id}
+
+
 def test_a_token_that_spans_prompt_and_answer_is_left_to_the_answer():
     """The template writes a space before the answer, and training one token of a space and the first letter."""
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
@@ -352,7 +360,8 @@ def test_an_answer_that_has_no_room_leaves_early_rounds_out(tiny_tokenizer, engi
     session = Session(tiny_tokenizer, "chatglm3")
     messages = [HELLO, {"role": "assistant", "content": "a1 " * 20}, HELLO]
     alone = session.prompt(session.conversation([HELLO]))
-    session.engine = Script(chatglm3_ids(tiny_tokenizer, "\n ok"), room=len(alone) + 8)
+    whole = session.prompt(session.conversation(messages))
+    session.engine = Script(chatglm3_ids(tiny_tokenizer, "\n ok"), room=len(whole) + 4)  # and an answer may have 8
     assert session.ask(messages).text == "ok"
     assert session.engine.prompts == [alone]
     assert "the context is full: 1 early round left out" in log[-1]
