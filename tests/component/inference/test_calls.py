@@ -160,7 +160,7 @@ def test_text_and_calls_are_told_apart(syntax, text, spoken, calls):
         (GLM4, 'f\n{"a": 1'),
         (DEEPSEEK, "<calls><call>code<sep>f\n```json\n{}\n```</call></calls>"),
         (QWEN3_CODER, "<tool_call>\n<function=f>\n<parameter=a>\n1\n</function>\n</tool_call>"),
-        (QWEN3_CODER, "<tool_call><function=f><parameter=a>" + "</parameter><parameter=a>" + "</function></tool_call>"),
+        (QWEN3_CODER, "<tool_call><function=f>" + "<parameter=a>1</parameter>" * 2 + "</function></tool_call>"),
         (GLM45, "<tool_call><arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"),
         (LFM2, "<|tool_call_start|>[f(a=open('x'))]<|tool_call_end|>"),
         (LFM2, "<|tool_call_start|>[f(1)]<|tool_call_end|>"),
