@@ -46,6 +46,8 @@ from .trust import (
     read_run,
 )
 
+BITS = (4, 16)  # that a base may have
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DRIVER = "/proc/driver/nvidia/version"  # exists where NVIDIA's driver is loaded
 # Raised by libraries for values, shapes and files of a model that they do not expect, and for want of memory.
 UNLOADABLE = (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
@@ -311,7 +313,7 @@ def check_beginning(args: QLoRAArguments, base: str, prompts: dict[str, str]) ->
     recorded = read_run(folder)
     check_same_base(folder, config["base_model_name_or_path"], args.model_name_or_path, base, recorded)
     warn_of_format(folder, prompts, recorded)
-    theirs = base_bits_of(recorded)
+    theirs, _ = read_training(folder)
     if theirs not in (None, args.base_bits):
         logger.warning(
             f"{folder} was trained beside a base in {theirs} bits, and this run's base_bits is {args.base_bits}: it "
@@ -327,10 +329,23 @@ def layers_of(shapes: dict[str, list[int]]) -> list[str]:
     return sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in shapes})
 
 
-def base_bits_of(run: dict) -> int | None:
-    """Bits of the base in a run that `read_run` found; None if nothing is known. Earlier runs all had 4, unsaid."""
-    settings = run.get("settings")
-    return settings.get("base_bits", 4) if isinstance(settings, dict) else None
+def read_training(adapter: Path) -> tuple[int | None, torch.dtype | None]:
+    """Read from an adapter's manifest how its base was loaded for training: (bits, dtype of the arithmetic). Each is
+    None where nothing records it; earlier versions, whose bases all had 4 bits, do not record the bits.
+
+    Raises:
+        ArgumentError: one of them is a value that there is not.
+    """
+    settings = read_run(adapter).get("settings")
+    if not isinstance(settings, dict):
+        return None, None
+    bits, dtype = settings.get("base_bits", 4), settings.get("compute_dtype")
+    if bits not in BITS or dtype not in (None, *DTYPES):
+        raise ArgumentError(
+            f"{adapter / MANIFEST}: base_bits is {bits!r} and compute_dtype {dtype!r}; expected 4 or 16, and one of "
+            f"{', '.join(DTYPES)}; take the adapter from its run again"
+        )
+    return bits, DTYPES.get(dtype)
 
 
 def check_same_base(folder: Path, its_base: str | None, name_or_path: str, base: str, run: dict) -> None:

@@ -1,5 +1,6 @@
 """Whole runs beside a base that is not rounded: base_bits 16."""
 
+import json
 import signal
 import sys
 
@@ -8,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from component.kernel.model import PackedForward
-from component.model import base_bits_of, load_adapter
+from component.model import load_adapter, read_training
+from component.run.errors import ArgumentError
 from script import merge_lora
 
 from .runs import ROWS, adapter, assert_same_run, at_call, largest_difference, logged, send, write_rows
@@ -69,11 +71,17 @@ def test_an_adapter_of_a_base_of_other_bits_is_warned_of_and_trained(job, capsys
         assert capsys.readouterr().err.count(warning) == (bits == 4)
 
 
-def test_the_bits_that_a_manifest_tells_of():
-    assert base_bits_of({"settings": {"base_bits": 16}}) == 16
-    assert base_bits_of({"settings": {"lora_rank": 4}}) == 4  # of a version that had no others
-    assert base_bits_of({}) is None
-    assert base_bits_of({"settings": "x"}) is None
+def test_a_manifest_tells_how_the_base_was_loaded(tmp_path):
+    def read(run):
+        (tmp_path / "manifest.json").write_text(json.dumps({"run": run}))
+        return read_training(tmp_path)
+
+    assert read_training(tmp_path) == (None, None)
+    assert read({"settings": {"base_bits": 16, "compute_dtype": "float16"}}) == (16, torch.float16)
+    assert read({"settings": {"lora_rank": 4}}) == (4, None)  # of a version that had no other bits
+    assert read({}) == read({"settings": "x"}) == (None, None)
+    with pytest.raises(ArgumentError, match="manifest.json: base_bits is 8 and compute_dtype None; expected 4 or 16"):
+        read({"settings": {"base_bits": 8}})
 
 
 def test_a_dry_run_shows_the_bits(job, capsys):

@@ -19,7 +19,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..model import adopt_conversation, check_same_base, find_linear_layers, from_pretrained, load_adapter
+from ..model import (
+    DTYPES,
+    adopt_conversation,
+    check_same_base,
+    find_linear_layers,
+    from_pretrained,
+    load_adapter,
+    read_training,
+)
 from ..pickles import open_pickle
 from ..run.errors import ArgumentError
 from ..run.files import fingerprint
@@ -37,7 +45,6 @@ from ..trust import (
 
 INTO = ("trained", "full")
 DEFAULT_INTO = "trained"  # for an adapter that records how its base was rounded; docs/quality.md has the evidence
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FILE_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names
 RECORD = "merge.json"
 Q8_BLOCK = 32  # values of GGUF's Q8_0 that share a scale
@@ -162,26 +169,6 @@ def find_base(adapter: Path, its_base: str | None, given: str | None) -> tuple[P
             "hub can be reached"
         )
     return config, base
-
-
-def read_training(adapter: Path) -> tuple[int | None, torch.dtype | None]:
-    """Read the base's bits of training and its compute dtype from an adapter's manifest. Each is None where nothing
-    records it; a run without `base_bits` had 4.
-
-    Raises:
-        ArgumentError: one of them is a value that there is not.
-    """
-    if not (adapter / MANIFEST).exists():
-        return None, None
-    settings = read_run(adapter).get("settings")
-    settings = settings if isinstance(settings, dict) else {}
-    bits, compute_dtype = settings.get("base_bits", 4), settings.get("compute_dtype")
-    if bits not in (4, 16) or compute_dtype not in (None, *DTYPES):
-        raise ArgumentError(
-            f"{adapter / MANIFEST}: base_bits is {bits!r} and compute_dtype {compute_dtype!r}; expected 4 or 16, and "
-            f"one of {', '.join(DTYPES)}; take the adapter from its run again"
-        )
-    return bits, DTYPES.get(compute_dtype)
 
 
 def read_dtype(base: str, file: Path) -> torch.dtype:
