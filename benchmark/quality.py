@@ -83,8 +83,8 @@ def main() -> None:
     make_data(cli)
     experiments = list_experiments(cli)
     slots: Queue = Queue()
-    for i in range(cli.gpus * cli.at_once):
-        slots.put(i % cli.gpus)
+    for i in range(cli.gpus + (cli.gpus - 1 or 1) * (cli.at_once - 1)):  # the first GPU is kept for the longest
+        slots.put(i if i < cli.gpus else (i - cli.gpus) % (cli.gpus - 1 or 1) + (cli.gpus > 1))
 
     def work(experiment: Experiment) -> str:
         gpu = slots.get()
@@ -93,16 +93,16 @@ def main() -> None:
         finally:
             slots.put(gpu)
 
-    with ThreadPoolExecutor(cli.gpus * cli.at_once) as pool:
+    with ThreadPoolExecutor(slots.qsize()) as pool:
         for line in pool.map(work, experiments):
             print(line, flush=True)
 
 
 def list_experiments(cli: argparse.Namespace) -> list[Experiment]:
     """All experiments, those that take longest first. The largest size has one seed."""
-    main, *_ = [size for size in cli.sizes if size == MAIN] or cli.sizes
-    runs = [Experiment("peft", main, 4, seed) for seed in cli.seeds]
-    runs += [Experiment("ours", max(cli.sizes), 4, cli.seeds[0])]
+    main = MAIN if MAIN in cli.sizes else max(cli.sizes)
+    runs = [Experiment("ours", max(cli.sizes), 4, cli.seeds[0])]
+    runs += [Experiment("peft", main, 4, seed) for seed in cli.seeds]
     runs += [Experiment("ours", main, bits, seed) for bits in (4, 16) for seed in cli.seeds]
     others = sorted(set(cli.sizes) - {main, max(cli.sizes)}, reverse=True)
     return list(dict.fromkeys([*runs, *(Experiment("ours", size, 4, seed) for size in others for seed in cli.seeds)]))
@@ -124,6 +124,7 @@ def make_data(cli: argparse.Namespace) -> None:
     write_lines(cli.output / "dev.jsonl", dev)
     write_lines(cli.output / "test.jsonl", test)
     for size in cli.sizes:
+        print(f"{size} calls and {min(int(size * CHAT_SHARE), len(chat))} plain questions")
         write_lines(cli.output / f"train-{size}.jsonl", calls[:size] + chat[: int(size * CHAT_SHARE)])
 
 
@@ -171,7 +172,8 @@ def run(experiment: Experiment, gpu: int, cli: argparse.Namespace) -> str:
             words = ["--adapter", str(adapter), "--data", str(cli.output / f"{data}.jsonl"), "--json", str(figures)]
             words += ["--base_bits", str(experiment.bits)] if experiment.program == "peft" else []
             words += ["--limit", str(cli.limit)] if cli.limit else []
-            words += ["--variants", "trained,merged,full,requantised"] if experiment.is_merged else []
+            if data == "dev" and experiment.is_merged:
+                words += ["--variants", "trained,merged,full,requantised"]
             seconds[1] += execute([str(ROOT / "script/score.py"), *words], folder, f"score-{data}", gpu)
     return f"{experiment.name}: trained in {seconds[0]:.0f} s, scored in {seconds[1]:.0f} s"
 

@@ -80,7 +80,7 @@ def test_a_manifest_tells_how_the_base_was_loaded(tmp_path):
     assert read({"settings": {"base_bits": 16, "compute_dtype": "float16"}}) == (16, torch.float16)
     assert read({"settings": {"lora_rank": 4}}) == (4, None)  # of a version that had no other bits
     assert read({}) == read({"settings": "x"}) == (None, None)
-    with pytest.raises(ArgumentError, match="manifest.json: base_bits is 8 and compute_dtype None; expected 4 or 16"):
+    with pytest.raises(ArgumentError, match=r"manifest\.json: base_bits is 8 and compute_dtype None; expected 4 or 16"):
         read({"settings": {"base_bits": 8}})
 
 
