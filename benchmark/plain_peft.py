@@ -90,7 +90,8 @@ def main() -> None:
         dtype=dtype,
         device_map={"": training_args.device},
     )
-    model = prepare_model_for_kbit_training(model)
+    keeps_all = args.activation_checkpointing == "none"
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=not keeps_all)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_rank,

@@ -42,6 +42,7 @@ SETTINGS = {
     "lora_alpha": 16,
     "lora_dropout": 0.05,
     "optim": "paged_adamw_32bit",
+    "activation_checkpointing": "none",
     "save_strategy": "no",
     "logging_steps": 10,
     "disable_tqdm": True,
