@@ -62,7 +62,8 @@ def oddities(conversation: Conversation) -> Iterator[str]:
     if any(one.role == "tool" and not one.observed and not two.joined for one, two in itertools.pairwise(turns)):
         yield "has a call without a result, and goes on"
     calls = [turn for turn in turns if turn.role == "tool"]
-    yield from dict.fromkeys(what for call in calls for what in misfits(call.name, call.parameters, conversation.tools))
+    found = (misfit for call in calls for misfit in misfits(call.name, call.parameters, conversation.tools))
+    yield from dict.fromkeys(misfit.text for misfit in found)
 
 
 def choose_learned(conversation: Conversation, loss_on: str) -> Conversation:

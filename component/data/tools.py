@@ -1,7 +1,7 @@
 """Descriptions of functions, bare (ChatGLM3's) or wrapped (OpenAI's), and checks of calls. Standard library only."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -14,6 +14,14 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 # Keywords of JSON Schema that may allow properties beside those of `properties`.
 OPEN = {"$ref", "anyOf", "oneOf", "allOf", "if", "patternProperties", "unevaluatedProperties"}
+LACKS, UNKNOWN, WRONG_TYPE, WRONG_VALUE = "lacks", "unknown", "type", "value"  # kinds of misfits
+
+
+class Misfit(NamedTuple):
+    """A fault of a call by the schema of its function."""
+
+    kind: str  # LACKS a required argument, has an UNKNOWN one, or one of a WRONG_TYPE or WRONG_VALUE
+    text: str
 
 
 def bare(tool: Any) -> Any:
@@ -44,7 +52,7 @@ def unwrap_tools(tools: list) -> list:
     return [bare(tool) if isinstance(tool, dict) and tool.keys() == {"type", "function"} else tool for tool in tools]
 
 
-def misfits(name: str, arguments: dict, tools: Any) -> Iterator[str]:
+def misfits(name: str, arguments: dict, tools: Any) -> Iterator[Misfit]:
     """Faults of a call by the parameters that `tools` describes, if these are a JSON Schema of an object."""
     for tool in map(bare, tools if isinstance(tools, list) else ()):
         if has_name(tool) and tool["name"] == name:
@@ -54,32 +62,33 @@ def misfits(name: str, arguments: dict, tools: Any) -> Iterator[str]:
             return
 
 
-def object_misfits(value: dict, schema: dict, owner: str) -> Iterator[str]:
+def object_misfits(value: dict, schema: dict, owner: str) -> Iterator[Misfit]:
     """Faults of an object by its JSON schema, which has `properties`; `owner` is the object's name in the text."""
     properties = schema["properties"]
     required = schema.get("required") if isinstance(schema.get("required"), list) else []
     for key in required:
         if key not in value:
-            yield f"a call lacks the required argument {key!r} of {owner}"
+            yield Misfit(LACKS, f"a call lacks the required argument {key!r} of {owner}")
     closed = not (schema.get("additionalProperties") or OPEN & schema.keys())
     for key, item in value.items():
         if key in properties:
             absent = item is None and key not in required  # null is a common way to leave an argument out
             yield from () if absent else value_misfits(item, properties[key], f"{key!r} of {owner}")
         elif closed:
-            yield f"a call has the argument {key!r}, which {owner} does not have"
+            yield Misfit(UNKNOWN, f"a call has the argument {key!r}, which {owner} does not have")
 
 
-def value_misfits(value: Any, schema: Any, owner: str) -> Iterator[str]:
+def value_misfits(value: Any, schema: Any, owner: str) -> Iterator[Misfit]:
     """Faults of one argument by its schema. One that is no schema, or names an unknown type, allows anything."""
     if not isinstance(schema, dict) or (value is None and schema.get("nullable") is True):
         return
     types = schema.get("type")
     types = types if isinstance(types, list) else [types]
     if all(isinstance(one, str) and one in TYPES for one in types) and not any(is_of(value, one) for one in types):
-        yield f"a call has an argument of the wrong type: {owner} must be {' or '.join(types)}"
+        text = f"a call has an argument of the wrong type: {owner} must be {' or '.join(types)}"
+        yield Misfit(WRONG_TYPE, text)
     elif isinstance(schema.get("enum"), list) and value not in schema["enum"]:
-        yield f"a call has an argument outside its enum: {owner}"
+        yield Misfit(WRONG_VALUE, f"a call has an argument outside its enum: {owner}")
     elif isinstance(value, dict) and isinstance(schema.get("properties"), dict):
         yield from object_misfits(value, schema, owner)
     elif isinstance(value, list):
