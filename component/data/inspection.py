@@ -12,6 +12,7 @@ import numpy as np
 from ..run.log import counted
 from .conversation import count_rounds
 from .dataset import SFTDataset
+from .page import fill_page
 from .reader import read_lines
 from .rules import CUT, DROPPED, NOTES, SHORTENED, SHOWN
 from .store import REJECTED
@@ -115,8 +116,7 @@ class Inspection:
             "control": sorted(used & self.control),
             "rows": rows,
         }
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-        return PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
+        return fill_page(PAGE, data)
 
     def calls(self) -> list[tuple[str, int]]:
         """(function, number of calls), the most called first; after SHOWN functions, the rest is one entry."""
@@ -187,4 +187,9 @@ def find_duplicates(dataset: SFTDataset) -> dict[int, int]:
 def visible(piece: str) -> str:
     """Text that is safe to print: no row can move a terminal's cursor or reverse a line's direction."""
     shown = piece.replace(" ", "·").replace("\t", "→")
-    return "".join(c if c.isprintable() else "↵\n" if c == "\n" else f"U+{ord(c):04X}" for c in shown) or "∅"
+    return "".join("↵\n" if c == "\n" else printable(c) for c in shown) or "∅"
+
+
+def printable(text: str) -> str:
+    """Text on one line that is safe to print, with the numbers of characters that are not."""
+    return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in text)

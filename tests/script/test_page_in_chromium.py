@@ -63,6 +63,7 @@ def test_a_long_figure_stays_on_its_line(make_page):
     inspection.report.tokens = 1_728_148
     measure = "document.title = Math.max(...[...document.querySelectorAll('dd')].map((node) => node.offsetHeight))"
     text = inspection.html("rows", "nano", "chatglm3", 1)
+    text = re.sub("<meta http-equiv.*?>", "", text)  # the policy, which forbids any script but the page's own
     page.write_text(text.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
     assert int(re.search("<title>(.*?)</title>", dom(page))[1]) < 40
 
