@@ -44,6 +44,8 @@ class Session:
         model: None if the session was opened without weights, for prompts and answers alone.
         base_bits: of the base, 4 or 16.
         adapter: folder of the adapter, if there is one.
+        base: folder or hub name of the base.
+        dtype, device: of the model; None where it was not opened by name.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +53,9 @@ class Session:
     model: PreTrainedModel | None = None
     base_bits: int = 16
     adapter: Path | None = None
+    base: str = ""
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
     reader: TextReader = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -62,7 +67,12 @@ class Session:
             self.reader = (ChatGLM3Reader if self.data_format == "chatglm3" else TextReader)(self.tokenizer)
 
     @classmethod
-    def open(
+    def open(cls, *names, **options) -> "Session":
+        """Load a model, and its adapter as it was trained. Arguments and errors are those of `prepare`."""
+        return cls.prepare(*names, **options).load()
+
+    @classmethod
+    def prepare(
         cls,
         model_name_or_path: str | None = None,
         adapter: str | Path | None = None,
@@ -73,7 +83,8 @@ class Session:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "Session":
-        """Load a model, and its adapter as it was trained: on the same bits of the base, with the same prompts.
+        """Open a model, and its adapter as it was trained: on the same bits of the base, with the same prompts. No
+        weight is loaded: `load` does so.
 
         Args:
             model_name_or_path: the base; by default the folder that the adapter's settings name.
@@ -85,7 +96,7 @@ class Session:
 
         Raises:
             ArgumentError, DataError: there is no such model, the adapter is damaged or belongs to another base, or the
-                model has no prompts of this format. No weight has been loaded then.
+                model has no prompts of this format.
         """
         if base_bits not in (None, *BITS):
             raise ArgumentError(f"base_bits is {base_bits!r}; expected 4 or 16")
@@ -105,12 +116,16 @@ class Session:
             set_chat_template(tokenizer, chat_template)
         data_format = choose_format(base, tokenizer, data_format, chat_template, run)
         settings = run.get("settings") if isinstance(run.get("settings"), dict) else {}
-        session = cls(tokenizer, data_format, base_bits=choose_bits(base_bits, folder, settings), adapter=folder)
+        bits = choose_bits(base_bits, folder, settings)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or choose_dtype(device, settings)
-        model = load_base(base, session.base_bits, dtype, device)
-        session.model = (load_adapter(model, folder) if folder else model).eval()
-        return session
+        return cls(tokenizer, data_format, None, bits, folder, base, dtype, device)
+
+    def load(self) -> "Session":
+        """Load the weights of the model, and those of its adapter. Returns this session."""
+        model = load_base(self.base, self.base_bits, self.dtype, self.device)
+        self.model = (load_adapter(model, self.adapter) if self.adapter else model).eval()
+        return self
 
     # Prompts
 
