@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -122,7 +123,11 @@ class PackedForward:
         with torch.autocast(self.model.device.type, enabled=False):
             return self.fused(targets, **row)
 
-    def fused(self, targets, *, input_ids, position_ids, ends, longest, learned, **_) -> torch.Tensor:
+    def fused(self, targets, *, learned, **row) -> torch.Tensor:
+        return self.head_loss(self.states(**row), learned, targets)
+
+    def states(self, *, input_ids, position_ids, ends, longest, **_) -> torch.Tensor:
+        """(tokens, hidden size) what the fused layers make of a row, before the final norm."""
         hidden = self.model.get_input_embeddings()(input_ids)
         cos, sin = rotary_angles(self.model, position_ids)
         seed = int(torch.randint(1 << 31, ())) if self.model.training else None
@@ -130,6 +135,9 @@ class PackedForward:
         host = self.host if torch.is_grad_enabled() else None  # an evaluation has no backward to keep anything for
         for layer in self.layers:
             hidden = LayerFunction.apply(hidden, layer, row, host, *layer.adapters)
+        return hidden
+
+    def head_loss(self, hidden, learned, targets) -> torch.Tensor:
         norm, eps = norm_of(final_norm(self.model))
         head, ops = self.model.get_output_embeddings().weight, self.layers[0].ops
         return HeadLoss.apply(hidden, learned, targets, norm, eps, head, ops, torch.is_grad_enabled())
@@ -141,6 +149,18 @@ class PackedForward:
                 input_ids=input_ids[None], position_ids=position_ids[None], logits_to_keep=learned, use_cache=False
             ).logits[0]
         return cross_entropy(logits.float(), targets, reduction="none").sum(dtype=torch.float64)
+
+    @torch.no_grad()
+    def losses_by_sample(self, targets, *, learned, ends, **row) -> torch.Tensor:
+        """(samples,) the summed cross-entropy of the learned tokens of each sample of a row, in float64. The model has
+        fused layers."""
+        bounds = torch.searchsorted(learned, ends.to(learned.dtype)).tolist()
+        with torch.autocast(self.model.device.type, enabled=False):
+            hidden = self.states(ends=ends, **row)
+            sums = [self.head_loss(hidden, learned[a:b], targets[a:b]) for a, b in pairwise(bounds) if a < b]
+        found = torch.zeros(len(ends) - 1, dtype=torch.float64, device=hidden.device)
+        found[torch.tensor([a < b for a, b in pairwise(bounds)], device=hidden.device)] = torch.stack(sums)
+        return found
 
 
 def base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
