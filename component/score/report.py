@@ -1,0 +1,169 @@
+"""A score as text for the terminal, and as a page of every wrong answer."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ..data.inspection import printable
+from ..data.page import fill_page
+from ..run.errors import ArgumentError, unusable
+from ..run.files import write_atomically
+from ..run.log import counted
+from .comparison import count_faults
+from .figures import (
+    Counts,
+    Figure,
+    Score,
+    by_argument,
+    by_function,
+    find_decisions,
+    find_figures,
+    find_kept_figures,
+    to_json,
+)
+from .statistics import Estimate
+
+PAGE = Path(__file__).with_name("score.html")
+SHOWN = 20  # functions and arguments in the terminal
+IN_PAGE = 2000  # wrong answers
+TEXT = 4000  # characters of one text in the page
+
+
+def table(score: Score) -> str:
+    """The figures as text: of base and tuned model side by side, then by function and by argument."""
+    models = list(score.results)
+    calls = sum(bool(question.calls) for question in score.questions)
+    head = f"{score.title}: {counted(len(score.rows), 'row')}, {counted(len(score.questions), 'question')}, of which "
+    lines = [f"{head}{calls:,} want a call and {len(score.questions) - calls:,} a text", *score.notes, ""]
+    lines += figure_lines(find_figures(score), score)
+    if kept := find_kept_figures(score):
+        lines += ["", "on text that has nothing to do with the training (lower is better):", *figure_lines(kept, score)]
+    if calls:
+        decisions = {model: find_decisions(score, model) for model in models}
+        lines += ["", *aligned([["decisions", *models], *rows_by_key(decisions)])]
+    faults = {model: count_faults(verdict for _, verdict in score.judged(model)) for model in models}
+    if any(faults.values()):
+        lines += ["", *aligned([["wrong answers", *models], *rows_by_key(faults)])]
+    if calls:
+        functions = {model: by_function(score, model) for model in models}
+        lines += ["", *count_lines("exact calls by function", functions)]
+        arguments = {
+            model: {
+                f"{function}  {argument}": counts for (function, argument), counts in by_argument(score, model).items()
+            }
+            for model in models
+        }
+        lines += ["", *count_lines("right values by argument", arguments)]
+    return "\n".join(map(printable, lines))
+
+
+def figure_lines(figures: list[Figure], score: Score) -> list[str]:
+    """A table of figures, each with its 95% interval, and then of their differences."""
+    named = {model: f"{model} - {reference}" for model, reference in score.references.items()}
+    rows = [["", "n", *score.results, *named.values()]]
+    for figure in figures:
+        values = [show(figure.values[model], figure.form) for model in score.results]
+        differences = [show(figure.differences[model], figure.form, "+") for model in named]
+        rows.append([figure.name, f"{figure.count:,}", *values, *differences])
+    return aligned(rows)
+
+
+def show(estimate: Estimate, form: str, sign: str = "") -> str:
+    """A figure with its interval: `48.0% [41.2, 54.9]`, or `–` for a figure of nothing."""
+    if np.isnan(estimate.value):
+        return "–"
+    factor, places, unit = (100, 1, "%") if form == "%" else (1, 3, "")
+    value, low, high = (f"{factor * part:{sign}.{places}f}" for part in estimate)
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def rows_by_key(held: dict[str, dict[str, int]]) -> Iterable[list[str]]:
+    """A row for each key of several models' counts."""
+    for key in dict.fromkeys(key for counts in held.values() for key in counts):
+        yield [key, *(f"{counts.get(key, 0):,}" for counts in held.values())]
+
+
+def count_lines(head: str, held: dict[str, dict[str, Counts]]) -> list[str]:
+    """A table of `right of expected`, the most expected first, and of what was given without being expected."""
+    totals = {key: counts.expected for table in held.values() for key, counts in table.items()}
+    ranked = sorted(totals, key=lambda key: (-totals[key], key))
+    rows = [[head, "n", *held]]
+    for key in ranked[:SHOWN]:
+        found = [table.get(key, Counts()) for table in held.values()]
+        rows.append([key, f"{totals[key]:,}", *(f"{counts.right:,} ({counts.given:,} given)" for counts in found)])
+    more = [f"… {len(ranked) - SHOWN:,} more, in --json"] if len(ranked) > SHOWN else []
+    return aligned(rows) + more
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of a table with the first column on the left and all others on the right, as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def html(score: Score) -> str:
+    """One page with every wrong answer beside the right one, the class with the most first. It loads nothing else.
+
+    The wrong answers are those of the last model but variants: the tuned one, or the base where there is no other.
+    """
+    facts = to_json(score)
+    model = next(iter(score.references), next(iter(score.results)))
+    wrong = [answer for answer in facts.pop("answers") if (answer["given"][model] or {}).get("fault")]
+    order = {fault: i for i, fault in enumerate(facts["faults"][model])}
+    wrong.sort(key=lambda answer: order[answer["given"][model]["fault"]])
+    facts |= {
+        "model": model,
+        "table": table(score),
+        "wrong": len(wrong),
+        "answers": [shorten(answer) for answer in wrong[:IN_PAGE]],
+    }
+    return fill_page(PAGE, facts)
+
+
+def shorten(value):
+    """A JSON value whose texts have at most TEXT characters."""
+    if isinstance(value, str):
+        return value if len(value) <= TEXT else f"{value[:TEXT]}… ({len(value) - TEXT:,} more characters)"
+    if isinstance(value, dict):
+        return {shorten(key): shorten(item) for key, item in value.items()}
+    return [shorten(item) for item in value] if isinstance(value, list) else value
+
+
+def check_file(file: Path | None, name: str) -> None:
+    """Raise ArgumentError where `write_files` could not write a file that was asked for as `name`."""
+    if not file:
+        return
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise ArgumentError(f"{name} {file}: a link or no file; give the name of a file")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{name} {file}: nothing can be written in {file.parent}; choose another folder")
+
+
+def write_files(score: Score, json_file: Path | None, page: Path | None) -> list[Path]:
+    """Write the page and then the figures, each whole or not at all, where a name is given. Returns the names.
+
+    Raises:
+        Fault: a file could not be written.
+    """
+    written = []
+    for file, make in ((page, lambda score: html(score).encode(errors="backslashreplace")), (json_file, figures_of)):
+        if file:
+            try:
+                write_atomically(file, make(score))
+            except OSError as error:
+                raise unusable(f"{file} could not be written ({error}); choose another name", error) from None
+            written.append(file)
+    return written
+
+
+def figures_of(score: Score) -> bytes:
+    """The file of all figures, as JSON."""
+    return json.dumps(to_json(score), ensure_ascii=False, indent=1).encode(errors="backslashreplace")
