@@ -1,0 +1,270 @@
+"""The program as a user runs it, on a tiny model that was trained by the real command."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import train_qlora
+from component.inference.calls import Answer, Call
+from component.score.comparison import CLASSES, compare
+from script import score
+
+from ..runs import write_rows
+
+ROOT = Path(__file__).parents[2]
+TOOLS = [{"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
+
+
+def row(i: int, city: str) -> dict:
+    turns = [
+        {"role": "user", "content": f"Weather {i}"},
+        {"role": "tool", "name": "weather", "parameters": {"city": city}, "observation": "sunny"},
+        {"role": "assistant", "content": f"Sunny in {city}."},
+    ]
+    return {"tools": TOOLS, "conversations": turns}
+
+
+ROWS = [row(i, city) for i, city in enumerate(["Rome", "Oslo", "Paris", "Quito"])]
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, tmp_path_factory):
+    """A run's output folder, and the file with the rows that it has learned."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = {
+        "output_dir": str(folder / "run"),
+        "model_name_or_path": str(checkpoint),
+        "train_file": str(write_rows(folder / "train.jsonl", ROWS)),
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lora_rank": 4,
+        "save_strategy": "no",
+    }
+    (folder / "args.json").write_text(json.dumps(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_qlora.py", "--train_args_file", str(folder / "args.json")])
+        train_qlora.main()
+    return folder / "run", folder / "train.jsonl"
+
+
+def run(*options) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["score.py", *map(str, options)])
+        score.main()
+
+
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    """The one message with which the program ends, and exit code 2. No weight may have been loaded."""
+
+    def refuse(*options) -> str:
+        def load(*_, **__):
+            raise AssertionError("weights were loaded")
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr("component.inference.session.load_base", load)
+            patch.setattr("component.run.process.leave", sys.exit)
+            run(*options)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    return refuse
+
+
+def test_base_and_tuned_stand_side_by_side_and_the_files_agree_with_the_table(trained, tmp_path, capsys):
+    output, data = trained
+    files = {"--json": tmp_path / "score.json", "--html": tmp_path / "score.html"}
+    run(
+        "--adapter",
+        output / "final",
+        "--data",
+        data,
+        "--max_new_tokens",
+        8,
+        *(word for pair in files.items() for word in pair),
+    )
+    shown = capsys.readouterr().out
+    assert re.search(r"train\.jsonl: 4 rows, 8 questions, of which 4 want a call and 4 a text$", shown, re.MULTILINE)
+    assert "recall: these rows were learned" in shown
+    assert re.search(r"^ +n +base +tuned +tuned - base$", shown, re.MULTILINE)
+    facts = json.loads(files["--json"].read_text())
+    figures = {figure["name"]: figure for figure in facts["figures"]}
+    assert figures["call exact"]["n"] == figures["text exact"]["n"] == 4
+    for model in ("base", "tuned"):
+        given = [answer["given"][model] for answer in facts["answers"]]
+        exact = np.mean(
+            [not one["fault"] for one, asked in zip(given, facts["answers"], strict=True) if asked["expected"]["calls"]]
+        )
+        assert figures["call exact"]["values"][model]["value"] == exact
+    assert figures["loss per token"]["values"]["tuned"]["value"] < figures["loss per token"]["values"]["base"]["value"]
+    assert {figure["name"] for figure in facts["unrelated_text"]} == {
+        "loss per token, Chinese",
+        "loss per token, English",
+    }
+    page = files["--html"].read_text()
+    assert json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["figures"] == facts["figures"]
+
+
+def test_hand_written_answers_give_hand_counted_figures(trained, tmp_path, capsys, monkeypatch):
+    """The base gives no call, the tuned model the right one but for Quito, and no right text."""
+
+    def answers(session, model, task, adapted, batch, progress):
+        given = []
+        for question in task.questions:
+            city = question.calls[0].parameters["city"] if question.calls else ""
+            call = Call("weather", {"city": "Lima" if city == "Quito" else city})
+            given.append(Answer(calls=(call,)) if adapted and city else Answer("Sunny."))
+        return given, [compare(asked, one) for asked, one in zip(task.questions, given, strict=True)]
+
+    monkeypatch.setattr("component.score.measure.answer", answers)
+    output, data = trained
+    run("--adapter", output / "final", "--data", data, "--json", tmp_path / "a.json", "--train_file", data)
+    figures = {one["name"]: one for one in json.loads((tmp_path / "a.json").read_text())["figures"]}
+    found = {name: [figures[name]["values"][model]["value"] for model in ("base", "tuned")] for name in figures}
+    del found["loss per token"]
+    assert found == {
+        "decision right": [0.5, 1],
+        "needless calls": [0, 0],
+        "missed calls": [1, 0],
+        "function right": [0, 1],
+        "call exact": [0, 0.75],
+        "call nearly exact": [0, 0.75],
+        "text exact": [0, 0],
+        "text nearly exact": [0, 0],
+        "argument precision": [None, 0.75],
+        "argument recall": [0, 0.75],
+        "argument F1": [0, 0.75],
+    }
+    assert re.search(r"^weather  city +4 +0 \(0 given\) +3 \(4 given\)$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_variants_have_a_column_each(trained, tmp_path):
+    output, data = trained
+    variants = "trained,merged,full,requantised"
+    options = ("--adapter", output / "final", "--data", data, "--limit", 1, "--max_new_tokens", 2)
+    run(*options, "--variants", variants, "--json", tmp_path / "a.json", "--keep", data)
+    facts = json.loads((tmp_path / "a.json").read_text())
+    models = [
+        "base",
+        "tuned",
+        "merged",
+        "full",
+        "merged to 8 bits",
+        "merged to 4 bits",
+        "full to 8 bits",
+        "full to 4 bits",
+    ]
+    assert facts["models"] == models
+    assert facts["references"] == {"tuned": "base"} | dict.fromkeys(models[2:], "tuned")
+    (loss,) = [one for one in facts["figures"] if one["name"] == "loss per token"]
+    values = {model: loss["values"][model]["value"] for model in models}
+    assert values["merged"] == pytest.approx(values["tuned"], rel=1e-4)
+    assert len({round(value, 5) for value in values.values()}) >= 6
+    assert [one["name"] for one in facts["unrelated_text"]] == ["loss per token, train.jsonl"]
+
+
+def test_a_model_without_an_adapter_is_scored_alone(trained, checkpoint, capsys):
+    _, data = trained
+    run("--model", checkpoint, "--data", data, "--limit", 2, "--max_new_tokens", 4)
+    shown = capsys.readouterr().out
+    assert re.search(r"^ +n +base$", shown, re.MULTILINE)
+    assert "recall:" not in shown
+
+
+def test_openai_rows_are_asked_by_a_chat_template(model_folder, capsys):
+    base = model_folder("llama", vocab_size=300)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(base)
+    options = ("--chat_template", "chatml", "--max_new_tokens", 1)
+    run("--model", base, "--data", ROOT / "data/functions_openai.jsonl", *options)
+    assert "12 rows, 20 questions, of which 8 want a call and 12 a text" in capsys.readouterr().out
+
+
+def test_questions_that_do_not_fit_the_context_are_counted(checkpoint, tmp_path, capsys):
+    base = shutil.copytree(checkpoint, tmp_path / "chatglm3-short")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"seq_length": 500}))
+    question = {"role": "user", "content": "so " * 300}
+    long = ROWS[0] | {"conversations": [question, *ROWS[0]["conversations"][1:]]}
+    data = write_rows(tmp_path / "rows.jsonl", [ROWS[0], long])
+    run("--model", base, "--data", data, "--max_new_tokens", 4)
+    shown = capsys.readouterr().out
+    assert "\n2 questions left out: longer than the model's context of 500 tokens\n" in shown
+    assert "\n1 row left out: longer than the model's context of 500 tokens for the loss\n" in shown
+    assert re.search(r"^decision right +2 ", shown, re.MULTILINE)
+
+
+def test_bad_input_gets_one_message_before_weights_are_loaded(trained, refusal, model_folder, tmp_path):
+    output, data = trained
+    final = output / "final"
+    unanswered, no_tools = tmp_path / "unanswered.jsonl", tmp_path / "no_tools.jsonl"
+    write_rows(unanswered, [{"conversations": [{"role": "user", "content": "?"}]}])
+    write_rows(no_tools, [ROWS[0] | {"tools": "a hammer"}])
+    for options, fault in (
+        (("--data", unanswered), "unanswered.jsonl:1: nothing to learn: no answer or call"),
+        (("--data", no_tools), "no_tools.jsonl:1: tools: is no list of functions with names"),
+        (("--data", tmp_path / "gone.jsonl"), "gone.jsonl: no such file"),
+        (("--data", data, "--keep", tmp_path / "gone.jsonl"), "gone.jsonl: no such file"),
+        (("--data", data, "--base", model_folder("llama")), "llama3-nano"),
+        (("--data", data, "--json", tmp_path / "no/such.json"), "nothing can be written in"),
+        (("--data", data, "--html", tmp_path), "a link or no file"),
+        (("--data", data, "--data_format", "firefly"), "train.jsonl:1: firefly has no place for"),
+    ):
+        message = refusal("--adapter", final, *options)
+        assert fault in message, message
+        assert "Traceback" not in message
+    broken = shutil.copytree(final, tmp_path / "broken")
+    with open(broken / "adapter_model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    assert "adapter_model.safetensors" in refusal("--adapter", broken, "--data", data)
+    assert "no adapter_config.json there" in refusal("--adapter", tmp_path, "--data", data)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ((), "give either --adapter or --model"),
+        (("--adapter", "a", "--model", "b"), "give either --adapter or --model"),
+        (("--model", "b", "--variants", "full"), "--base and --variants need --adapter"),
+        (("--adapter", "a", "--variants", "fool"), "'fool' is none of trained, merged, full, requantised"),
+        (("--adapter", "a", "--limit", "0"), "0 is not positive"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(refusal, options, fault):
+    assert fault in refusal("--data", "rows.jsonl", *options)
+
+
+def test_the_page_of_the_score_shows_commands_that_parse_and_names_every_option(monkeypatch):
+    page = (ROOT / "docs/score.md").read_text()
+    commands = re.findall(r"^python (script/score\.py .*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command.split())
+        options = vars(score.parse_command_line())
+    assert not [name for name in options if f"`--{name}`" not in page]
+    assert not [name for name in CLASSES if name not in page]
+
+
+@pytest.mark.slow
+def test_the_command_itself_ends_with_0_and_a_table_and_with_2_and_a_message(trained):
+    output, data = trained
+
+    def start(*words) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / "script/score.py", "--data", data, *words]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = start("--adapter", output / "final", "--limit", "2")
+    assert done.returncode == 0, done.stderr
+    assert "loss per token" in done.stdout
+    refused = start("--adapter", output / "none")
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
