@@ -85,6 +85,10 @@ def train(cli: argparse.Namespace, watch) -> None:
         logger.log("WARNING" if "refused" in first else "INFO", f"a run {first}")
         return
     on_every_rank(lambda: require_weights(args.model_name_or_path))
+    if args.score_at_end:
+        from component.score.at_end import read_eval_rows
+
+        on_rank_zero(lambda: len(read_eval_rows(args)))  # faults in them are told before anything is trained
     require_same(
         lambda: describe_machine(args, training_args, tokenizer),
         remedy="give every machine the same settings and the same files",
@@ -96,6 +100,8 @@ def train(cli: argparse.Namespace, watch) -> None:
         start = on_rank_zero(lambda: folder.open(*begin))
         if start.is_done:
             logger.info(f"this run is done: {folder.path / FINAL}; overwrite_output_dir=true begins it anew")
+            if args.score_at_end:
+                score_at_end(args, data_format, tokenizer, folder.path)
         else:
             fine_tune(args, training_args, data_format, tokenizer, folder, start, watch)
 
@@ -160,6 +166,8 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
 
     # 5. Results
     publish_results(trainer, result, folder, start)
+    if args.score_at_end:
+        score_at_end(args, data_format, tokenizer, folder.path, trainer.model)
 
 
 def make_model(args, training_args, folder, start):
@@ -225,6 +233,21 @@ def publish_results(trainer, result, folder, start) -> None:
     logger.info(f"done: {result.global_step} steps{now}, in {result.metrics['train_runtime']:.0f} s{peak_memory()}")
     logger.info(f"adapter and tokenizer: {final}")
     logger.info(f"loss curve: {picture}; its figures: {figures}")
+
+
+def score_at_end(args, data_format: str, tokenizer, folder: Path, model=None) -> None:
+    """Score the final adapter on rank 0: in the model that was trained or, where it has no score yet, loaded anew."""
+    from component.run.ranks import on_rank_zero
+    from component.score.at_end import is_scored, score_run, session_of
+
+    def score() -> str:
+        if model is None and is_scored(folder):
+            return ""
+        return score_run(args, lambda: session_of(args, data_format, tokenizer, folder, model), folder)
+
+    shown = on_rank_zero(score)
+    if shown and not int(os.environ.get("RANK") or 0):
+        print(shown)
 
 
 def write_results(state, figures: Path, picture: Path) -> None:

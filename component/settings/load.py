@@ -217,6 +217,8 @@ def check_paths(args: QLoRAArguments, values: dict[str, Any]) -> None:
             )
     if values.get("load_best_model_at_end") and args.eval_file is None:
         raise ValueError("load_best_model_at_end needs eval_file, to tell which model is the best")
+    if args.score_at_end and args.eval_file is None:
+        raise ValueError("score_at_end needs eval_file, whose answers are asked for")
     if args.early_stopping_patience and args.eval_file is None:
         raise ValueError("early_stopping_patience needs eval_file, to tell when a run gets no better")
     if values.get("save_strategy") == "best" and args.eval_file is None:

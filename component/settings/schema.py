@@ -187,6 +187,11 @@ class QLoRAArguments:
         is_not_negative,
         "0 or a positive integer",
     )
+    score_at_end: bool = setting(
+        False,
+        "Score the final adapter beside its base on eval_file: print the table, and write score.json and score.html to "
+        "output_dir.",
+    )
 
     def __post_init__(self):
         for item in fields(self):

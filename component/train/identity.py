@@ -40,6 +40,7 @@ WITHOUT_EFFECT = {
     "resume_despite_changes",
     "resume_from_checkpoint",
     "run_name",
+    "score_at_end",
     "skip_memory_metrics",
     "torch_empty_cache_steps",
 }
