@@ -8,11 +8,13 @@ TESTED := $(shell sed -n 's/^TESTED = //p' component/chatglm/versions.py | tr -d
 
 .PHONY: demo test test-slow test-gpu test-versions scorecard check clean-demo
 
-# The whole way on a CPU: environment, tiny model, training by the real command, chat with the result.
+# The whole way on a CPU: environment, tiny model, training by the real command, chat with the result, and its score on
+# the rows that it has learned.
 demo: $(VENV)/ready clean-demo
 	$(RUN) script/make_tiny_model.py
 	$(RUN) train_qlora.py --train_args_file train_args/qlora/chatglm3-tiny-sft-qlora.json
 	$(RUN) script/chat_demo.py
+	$(RUN) script/score.py --adapter output/chatglm3-tiny/final --data data/dummy_data_chatglm3.jsonl
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -n 2 --dist worksteal

@@ -1,4 +1,4 @@
-"""The last step of `make demo`: a chat with the model, before and after the adapter.
+"""A chat with the model of `make demo`, before and after the adapter.
 
 python script/chat_demo.py [--model models/chatglm3-tiny] [--adapter output/chatglm3-tiny/final]
 

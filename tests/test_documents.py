@@ -63,6 +63,10 @@ OTHERS = {
     "python script/inspect_data.py --train_args_file train_args/qlora/chatglm3-tiny-sft-qlora.json "
     "--html /tmp/report.html",
     "python script/merge_lora.py --adapter output/chatglm3-6b/final --base models/chatglm3-6b --output models/merged",
+    "python script/score.py --adapter output/chatglm3-6b/final --data data/test.jsonl --json output/score.json "
+    "--html output/score.html",
+    "python script/score.py --adapter output/chatglm3-6b/final --data data/test.jsonl "
+    "--variants trained,merged,full,requantised",
     "python script/verify_real.py /models/chatglm3-6b",
     "pip install modelscope",  # fixed
     "modelscope download --model ZhipuAI/chatglm3-6b --local_dir models/chatglm3-6b",  # fixed; parsed by 1.40.2
@@ -260,6 +264,7 @@ def test_the_demo_teaches_the_model():
     assert (
         'tuned  {"name": "get_current_weather", "parameters": {"location": "北京", "unit": "celsius"}}' in done.stdout
     )
+    assert re.search(r"^call exact +19 +0\.0% .* 100\.0% ", done.stdout, re.MULTILINE), "the score's table"
     (snippet,) = [block for block in blocks("README.md", "python") if "component.chatglm" in block]
     snippet = snippet.replace("THUDM/chatglm3-6b", "models/chatglm3-tiny").replace(
         "chatglm3-6b/final", "chatglm3-tiny/final"
