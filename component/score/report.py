@@ -61,14 +61,18 @@ def table(score: Score) -> str:
 
 
 def figure_lines(figures: list[Figure], score: Score) -> list[str]:
-    """A table of figures, each with its 95% interval, and then of their differences."""
+    """A table of figures, each with its 95% interval, and their differences: beside them where there is one model to
+    compare, else in a table of their own, for which a terminal has room."""
     named = {model: f"{model} - {reference}" for model, reference in score.references.items()}
-    rows = [["", "n", *score.results, *named.values()]]
+    values = [["", "n", *score.results]]
+    differences = [["", *named.values()]]
     for figure in figures:
-        values = [show(figure.values[model], figure.form) for model in score.results]
-        differences = [show(figure.differences[model], figure.form, "+") for model in named]
-        rows.append([figure.name, f"{figure.count:,}", *values, *differences])
-    return aligned(rows)
+        shown = [show(figure.values[model], figure.form) for model in score.results]
+        values.append([figure.name, f"{figure.count:,}", *shown])
+        differences.append([figure.name, *(show(figure.differences[model], figure.form, "+") for model in named)])
+    if len(named) < 2:
+        return aligned([row + more[1:] for row, more in zip(values, differences, strict=True)])
+    return [*aligned(values), "", "differences", *aligned(differences)]
 
 
 def show(estimate: Estimate, form: str, sign: str = "") -> str:

@@ -124,6 +124,9 @@ def test_other_merges_are_compared_with_the_model_as_trained(score):
     assert {model: estimate.value for model, estimate in loss.differences.items()} == pytest.approx(
         {"tuned": -0.2, "merged": 0.1}
     )
+    lines = [line.split() for line in table(three).splitlines()]
+    heads = [["n", "base", "tuned", "merged"], ["tuned", "-", "base", "merged", "-", "tuned"]]
+    assert [line for line in lines if line in heads] == heads
 
 
 def test_text_that_has_nothing_to_do_with_the_training_has_a_loss_by_language(score):
