@@ -57,15 +57,11 @@ class Experiment(NamedTuple):
     calls: int  # rows of calls that are seen
     bits: int  # of the base
     seed: int
+    is_merged: bool = False  # whether its merges are scored, too
 
     @property
     def name(self) -> str:
         return f"{self.program}-{self.calls}-{self.bits}bit-seed{self.seed}"
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether its merges are scored, too."""
-        return (self.program, self.calls, self.bits) == ("ours", MAIN, 4)
 
 
 def main() -> None:
@@ -102,11 +98,11 @@ def main() -> None:
 def list_experiments(cli: argparse.Namespace) -> list[Experiment]:
     """All experiments, those that take longest first. The largest size has one seed."""
     main = MAIN if MAIN in cli.sizes else max(cli.sizes)
-    runs = [Experiment("ours", max(cli.sizes), 4, cli.seeds[0])]
+    runs = [Experiment("ours", max(cli.sizes), 4, cli.seeds[0])] * (main < max(cli.sizes))
     runs += [Experiment("peft", main, 4, seed) for seed in cli.seeds]
-    runs += [Experiment("ours", main, bits, seed) for bits in (4, 16) for seed in cli.seeds]
+    runs += [Experiment("ours", main, bits, seed, bits == 4) for bits in (4, 16) for seed in cli.seeds]
     others = sorted(set(cli.sizes) - {main, max(cli.sizes)}, reverse=True)
-    return list(dict.fromkeys([*runs, *(Experiment("ours", size, 4, seed) for size in others for seed in cli.seeds)]))
+    return runs + [Experiment("ours", size, 4, seed) for size in others for seed in cli.seeds]
 
 
 def make_data(cli: argparse.Namespace) -> None:
