@@ -9,7 +9,8 @@ which the same functions are offered and none is wanted.
 
 --model is a folder of a model with ChatML's control tokens, such as SmolLM2-135M-Instruct. --calls holds OpenAI rows,
 train.jsonl.gz and validate.jsonl.gz. --chat holds files of chatterbot-corpus, *.yml. Rows of `dev` come from train;
-those of `test`, which are validate's, are scored once, at the end. Experiments that are done are not run again.
+those of `test`, which are validate's, are scored once, at the end. Experiments that are done are not run again. At the
+end, or with --tables at once, the tables of all that is done are printed.
 """
 
 import argparse
@@ -25,9 +26,15 @@ from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmark.common import table
+from component.score.statistics import Estimate, Ratio, bootstrap
+
 SETTINGS = {
     "data_format": "chat_template",
     "chat_template": "chatml",
@@ -75,10 +82,16 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--at_once", type=int, default=1, help="experiments on one GPU")
     parser.add_argument("--limit", type=int, help="score that many questions of each file")
+    parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
     cli = parser.parse_args()
+    if not cli.tables:
+        run_all(cli)
+    print_tables(cli.output, list_experiments(cli))
+
+
+def run_all(cli: argparse.Namespace) -> None:
     cli.output.mkdir(parents=True, exist_ok=True)
     make_data(cli)
-    experiments = list_experiments(cli)
     slots: Queue = Queue()
     for i in range(cli.gpus + (cli.gpus - 1 or 1) * (cli.at_once - 1)):  # the first GPU is kept for the longest
         slots.put(i if i < cli.gpus else (i - cli.gpus) % (cli.gpus - 1 or 1) + (cli.gpus > 1))
@@ -91,7 +104,7 @@ def main() -> None:
             slots.put(gpu)
 
     with ThreadPoolExecutor(slots.qsize()) as pool:
-        for line in pool.map(work, experiments):
+        for line in pool.map(work, list_experiments(cli)):
             print(line, flush=True)
 
 
@@ -189,6 +202,98 @@ def execute(words: list[str], folder: Path, name: str, gpu: int) -> float:
     if done.returncode:
         raise SystemExit(f"{name} of {folder.name} ended with {done.returncode}; see {log.name}")
     return time.monotonic() - began
+
+
+class Scores:
+    """What the seeds of one experiment were scored, on one file.
+
+    Args:
+        folders: of the experiments, which differ in their seed alone.
+    """
+
+    def __init__(self, folders: list[Path], data: str, model: str = "tuned"):
+        self.reports = [json.loads((folder / f"{data}.json").read_text(encoding="utf-8")) for folder in folders]
+        self.model = model
+
+    def share(self, wants_call: bool, is_right) -> Ratio:
+        """The share of questions of one kind that are answered right, by question and over the seeds."""
+        by_seed = []
+        for report in self.reports:
+            asked = [answer for answer in report["answers"] if bool(answer["expected"]["calls"]) is wants_call]
+            by_seed.append([float(is_right(answer["expected"], answer["given"][self.model])) for answer in asked])
+        return Ratio(np.mean(by_seed, axis=0), np.ones(len(by_seed[0])))
+
+    @property
+    def exact(self) -> Ratio:
+        return self.share(True, lambda expected, given: not given["fault"])
+
+    @property
+    def needless(self) -> Ratio:
+        return self.share(False, lambda expected, given: bool(given["calls"]) or bool(given["unreadable"]))
+
+    @property
+    def named(self) -> Ratio:
+        return self.share(True, lambda expected, given: names_of(expected) == names_of(given))
+
+    def mean(self, name: str) -> str:
+        """A loss as the seeds' mean and, of several seeds, the smallest and the largest."""
+        lines = (line for report in self.reports for line in report["figures"] + report["unrelated_text"])
+        values = [line["values"][self.model]["value"] for line in lines if line["name"] == name]
+        spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{spread}"
+
+    def row(self, name: str) -> list[str]:
+        shares = [percent(bootstrap(share)) for share in (self.exact, self.named, self.needless)]
+        return [name, *shares, *map(self.mean, LOSSES)]
+
+
+LOSSES = ("loss per token", "loss per token, Chinese", "loss per token, English")
+COLUMNS = ("model", "calls exact", "function right", "needless calls", "loss, these rows", "unrelated, Chinese")
+COLUMNS += ("unrelated, English",)
+
+
+def names_of(answer: dict) -> list[str]:
+    return sorted(call["name"] for call in answer["calls"])
+
+
+def percent(estimate: Estimate, sign: str = "") -> str:
+    value, low, high = (100 * part for part in estimate)
+    return f"{value:{sign}.1f}% [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def print_tables(output: Path, experiments: list[Experiment]) -> None:
+    """Print what was scored: all experiments on test, and the merges on dev."""
+    groups: dict[tuple, list[Path]] = {}
+    for program, calls, bits, seed, is_merged in experiments:
+        folder = output / Experiment(program, calls, bits, seed).name
+        if (folder / "test.json").exists():
+            groups.setdefault((program, calls, bits, is_merged), []).append(folder)
+    if not groups:
+        return
+    scores = {key: Scores(folders, "test") for key, folders in groups.items()}
+    rows = [
+        Scores(folders[:1], "test", "base").row("base, 4 bits") for (*_, merged), folders in groups.items() if merged
+    ]
+    rows += [
+        scores[key].row(f"{key[0]}, {key[1]:,} calls, {key[2]} bits, {len(groups[key])} seeds")
+        for key in sorted(groups)
+    ]
+    print(f"\nOn {len(next(iter(scores.values())).exact.parts)} questions of test that want a call:\n")
+    print(table(COLUMNS, rows))
+    for (program, calls, bits, is_merged), folders in groups.items():
+        if not is_merged:
+            continue
+        mine = scores[program, calls, bits, is_merged]
+        for other in (("peft", calls, 4, False), ("ours", calls, 16, False)):
+            if other in scores:
+                difference = percent(bootstrap(mine.exact, scores[other].exact), "+")
+                print(f"\nours in 4 bits - {other[0]} in {other[2]} bits, calls exact: {difference}")
+        dev = {name: Scores(folders, "dev", name) for name in Scores(folders, "dev").reports[0]["models"]}
+        print("\nMerges, on dev:\n")
+        against = {name: percent(bootstrap(score.exact, dev["tuned"].exact), "+") for name, score in dev.items()}
+        columns = (*COLUMNS[:2], "- tuned", *COLUMNS[2:])
+        lines = [score.row(name) for name, score in dev.items()]
+        print(table(columns, [[*line[:2], against[line[0]], *line[2:]] for line in lines]))
 
 
 if __name__ == "__main__":
