@@ -5,7 +5,8 @@ python script/merge_lora.py --adapter FOLDER --output FOLDER [--base MODEL] [--i
 Two merges can be meant. --into trained adds the adapter to the weights that it was trained beside: those of the base
 after rounding to 4 bits and back. --into full adds it to the full-precision base, and is the default for adapters of
 other tools, which do not record their base. The result is saved in --dtype; it is never quantised again, which would
-round the adapter away. OUTPUT appears only when it is whole. docs/quality.md compares the two.
+round the adapter away: to do that with a program of your own, merge --into full. OUTPUT appears only when it is whole.
+docs/quality.md compares the two.
 """
 
 import argparse

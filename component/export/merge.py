@@ -342,7 +342,9 @@ def describe_rounding(plan: MergePlan, rounding: Rounding) -> str:
             f"{plan.adapter} has no {MANIFEST}, so nothing tells which base it was trained beside; merged into the "
             f"full-precision one. If it was trained in 4 bits, try --into trained: {said}"
         )
-    means = "this merge keeps them" if plan.into == "trained" else "this merge puts it on others (docs/quality.md)"
+    means = "this merge puts it on others (docs/quality.md)"
+    if plan.into == "trained":
+        means = "this merge keeps them. If you round it to 4 bits again, its update is lost: for that, use --into full"
     return f"{said}: the adapter has learned beside the rounded weights, and {means}"
 
 

@@ -21,6 +21,7 @@ from component.export.merge import (
     plan_merge,
     read_dtype,
     requantise,
+    round_to_nf4,
     round_to_q8,
 )
 from component.model import four_bit, load_adapter
@@ -284,6 +285,22 @@ def test_requantising_to_4_bits_is_bitsandbytes(model_folder):
     assert torch.equal(layer.weight, wanted)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if "_proj" in name}
+
+
+def test_rounding_again_to_4_bits_removes_a_small_update_of_rounded_values_and_keeps_some_of_others():
+    """docs/quality.md: why a merge that will be rounded to 4 bits again is made into the full-precision base."""
+    generator = torch.Generator().manual_seed(0)
+    base, update = torch.randn(64, 256, generator=generator), 0.01 * torch.randn(64, 256, generator=generator)
+    rounded = round_to_nf4(base)
+    on_the_grid = round_to_nf4(rounded + update) - rounded
+    off_the_grid = round_to_nf4(base + update) - rounded
+
+    def arrives(change) -> float:
+        """How much of the update is in the change, as the projection on it."""
+        return ((change * update).sum() / update.square().sum()).item()
+
+    assert abs(arrives(on_the_grid)) < 0.05
+    assert arrives(off_the_grid) == pytest.approx(1, abs=0.3)
 
 
 def test_8_bits_by_hand():
