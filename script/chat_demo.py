@@ -16,10 +16,11 @@ from component.run.log import configure_logging
 
 configure_logging(rank=0)  # before peft, whose import is not quiet
 
+import torch
 from loguru import logger
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from component.model import from_pretrained, load_adapter
+from component.model import from_pretrained, load_adapter, load_base, read_training
 from component.run.errors import Fault
 from component.trust import check_adapter
 from component.verify.lessons import ask, find_lessons, shorten, taught_answer
@@ -35,7 +36,8 @@ def main() -> None:
         lessons = find_lessons(cli.data)
         check_adapter(Path(cli.adapter))
         tokenizer = from_pretrained(AutoTokenizer, cli.model)
-        model = from_pretrained(AutoModelForCausalLM, cli.model).eval()
+        bits, dtype = read_training(Path(cli.adapter))
+        model = load_base(cli.model, bits or 16, dtype or torch.float32, "cpu").eval()
         before = [ask(model, tokenizer, lesson) for lesson in lessons]
         model = load_adapter(model, cli.adapter).eval()
     except (Fault, OSError) as error:

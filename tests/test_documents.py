@@ -63,6 +63,8 @@ OTHERS = {
     "python script/inspect_data.py --train_args_file train_args/qlora/chatglm3-tiny-sft-qlora.json "
     "--html /tmp/report.html",
     "python script/merge_lora.py --adapter output/chatglm3-6b/final --base models/chatglm3-6b --output models/merged",
+    "python script/score.py --adapter output/chatglm3-6b/final --base models/chatglm3-6b "
+    "--data data/functions_openai.jsonl --html /tmp/score.html",
     "python script/score.py --adapter output/chatglm3-6b/final --data data/test.jsonl --json output/score.json "
     "--html output/score.html",
     "python script/score.py --adapter output/chatglm3-6b/final --data data/test.jsonl "
