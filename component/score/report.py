@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -104,13 +105,18 @@ def count_lines(head: str, held: dict[str, dict[str, Counts]]) -> list[str]:
 
 def aligned(rows: list[list[str]]) -> list[str]:
     """Rows of a table with the first column on the left and all others on the right, as wide as they need to be."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(width_of, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        gaps = [" " * (width - width_of(cell)) for cell, width in zip([first, *others], widths, strict=True)]
+        lines.append("  ".join([first + gaps[0], *(gap + cell for cell, gap in zip(others, gaps[1:], strict=True))]))
+    return lines
+
+
+def width_of(text: str) -> int:
+    """Columns of a terminal that a text takes: Chinese characters take two each, and combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
 def html(score: Score) -> str:

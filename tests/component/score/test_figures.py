@@ -149,6 +149,16 @@ def test_the_table_in_the_terminal(score):
     assert len({len(line) for line in text.splitlines()[2:15]}) == 1
 
 
+def test_chinese_and_unprintable_names_leave_the_columns_of_the_table_in_line():
+    calls = [Call("查询订单", {"订单号": 1}), Call("find_order", {"a": 1}), Call("\033[2J", {})]
+    rows = [[ask(i, call)] for i, call in enumerate(calls)]
+    text = table(score_of(rows, {"base": [1] * 3}, {"base": [Answer(calls=(call,)) for call in calls]}))
+    lines = [line for line in text.splitlines() if line.endswith(" given)")]
+    assert len(lines) == 5
+    widths = [sum(1 + ("一" <= character <= "鿿") for character in line) for line in lines]
+    assert len(set(widths[:3])) == len(set(widths[3:])) == 1
+
+
 def test_the_file_of_figures_holds_every_question(score):
     facts = json.loads(figures_of(score))
     assert facts["faults"] == {
