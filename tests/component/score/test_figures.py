@@ -2,6 +2,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from component.data.conversation import Conversation, Turn
 from component.inference.calls import Answer, Call
-from component.score.comparison import compare
+from component.score.comparison import CLASSES, compare
 from component.score.figures import (
     Kept,
     Result,
@@ -21,6 +22,7 @@ from component.score.figures import (
     find_kept_figures,
     to_json,
 )
+from component.score.measure import LANGUAGES
 from component.score.questions import Question, Row
 from component.score.report import figures_of, html, table
 
@@ -228,6 +230,16 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(score):
     assert [value for name, value in page.attributes if name in ("src", "href")] == ["data:,"]
     assert "innerHTML" not in page.scripts["program"]
     assert "__" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.DOTALL)
+
+
+def test_every_name_in_the_page_has_a_chinese_one(score):
+    none = dict.fromkeys(score.results, np.zeros(3))
+    kept = [Kept(name, np.ones(3), none) for name, _ in LANGUAGES]
+    found = [to_json(replace(score, kept=kept, trained=trained)) for trained in ({"weather", "time"}, set())]
+    names = {figure["name"] for facts in found for figure in facts["figures"] + facts["unrelated_text"]}
+    names |= {*CLASSES, *found[0]["decisions"]["base"]}
+    translated = set(re.findall(r'"([^"]+)": "[^"]+"', html(score).split("const ZH = {")[-1].split("\n};")[0]))
+    assert names <= translated
 
 
 def test_the_worst_class_stands_first_in_the_page():
