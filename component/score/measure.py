@@ -2,8 +2,9 @@
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -152,74 +153,90 @@ def score_models(
     if cut := sum(len(sample.input_ids) > room for sample in task.samples):
         notes.append(left_out(cut, "row", room) + " for the loss")
     results, kept = {}, {name: {} for name in task.kept}
-    columns = 1 + count_columns(variants) if has_adapter(session) else 1
+    models = list_models(session, variants)
+    columns = sum(len(names) for names, _ in models)
     progress = Progress(columns * (len(task.prompts) + len(task.samples) + sum(map(len, task.kept.values()))))
-    for name, model, adapted in models_of(session, variants):
-        results[name] = Result(
-            *answer(session, model, task, adapted, batch, progress),
-            losses(model, task.samples, adapted, room, progress),
-        )
-        for language, samples in task.kept.items():
-            kept[language][name] = losses(model, samples, adapted, room, progress)
+    for names, make in models:
+        for name, result, others in measure(session, make(), names, task, batch, progress):
+            results[name] = result
+            for language, found in others.items():
+                kept[language][name] = found
     others = [Kept(language, count_learned(task.kept[language]), found) for language, found in kept.items()]
     learned = count_learned(task.samples)
     return Score(title, task.rows, task.questions, learned, results, others, trained, notes)
-
-
-def has_adapter(session: Session) -> bool:
-    return base_of(session.model) is not session.model
 
 
 def left_out(count: int, thing: str, room: int) -> str:
     return f"{counted(count, thing)} left out: longer than the model's context of {room:,} tokens"
 
 
-def count_columns(variants: Sequence[str]) -> int:
-    return sum(2 * len(REQUANTISED_BITS) if variant == "requantised" else 1 for variant in variants)
-
-
-def models_of(session: Session, variants: Sequence[str]) -> Iterator[tuple[str, torch.nn.Module, bool]]:
-    """(name, model, whether its adapter is used) of each column. A merged model is freed before the next is made."""
-    yield BASE, session.model, False
-    if not has_adapter(session):
-        return
-    if "trained" in variants:
-        yield TRAINED, session.model, True
+def list_models(session: Session, variants: Sequence[str]) -> list[tuple[dict[str, bool], Callable]]:
+    """(columns by name, with whether the adapter is used; a function that gives the model) of each model. Columns of
+    one model share its weights. A merge is made when it is asked for, and nothing here keeps it."""
+    if base_of(session.model) is session.model:
+        return [({BASE: False}, lambda: session.model)]
+    columns = {BASE: False, TRAINED: True} if "trained" in variants else {BASE: False}
+    models = [(columns, lambda: session.model)]
     wanted = [(into, 0) for into, name in (("trained", "merged"), ("full", "full")) if name in variants]
     wanted += [(into, bits) for into in ("trained", "full") for bits in REQUANTISED_BITS if "requantised" in variants]
     for into, bits in wanted:
         name = {"trained": "merged", "full": "full"}[into] + f" to {bits} bits" * bool(bits)
-        logger.info(f"making the variant {name}")
-        model = merged_model(session.base, session.adapter, into, device=session.device).eval()
-        if bits:
-            requantise(model, bits)
-        yield name, model, False
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
+        models.append(({name: False}, partial(make_merge, session, into, bits, name)))
+    return models
 
 
-def answer(
-    session: Session, model, task: Task, adapted: bool, batch: int, progress: Progress
-) -> tuple[list[Answer | None], list]:
-    """(answers, verdicts) of all questions, greedily; None for a prompt that leaves no room for an answer."""
+def make_merge(session: Session, into: str, bits: int, name: str) -> torch.nn.Module:
+    """A merge of the session's adapter in memory, rounded again to `bits` unless they are 0."""
+    logger.info(f"making the variant {name}")
+    gc.collect()  # what is left of the one before
+    torch.cuda.empty_cache()
+    model = merged_model(session.base, session.adapter, into, device=session.device).eval()
+    if bits:
+        requantise(model, bits)
+    return model
+
+
+def measure(
+    session: Session, model, columns: dict[str, bool], task: Task, batch: int, progress: Progress
+) -> list[tuple[str, Result, dict[str, np.ndarray]]]:
+    """(name, result, losses of unrelated text by name) of each column of one model."""
     room = longest_conversation(model.config)
+    answers = ask(session, model, columns, task, room, batch, progress)
+    found = []
+    for name, adapted in columns.items():
+        verdicts = [
+            given and compare(question, given) for question, given in zip(task.questions, answers[name], strict=True)
+        ]
+        result = Result(answers[name], verdicts, losses(model, task.samples, adapted, room, progress))
+        others = {kind: losses(model, samples, adapted, room, progress) for kind, samples in task.kept.items()}
+        found.append((name, result, others))
+    return found
+
+
+def ask(
+    session: Session, model, columns: dict[str, bool], task: Task, room: int, batch: int, progress: Progress
+) -> dict[str, list[Answer | None]]:
+    """The greedy answers of each column, by one engine; None for a prompt that leaves no room for an answer."""
+    answers: dict[str, list[Answer | None]] = {name: [None] * len(task.prompts) for name in columns}
     fitting = [i for i, prompt in enumerate(task.prompts) if len(prompt) < room]
-    answers: list[Answer | None] = [None] * len(task.prompts)
-    if fitting:
-        longest = max(len(task.prompts[i]) for i in fitting) + task.max_new_tokens
-        engine = Engine(model, session.stop_ids, adapted=adapted, max_batch=batch, max_tokens=min(longest, room))
-        asked = [(i, engine.submit(task.prompts[i], Sampling(task.max_new_tokens))) for i in fitting]
-        waiting = dict(asked)
-        while waiting:
-            engine.step()
-            for i in [i for i, generation in waiting.items() if generation.finish_reason]:
-                done = waiting.pop(i)
-                answers[i] = session.read(done.tokens, done.finish_reason, task.questions[i].history.tools)
-                progress.add(1)
-    progress.add(len(task.prompts) - len(fitting))
-    verdicts = [given and compare(question, given) for question, given in zip(task.questions, answers, strict=True)]
-    return answers, verdicts
+    progress.add(len(columns) * (len(task.prompts) - len(fitting)))
+    if not fitting:
+        return answers
+    longest = max(len(task.prompts[i]) for i in fitting) + task.max_new_tokens
+    engine = Engine(model, session.stop_ids, max_batch=batch, max_tokens=min(longest, room))
+    sampling = Sampling(task.max_new_tokens)
+    waiting = {
+        (name, i): engine.submit(task.prompts[i], sampling, adapted)
+        for name, adapted in columns.items()
+        for i in fitting
+    }
+    while waiting:
+        engine.step()
+        for name, i in [key for key, generation in waiting.items() if generation.finish_reason]:
+            done = waiting.pop((name, i))
+            answers[name][i] = session.read(done.tokens, done.finish_reason, task.questions[i].history.tools)
+            progress.add(1)
+    return answers
 
 
 def losses(model, samples: list[TokenizedSample], adapted: bool, room: int, progress: Progress) -> np.ndarray:

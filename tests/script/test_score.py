@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 from transformers import AutoTokenizer
 
 import train_qlora
+from component.export.merge import merged_model
 from component.inference.calls import Answer, Call
-from component.score.comparison import CLASSES, compare
+from component.inference.engine import Engine
+from component.score.comparison import CLASSES
 from script import score
 
 from ..runs import write_rows
@@ -115,15 +118,16 @@ def test_base_and_tuned_stand_side_by_side_and_the_files_agree_with_the_table(tr
 def test_hand_written_answers_give_hand_counted_figures(trained, tmp_path, capsys, monkeypatch):
     """The base gives no call, the tuned model the right one but for Quito, and no right text."""
 
-    def answers(session, model, task, adapted, batch, progress):
-        given = []
+    def ask(session, model, columns, task, *_):
+        given = {name: [] for name in columns}
         for question in task.questions:
             city = question.calls[0].parameters["city"] if question.calls else ""
             call = Call("weather", {"city": "Lima" if city == "Quito" else city})
-            given.append(Answer(calls=(call,)) if adapted and city else Answer("Sunny."))
-        return given, [compare(asked, one) for asked, one in zip(task.questions, given, strict=True)]
+            for name, adapted in columns.items():
+                given[name].append(Answer(calls=(call,)) if adapted and city else Answer("Sunny."))
+        return given
 
-    monkeypatch.setattr("component.score.measure.answer", answers)
+    monkeypatch.setattr("component.score.measure.ask", ask)
     output, data = trained
     run("--adapter", output / "final", "--data", data, "--json", tmp_path / "a.json", "--train_file", data)
     figures = {one["name"]: one for one in json.loads((tmp_path / "a.json").read_text())["figures"]}
@@ -268,3 +272,24 @@ def test_the_command_itself_ends_with_0_and_a_table_and_with_2_and_a_message(tra
     refused = start("--adapter", output / "none")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
+
+
+def test_base_and_tuned_share_an_engine_and_one_merge_is_in_memory_at_a_time(trained, monkeypatch):
+    output, data = trained
+    engines, merges = [], []
+
+    def make_engine(model, *rest, **options):
+        engines.append(type(model).__name__)
+        return Engine(model, *rest, **options)
+
+    def merge(*names, **options):
+        assert [gone() for gone in merges] == [None] * len(merges)
+        merges.append(weakref.ref(model := merged_model(*names, **options)))
+        return model
+
+    monkeypatch.setattr("component.score.measure.Engine", make_engine)
+    monkeypatch.setattr("component.score.measure.merged_model", merge)
+    options = ("--adapter", output / "final", "--data", data, "--limit", 1, "--max_new_tokens", 2, "--keep", data)
+    run(*options, "--variants", "trained,merged,full")
+    assert len(merges) == 2
+    assert engines == ["PeftModelForCausalLM", *["ChatGLMForConditionalGeneration"] * 2]
