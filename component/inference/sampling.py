@@ -47,6 +47,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+TINY = torch.finfo(torch.float32).tiny  # a smaller temperature is 0 on a card
 
 
 class Logprobs(NamedTuple):
@@ -112,12 +113,13 @@ def draw(logits: torch.Tensor, generations: list[Generation]) -> tuple[torch.Ten
         for one, generation in zip(every, generations, strict=True)
     ]
     temperature, top_p, top_k, drawn, uniform = upload(torch.tensor(settings), logits.device).t()[..., None]
-    logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+    logits = (logits - logits[:, :1]) / temperature.clamp(min=TINY)  # 0 for the most probable: no infinity above it
     places = torch.arange(vocab, device=logits.device)
     weights = logits.masked_fill(places >= top_k, -torch.inf).softmax(-1)
     before = weights.cumsum(-1) - weights  # the probability of all that is more probable
     weights = weights.masked_fill(before >= top_p, 0.0)
     sums = weights.cumsum(-1)
-    last = (weights > 0).sum(-1, keepdim=True) - 1  # where rounding lets a number reach the whole sum
+    last = ((weights > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # where rounding lets a number reach the whole sum
     chosen = torch.minimum((sums <= sums[:, -1:] * uniform).sum(-1, keepdim=True), last)
     return drawn[:, 0] > 0, ids.gather(1, chosen)[:, 0]

@@ -42,6 +42,16 @@ def test_a_number_at_the_very_end_draws_no_token_that_is_left_out():
     assert drawn(1.0, logits, top_k=2) == 2
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-60])
+def test_at_the_smallest_temperatures_the_most_probable_token_is_drawn(temperature):
+    logits = torch.tensor([3.0, 90.0, 5.0, -80.0])
+    assert [drawn(number, logits, temperature=temperature) for number in (0.0, 0.5, 0.999)] == [1, 1, 1]
+
+
+def test_logits_that_are_not_finite_are_no_index_out_of_bounds():
+    assert drawn(0.5, torch.full((4,), torch.nan)) in range(4)
+
+
 def test_greedy_and_drawn_conversations_stand_side_by_side():
     generations = [Generation([1]), Generation([1], Sampling(temperature=1.0)), Generation([1], GREEDY)]
     generations[1].draws = Numbers(0.9)
