@@ -1,6 +1,7 @@
 """Fused layers with a cache of keys and values: reads prompts and continues them, many conversations in one forward."""
 
 import os
+import weakref
 from collections.abc import Sequence
 from copy import copy
 from typing import NamedTuple
@@ -228,7 +229,8 @@ class Graph:
     """One forward of `size` conversations by a token each, recorded once and replayed with other values."""
 
     def __init__(self, decoder: Decoder, size: int, adapted: bool):
-        self.decoder, self.adapted = decoder, adapted
+        # A proxy, since the decoder has its graphs: a circle would keep the cache on the card until Python finds it.
+        self.decoder, self.adapted = weakref.proxy(decoder), adapted
         # Ids, first rows and positions. The last row of the cache is nobody's.
         self.values = torch.zeros(3, size, dtype=torch.long, device=decoder.device)
         self.values[1] = decoder.slots * decoder.capacity

@@ -1,6 +1,8 @@
 """Tokens of the engine are those of transformers' `generate`, whatever else is answered beside them."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -280,6 +282,19 @@ def test_a_graph_is_given_what_a_forward_is_given(monkeypatch):
     assert len(asked[0].tokens) == 12
     assert {size for size, _ in inner.graphs} == {1, 2, 4}
     assert inner.cache[:, :, -1].abs().sum() > 0
+
+
+def test_cache_and_graphs_are_freed_with_their_engine(monkeypatch):
+    monkeypatch.setattr(Graph, "record", lambda self: None)
+    engine = Engine(make_model("chatglm").eval(), STOPS, max_batch=1, max_tokens=16)
+    freed = weakref.ref(inner := engine.running.decoder)
+    inner.graphs[1, True] = Graph(inner, 1, True)
+    gc.disable()  # which would free a circle, too, but late
+    try:
+        del engine, inner
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_a_cache_is_as_large_as_memory_and_model_allow():
