@@ -4,7 +4,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..run.errors import DataError
@@ -266,11 +266,12 @@ def with_fixed_date(template: str) -> str:
     return template
 
 
-def common_prefix(one: str, two: str) -> int:
+def common_prefix(one: Sequence, two: Sequence) -> int:
+    """Length of the longest common beginning of two texts or lists."""
     low, high = 0, min(len(one), len(two))
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == two[:middle] else (low, middle - 1)
+        low, high = (middle, high) if one[low:middle] == two[low:middle] else (low, middle - 1)
     return low
 
 

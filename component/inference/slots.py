@@ -1,12 +1,13 @@
 """Conversations in the cache of a model with fused layers: who gets a place, and what is computed at each step."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
+from ..data.chat_text import common_prefix
 from ..kernel.decoder import Decoder, Part
 from .sampling import Generation
 
@@ -33,7 +34,7 @@ class Slot:
         """How many tokens of a prompt are here; never all of them, since the last one's logits are needed."""
         if self.generation is None or self.generation.adapted != generation.adapted:
             return 0
-        return min(common(self.tokens, generation.prompt), len(generation.prompt) - 1)
+        return min(common_prefix(self.tokens, generation.prompt), len(generation.prompt) - 1)
 
 
 class Slots:
@@ -105,7 +106,7 @@ class Slots:
             source = max(self.slots, key=lambda slot: slot.shared(generation))
             shared = source.shared(generation)
             alike = (other.prompt for other in read_now if other.adapted == generation.adapted)
-            if any(common(prompt, generation.prompt) >= shared + WORTH_WAITING for prompt in alike):
+            if any(common_prefix(prompt, generation.prompt) >= shared + WORTH_WAITING for prompt in alike):
                 held.append(generation)
                 continue
             # A conversation that goes on stays where it is. Else what was used longest ago is overwritten.
@@ -118,15 +119,3 @@ class Slots:
             self.busy.append(slot)
             read_now.append(generation)
         waiting.extendleft(reversed(held))
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

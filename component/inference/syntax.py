@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
+from ..data.chat_text import common_prefix
 from ..run.errors import DataError
 from .calls import (
     DECODER,
@@ -243,8 +244,3 @@ def proofs() -> Iterator[tuple[tuple[Call, ...], str]]:
         yield calls, ""
     yield PROOFS[0], "One moment, please."
     yield PROOFS[-1], "Two lines\nbefore it."
-
-
-def common_prefix(one: str, two: str) -> int:
-    pairs = zip(one, two, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))

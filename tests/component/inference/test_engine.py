@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, OPTConfig
 
+from component.data.chat_text import common_prefix
 from component.inference import slots
 from component.inference.engine import Engine
 from component.inference.sampling import Sampling
@@ -309,6 +310,6 @@ def test_a_cache_is_as_large_as_memory_and_model_allow():
 
 
 def test_the_common_beginning_of_two_prompts():
-    assert slots.common([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert slots.common([1, 2, 3], [1, 2, 3, 4]) == 3
-    assert slots.common([], [1]) == slots.common([2], [1]) == 0
+    assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_prefix([1, 2, 3], [1, 2, 3, 4]) == 3
+    assert common_prefix([], [1]) == common_prefix([2], [1]) == 0
