@@ -292,8 +292,8 @@ def find_base(folder: Path, config: dict) -> str:
     named = config["base_model_name_or_path"]
     if not named or ".." in Path(named).parts or not Path(named).is_dir():
         raise ArgumentError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {named!r}, which is no folder here; name "
-            "the base, so that nothing but what you name is loaded"
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {named!r}, which is no folder here; give "
+            "the base with --base, so that nothing but what you name is loaded"
         )
     return named
 

@@ -36,6 +36,7 @@ from ..trust import (
     check_adapter,
     check_model,
     find_adapter_weights,
+    find_base,
     find_model_file,
     find_weights,
     identify_base,
@@ -129,8 +130,10 @@ def plan_merge(adapter: Path, base: str | None = None, into: str | None = None, 
     Raises:
         ArgumentError: adapter or base are refused, do not belong together, or cannot be merged so.
     """
-    its_base = check_adapter(adapter).get("base_model_name_or_path")
-    file, base = find_base(adapter, its_base, base)
+    settings = check_adapter(adapter)
+    named = "--base" if base else f"{adapter / 'adapter_config.json'}: base_model_name_or_path"
+    base = base or find_base(adapter, settings)
+    file = find_config(base, named)
     bits, compute_dtype = read_training(adapter)
     into = into or (DEFAULT_INTO if bits else "full")
     quantised = read_model_json(file).get("quantization_config")
@@ -140,7 +143,7 @@ def plan_merge(adapter: Path, base: str | None = None, into: str | None = None, 
             "gives; give that with --base, or set --into trained if it is bitsandbytes' 4 bits and you want them"
         )
     if run := read_run(adapter):
-        check_same_base(adapter, its_base, base, identify_base(base), run)
+        check_same_base(adapter, settings["base_model_name_or_path"], base, identify_base(base), run)
     own = read_dtype(base, file)
     compute_dtype = compute_dtype or own
     result = DTYPES[dtype] if dtype else own
@@ -148,27 +151,19 @@ def plan_merge(adapter: Path, base: str | None = None, into: str | None = None, 
     return MergePlan(base, adapter, into, result, bits, compute_dtype, values, bool(quantised))
 
 
-def find_base(adapter: Path, its_base: str | None, given: str | None) -> tuple[Path, str]:
-    """Find the base to merge into: (its config.json, its folder or hub name). Raises ArgumentError."""
-    base = given or its_base
-    named = f"{adapter / 'adapter_config.json'}: base_model_name_or_path"
-    if not given and (not base or ".." in Path(base).parts or not Path(base).is_dir()):
-        raise ArgumentError(
-            f"{named} is {base!r}, which is no folder here; give the base with --base, so that nothing but what you "
-            "name is loaded"
-        )
-    place = f"--base {base}" if given else f"{named} {base}"
+def find_config(base: str, named: str) -> Path:
+    """The config.json of the base to merge into. Raises ArgumentError, which says where the base is named."""
     try:
         check_model(base)
         config = find_model_file(base, "config.json")
     except (OSError, ValueError) as error:
-        raise ArgumentError(f"{place}: {error}") from error
+        raise ArgumentError(f"{named} {base}: {error}") from error
     if not config:
         raise ArgumentError(
-            f"{place}: no config.json is to be had; give a folder with the model's files, or its hub name where the "
-            "hub can be reached"
+            f"{named} {base}: no config.json is to be had; give a folder with the model's files, or its hub name where "
+            "the hub can be reached"
         )
-    return config, base
+    return config
 
 
 def read_dtype(base: str, file: Path) -> torch.dtype:

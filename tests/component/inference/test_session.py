@@ -455,7 +455,7 @@ def test_an_adapter_of_another_shape_is_refused_before_weights_are_loaded(
         Session.open(str(model_folder()), adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "THUDM/chatglm3-6b"}))
-    with pytest.raises(ArgumentError, match="'THUDM/chatglm3-6b', which is no folder here; name the base"):
+    with pytest.raises(ArgumentError, match="'THUDM/chatglm3-6b', which is no folder here; give the base with --base"):
         Session.open(adapter=adapter)
 
 
