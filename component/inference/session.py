@@ -17,14 +17,24 @@ from ..data.conversation import Conversation, Turn, first_rounds_to_leave_out, w
 from ..data.dataset import DATA_FORMATS, select_format
 from ..data.formats import parse_row
 from ..data.prepare import check_tokenizer, require_rows
-from ..model import adopt_conversation, check_fits, check_same_base, load_adapter, load_base, open_tokenizer
+from ..model import (
+    BITS,
+    adopt_conversation,
+    check_fits,
+    check_same_base,
+    load_adapter,
+    load_base,
+    open_tokenizer,
+    read_training,
+)
 from ..run.errors import ArgumentError, DataError
 from ..run.log import counted
 from ..trust import check_adapter, find_adapter, find_base, identify_base, read_run, require_weights
 from .answers import ChatGLM3Reader, TemplateReader, TextReader
 from .calls import Answer
+from .engine import Engine
+from .sampling import GREEDY, Sampling
 
-BITS = (4, 16)
 # Conversations whose answers end in every way that the model learns: the last one, and those before a question, a
 # result and another answer.
 ASKED, ANSWERED = Turn("user", "Hello"), Turn("assistant", "Hello.", learned=True)
@@ -115,10 +125,10 @@ class Session:
         if chat_template:
             set_chat_template(tokenizer, chat_template)
         data_format = choose_format(base, tokenizer, data_format, chat_template, run)
-        settings = run.get("settings") if isinstance(run.get("settings"), dict) else {}
-        bits = choose_bits(base_bits, folder, settings)
+        trained_bits, trained_dtype = read_training(folder) if folder else (None, None)
+        bits = choose_bits(base_bits, folder, trained_bits)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or choose_dtype(device, settings)
+        dtype = dtype or choose_dtype(device, trained_dtype)
         return cls(tokenizer, data_format, None, bits, folder, base, dtype, device)
 
     def load(self) -> "Session":
@@ -213,16 +223,11 @@ class Session:
     # Conversations
 
     @cached_property
-    def engine(self):
-        from .engine import Engine  # imported here: prompts and answers need no engine
-
+    def engine(self) -> Engine:
         return Engine(self.model, self.stop_ids)
 
-    def ask(self, messages: list[dict], tools: Any = None, sampling: Any = None) -> Answer:
+    def ask(self, messages: list[dict], tools: Any = None, sampling: Sampling = GREEDY) -> Answer:
         """Answer messages as `conversation` takes them. Early rounds for which the context has no room are left out.
-
-        Args:
-            sampling: component.inference.engine.Sampling; greedy by default.
 
         Raises:
             DataError: training would refuse the messages, or the last round is too long.
@@ -230,14 +235,11 @@ class Session:
         *_, answer = self.stream(messages, tools, sampling)
         return answer
 
-    def stream(self, messages: list[dict], tools: Any = None, sampling: Any = None) -> Iterator[Answer]:
+    def stream(self, messages: list[dict], tools: Any = None, sampling: Sampling = GREEDY) -> Iterator[Answer]:
         """Answer as `ask` does, and yield the answer so far after every token that adds to it, the whole one last.
 
         A call is part of it when it is complete. Each token costs a reading of the whole answer.
         """
-        from .engine import Sampling
-
-        sampling = sampling or Sampling()
         room = max(self.engine.room - sampling.max_new_tokens, self.engine.room // 2)
         conversation, _ = self.fit(self.conversation(messages, tools), room)
         generation = self.engine.submit(self.prompt(conversation), sampling)
@@ -293,10 +295,8 @@ def choose_format(base: str, tokenizer, data_format: str | None, chat_template: 
     return "chat_template"
 
 
-def choose_bits(asked: int | None, folder: Path | None, settings: dict) -> int:
+def choose_bits(asked: int | None, folder: Path | None, trained: int | None) -> int:
     """Bits of the base: those that are asked for, else those of training; 16 where nothing tells them."""
-    trained = settings.get("base_bits", 4) if settings else None
-    trained = trained if trained in BITS else None
     if folder and not trained and not asked:
         logger.info(f"{folder} does not record how its base was loaded: it is loaded in 16 bits (base_bits: 4 or 16)")
     if trained and asked and asked != trained:
@@ -304,9 +304,8 @@ def choose_bits(asked: int | None, folder: Path | None, settings: dict) -> int:
     return asked or trained or 16
 
 
-def choose_dtype(device: torch.device, settings: dict) -> torch.dtype:
+def choose_dtype(device: torch.device, trained: torch.dtype | None) -> torch.dtype:
     """bfloat16 on a card, float16 where it has none; on a CPU what training computed in, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    trained = settings.get("compute_dtype")
-    return getattr(torch, trained) if trained in ("float32", "bfloat16", "float16") else torch.float32
+    return trained or torch.float32

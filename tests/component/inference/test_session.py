@@ -474,22 +474,17 @@ def test_a_model_with_a_template_of_its_own_is_asked_by_it_unless_its_adapter_le
 
 
 @pytest.mark.parametrize(
-    ("settings", "asked", "bits"),
-    [({}, None, 16), ({"lora_rank": 4}, None, 4), ({"base_bits": 16}, None, 16), ({"base_bits": 16}, 4, 4), ({}, 4, 4)],
+    ("trained", "asked", "bits"), [(None, None, 16), (4, None, 4), (16, None, 16), (16, 4, 4), (None, 4, 4)]
 )
-def test_the_bits_of_training_are_those_of_its_manifest_and_4_in_earlier_ones(settings, asked, bits):
-    assert choose_bits(asked, Path("adapter"), settings) == bits
+def test_the_bits_are_those_that_are_asked_for_or_those_of_training(trained, asked, bits):
+    assert choose_bits(asked, Path("adapter"), trained) == bits
 
 
 def test_other_bits_than_those_of_training_are_said(log):
-    choose_bits(16, Path("adapter"), {"base_bits": 4})
+    choose_bits(16, Path("adapter"), 4)
     assert "adapter was trained on a base in 4 bits, and this one has 16: another model" in log[-1]
 
 
 def test_a_processor_computes_as_training_did():
-    settings = [{"compute_dtype": "bfloat16"}, {}, {"compute_dtype": "int8"}]
-    assert [choose_dtype(torch.device("cpu"), one) for one in settings] == [
-        torch.bfloat16,
-        torch.float32,
-        torch.float32,
-    ]
+    assert choose_dtype(torch.device("cpu"), torch.bfloat16) == torch.bfloat16
+    assert choose_dtype(torch.device("cpu"), None) == torch.float32
