@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,16 @@ class Score:
     kept: list[Kept] = field(default_factory=list)
     trained: set[str] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def figures(self) -> list["Figure"]:
+        """The lines of the main table. They are computed once, since a bootstrap over many rows takes a while."""
+        return find_figures(self)
+
+    @cached_property
+    def kept_figures(self) -> list["Figure"]:
+        """The lines on unrelated text."""
+        return find_kept_figures(self)
 
     @property
     def references(self) -> dict[str, str]:
@@ -275,8 +286,8 @@ def to_json(score: Score) -> dict[str, Any]:
         "rows": len(score.rows),
         "questions": len(score.questions),
         "notes": score.notes,
-        "figures": [figure.to_json() for figure in find_figures(score)],
-        "unrelated_text": [figure.to_json() for figure in find_kept_figures(score)],
+        "figures": [figure.to_json() for figure in score.figures],
+        "unrelated_text": [figure.to_json() for figure in score.kept_figures],
         "decisions": {model: find_decisions(score, model) for model in models},
         "faults": {model: count_faults(verdict for _, verdict in score.judged(model)) for model in models},
         "classes": CLASSES,

@@ -21,8 +21,6 @@ from .figures import (
     by_argument,
     by_function,
     find_decisions,
-    find_figures,
-    find_kept_figures,
     to_json,
 )
 from .statistics import Estimate
@@ -39,8 +37,8 @@ def table(score: Score) -> str:
     calls = sum(bool(question.calls) for question in score.questions)
     head = f"{score.title}: {counted(len(score.rows), 'row')}, {counted(len(score.questions), 'question')}, of which "
     lines = [f"{head}{calls:,} want a call and {len(score.questions) - calls:,} a text", *score.notes, ""]
-    lines += figure_lines(find_figures(score), score)
-    if kept := find_kept_figures(score):
+    lines += figure_lines(score.figures, score)
+    if kept := score.kept_figures:
         lines += ["", "on text that has nothing to do with the training (lower is better):", *figure_lines(kept, score)]
     if calls:
         decisions = {model: find_decisions(score, model) for model in models}
