@@ -247,14 +247,18 @@ def round_base(model: PreTrainedModel, plan: MergePlan) -> dict[str, float]:
     """Frobenius norms of what rounding to 4 bits changes, by layer. For a merge into the values of training, the layers
     are rounded."""
     norms = {}
-    for name, layer in find_linear_layers(model).items():
-        if type(layer) is not nn.Linear:  # transformers leaves subclasses, such as routers of experts, as they are
-            continue
+    for name, layer in quantised_layers(model).items():
         rounded = round_to_nf4(layer.weight.to(plan.compute_dtype))
         norms[name] = torch.linalg.vector_norm(layer.weight.float() - rounded.float()).item()
         if plan.into == "trained":
             layer.weight.data = rounded
     return norms
+
+
+def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The layers that transformers quantises, by name: not the output head, and not subclasses, such as routers of
+    experts."""
+    return {name: layer for name, layer in find_linear_layers(model).items() if type(layer) is nn.Linear}
 
 
 def add_update(layer: BaseTunerLayer, dtype: torch.dtype) -> float:
@@ -314,7 +318,7 @@ def requantise(model: PreTrainedModel, bits: int) -> None:
     The values come back in the model's dtype. To see the rounding alone, give a model in float32.
     """
     round_weight = {4: round_to_nf4, 8: round_to_q8}[bits]
-    for layer in find_linear_layers(model).values():
+    for layer in quantised_layers(model).values():
         layer.weight.data = round_weight(layer.weight)
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
 from ..chatglm.versions import CACHE
-from ..kernel.decoder import UNLIMITED, longest_conversation
+from ..kernel.decoder import longest_conversation
 from ..kernel.model import base_of
 from .sampling import Generation
 
@@ -22,7 +22,7 @@ class Batches:
         self.model, self.own = model.eval(), base_of(model)
         self.max_batch, self.vocab = max_batch, vocab
         limit = longest_conversation(self.own.config)
-        self.room = min(max_tokens or UNLIMITED, limit)
+        self.room = min(max_tokens or limit, limit)
         self.takes_positions = "position_ids" in inspect.signature(self.own.forward).parameters
         self.batch: list[Generation] = []
 

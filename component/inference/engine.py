@@ -25,7 +25,7 @@ class Engine:
     An answer also ends, with "length", at its `max_new_tokens` and where prompt and answer together have `room` tokens.
 
     Args:
-        model: a causal LM, with or without a peft adapter.
+        model: a causal LM, with or without a peft adapter. One without fused layers is put in eval mode.
         stop_ids: tokens that end an answer.
         adapted: False to leave the adapter out; `submit` can decide otherwise for one conversation.
         max_batch: conversations that are answered at once; fewer if the memory has no room for more.

@@ -3,7 +3,9 @@
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,8 @@ from .layer import Layer, RowContext
 from .model import final_norm, find_layers, norm_of, rotary_angles
 from .projection import Projection
 
+PARTS = ("qkv", "out", "gate_up", "down")  # of a layer, as Layer.projections
+CONTAINER = Path("/sys/fs/cgroup/memory.max")  # bytes that a container may take
 SHARE = 0.85  # of the free memory, which weights and cache may take; the rest is a forward's
 UNLIMITED = 8192  # tokens of a conversation where a model does not limit them
 SHORTEST = 2048  # tokens of a conversation, below which there are rather fewer conversations at once
@@ -95,15 +99,21 @@ class FrozenProjection:
 
     def __init__(self, projection: Projection, wide: bool):
         self.in_features, self.bias, self.rank = projection.in_features, projection.bias, projection.rank
-        self.room = self.rank if wide and self.rank % 16 == 0 else 0  # as Projection.room, and beside plain bases, too
+        self.room = self.spare_columns(projection, wide)
         self.weight = projection.weight_beside_ups() if self.room else projection.weight()
         parts = self.weight[:, : self.in_features].split([base.out_features for base in projection.bases])
         for base, part in zip(projection.bases, parts, strict=True):
-            if base.weight.shape == part.shape:  # 4-bit weights have another shape, and stay
+            # 4-bit weights have another shape, and stay, as do those that would be rounded.
+            if base.weight.shape == part.shape and base.weight.dtype == part.dtype:
                 base.weight.data = part
         self.downs = projection.down().t() if projection.paths else None  # (in_features, rank)
         paths = [] if self.room else projection.paths
         self.paths = [(path, path.up.detach().to(projection.dtype).t()) for path in paths]
+
+    @staticmethod
+    def spare_columns(projection: Projection, wide: bool) -> int:
+        """As Projection.room, and beside plain bases, too."""
+        return projection.rank if wide and projection.rank % 16 == 0 else 0
 
     def without_adapter(self) -> "FrozenProjection":
         """The same bases alone, in the same memory."""
@@ -156,10 +166,10 @@ class Decoder:
         self.layers = {True: tuned, False: base}  # by whether the adapter is in them
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings().weight[:vocab]
         self.norm, self.eps = norm_of(final_norm(model))
-        free, dequantised, size = SHARE * free_memory(self.device), dequantised_bytes(tuned), self.head.element_size()
-        freezes = dequantised < free / 2
+        free, frozen, size = SHARE * free_memory(self.device), frozen_bytes(tuned), self.head.element_size()
+        freezes, four_bits = frozen < free / 2, has_4_bits(tuned[0].qkv)
         if freezes:
-            free -= dequantised
+            free -= frozen
             freeze(tuned, base)
         one = tuned[0]
         tokens = int(free / (2 * len(tuned) * one.groups * one.head_dim * size))
@@ -175,7 +185,7 @@ class Decoder:
         self.cos, self.sin = rotary_angles(model, torch.arange(self.capacity, device=self.device))
         self.graphs: dict[tuple[int, bool], Graph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.is_flash else None
-        bits = f"4-bit weights dequantised {'once' if freezes else 'at every step'}, " if dequantised else ""
+        bits = f"4-bit weights dequantised {'once' if freezes else 'at every step'}, " * four_bits
         logger.info(
             f"decoding: {bits}{self.slots} conversations of at most {self.capacity} tokens at once, whose cache takes "
             f"{self.cache.nbytes / 2**30:.2f} GiB"
@@ -270,27 +280,36 @@ def longest_conversation(config) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that weights and a cache may take: what is free on a card, half of the memory elsewhere."""
+    """Bytes that weights and a cache may take: what is free on a card; elsewhere half of the machine's memory, or of its
+    container's."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):  # "max" is no limit
+        limits.append(int(CONTAINER.read_text()))
+    return min(limits) // 2
 
 
-def dequantised_bytes(layers: list[Layer]) -> int:
-    """Bytes that the layers' 4-bit weights take in the type that they are multiplied in."""
-    return sum(
-        part.width * (part.in_features + part.room) * part.dtype.itemsize
-        for layer in layers
-        for part in layer.projections
-        if any(isinstance(base, Linear4bit) for base in part.bases)
-    )
+def frozen_bytes(layers: list[Layer]) -> int:
+    """Bytes that freezing takes: 4-bit weights in the type that they are multiplied in, and spare columns."""
+    total = 0
+    for layer in layers:
+        for name, part in zip(PARTS, layer.projections, strict=True):
+            columns = FrozenProjection.spare_columns(part, name != "out")
+            columns += part.in_features if has_4_bits(part) else 0
+            total += part.width * columns * part.dtype.itemsize
+    return total
+
+
+def has_4_bits(projection: Projection) -> bool:
+    return any(isinstance(base, Linear4bit) for base in projection.bases)
 
 
 def freeze(tuned: list[Layer], base: list[Layer]) -> None:
     """Replace the projections of layers with an adapter, and of the same without it, by ones that share their bases."""
     for layer, alone in zip(tuned, base, strict=True):
-        for name in ("qkv", "out", "gate_up", "down"):
+        for name in PARTS:
             frozen = FrozenProjection(getattr(layer, name), wide=name != "out")
             setattr(layer, name, frozen)
             setattr(alone, name, frozen.without_adapter())

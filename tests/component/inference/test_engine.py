@@ -13,8 +13,9 @@ from component.data.chat_text import common_prefix
 from component.inference import slots
 from component.inference.engine import Engine
 from component.inference.sampling import Sampling
-from component.kernel import decoder
+from component.kernel import decoder, plain
 from component.kernel.decoder import FlashCache, Graph, PlainCache, fit_cache
+from component.kernel.projection import Projection
 from component.model import find_linear_names
 from component.run.errors import ArgumentError, DataError
 from tests.component.kernel.conftest import CONFIGS, make_model
@@ -117,6 +118,37 @@ def test_where_memory_is_short_four_bit_weights_are_dequantised_at_every_step(mo
     generations = Engine(model, STOPS, max_batch=2, max_tokens=32).run(prompts, TWELVE)
     assert "4-bit weights dequantised at every step, 2 conversations of at most 32 tokens" in "".join(log)
     assert answers(generations) == [answer_by_generate(model, prompt) for prompt in prompts]
+
+
+def test_a_weight_of_another_type_is_used_rounded_and_stays_as_it_is():
+    layer = torch.nn.Linear(32, 16, bias=False)
+    before = layer.weight.clone()
+    with torch.no_grad():
+        frozen = decoder.FrozenProjection(Projection([layer], torch.bfloat16, plain, 0), wide=True)
+    assert frozen.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.weight, before)
+
+
+def test_the_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(decoder, "CONTAINER", limit)
+    whole = decoder.free_memory(torch.device("cpu"))
+    limit.write_text("max\n")
+    assert decoder.free_memory(torch.device("cpu")) == whole
+    limit.write_text("2000000\n")
+    assert decoder.free_memory(torch.device("cpu")) == 1_000_000
+
+
+def test_a_model_of_own_layers_has_room_for_as_many_tokens_as_it_was_made_for():
+    config = GPTNeoXConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=20_000,
+    )
+    assert Engine(AutoModelForCausalLM.from_config(config), STOPS).room == 20_000
 
 
 def test_a_common_beginning_is_computed_once(computed):

@@ -72,7 +72,7 @@ def test_weights_that_are_dequantised_in_a_graph_give_the_logits_of_those_that_a
     model = make_model("llama", **HALF).eval().get_base_model()
     tokens = [torch.randint(1, 97, (size,), generator=torch.Generator().manual_seed(size)) for size in (500, 70, 44)]
     kept = write(Decoder(model, 4, 512), tokens, adapted=True)
-    monkeypatch.setattr("component.kernel.decoder.dequantised_bytes", lambda layers: 1 << 60)
+    monkeypatch.setattr("component.kernel.decoder.frozen_bytes", lambda layers: 1 << 60)
     again = write(Decoder(model, 4, 512), tokens, adapted=True)
     assert [f"dequantised {when}" in line for line, when in zip(log, ("once", "at every step"), strict=True)] == [
         True

@@ -159,6 +159,8 @@ def test_chinese_and_unprintable_names_leave_the_columns_of_the_table_in_line():
     assert len(lines) == 5
     widths = [sum(1 + ("一" <= character <= "鿿") for character in line) for line in lines]
     assert len(set(widths[:3])) == len(set(widths[3:])) == 1
+
+
 def test_figures_are_computed_once_for_table_page_and_file(score, monkeypatch):
     shown = table(score)
 
