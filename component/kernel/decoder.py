@@ -280,7 +280,7 @@ def longest_conversation(config) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that weights and a cache may take: what is free on a card; else half of the machine's or container's memory."""
+    """Bytes for weights and a cache: what is free on a card; else half of the machine's or container's memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
