@@ -273,8 +273,8 @@ def test_swift_calls_after_one_another_are_parallel():
     ],
 )
 def test_a_call_is_held_against_its_schema(arguments, expected):
-    assert list(misfits("book_search", arguments, [SEARCH])) == expected
-    assert list(misfits("book_search", arguments, [{"type": "function", "function": SEARCH}])) == expected
+    for tool in (SEARCH, {"type": "function", "function": SEARCH}):
+        assert [misfit.text for misfit in misfits("book_search", arguments, [tool])] == expected
 
 
 @pytest.mark.parametrize(
