@@ -69,6 +69,9 @@ OTHERS = {
     "--html output/score.html",
     "python script/score.py --adapter output/chatglm3-6b/final --data data/test.jsonl "
     "--variants trained,merged,full,requantised",
+    # tests/benchmark/test_quality.py
+    "python benchmark/quality.py --model models/SmolLM2-135M-Instruct --calls ../shared/data/snips "
+    "--chat chatterbot_corpus/data/english --output output/quality --gpus 4 --at_once 3",
     "python script/verify_real.py /models/chatglm3-6b",
     "pip install modelscope",  # fixed
     "modelscope download --model ZhipuAI/chatglm3-6b --local_dir models/chatglm3-6b",  # fixed; parsed by 1.40.2
@@ -166,7 +169,7 @@ def test_every_model_of_the_chinese_readme_lies_where_it_was_downloaded_to():
     downloaded = set(re.findall(r"modelscope download .*--local_dir (\S+)", page))
     used = re.findall(r'(?:model_name_or_path=|--base |base, adapter = "|verify_real.py )([^\s"`]+)', page)
     assert set(used) == downloaded == {"models/chatglm3-6b", "models/Qwen2.5-7B-Instruct"}
-    assert len(used) == 12
+    assert len(used) == 13
 
 
 def test_both_readmes_answer_the_same_questions():
