@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from component.run.process import run_program
+from component.run.process import Interrupted, run_program
 from component.settings.load import load_arguments
 from component.settings.schema import QLoRAArguments
 
@@ -101,7 +101,7 @@ def train(cli: argparse.Namespace, watch) -> None:
         if start.is_done:
             logger.info(f"this run is done: {folder.path / FINAL}; overwrite_output_dir=true begins it anew")
             if args.score_at_end:
-                score_at_end(args, data_format, tokenizer, folder.path)
+                score_at_end(args, data_format, tokenizer, folder.path, watch)
         else:
             fine_tune(args, training_args, data_format, tokenizer, folder, start, watch)
 
@@ -167,7 +167,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     # 5. Results
     publish_results(trainer, result, folder, start)
     if args.score_at_end:
-        score_at_end(args, data_format, tokenizer, folder.path, trainer.model)
+        score_at_end(args, data_format, tokenizer, folder.path, watch, trainer.model)
 
 
 def make_model(args, training_args, folder, start):
@@ -235,9 +235,10 @@ def publish_results(trainer, result, folder, start) -> None:
     logger.info(f"loss curve: {picture}; its figures: {figures}")
 
 
-def score_at_end(args, data_format: str, tokenizer, folder: Path, model=None) -> None:
+def score_at_end(args, data_format: str, tokenizer, folder: Path, watch, model=None) -> None:
     """Score the final adapter on rank 0: in the model that was trained or, where it has no score yet, loaded anew."""
     from component.run.ranks import on_rank_zero
+    from component.run.resume import FINAL
     from component.score.at_end import is_scored, score_run, session_of
 
     def score() -> str:
@@ -245,7 +246,12 @@ def score_at_end(args, data_format: str, tokenizer, folder: Path, model=None) ->
             return ""
         return score_run(args, lambda: session_of(args, data_format, tokenizer, folder, model), folder)
 
-    shown = on_rank_zero(score)
+    try:
+        watch.end_deferral()  # nothing is left to be saved
+        shown = on_rank_zero(score)
+    except Interrupted as stop:
+        stop.told = f"stopped before its score; the adapter is whole: {folder / FINAL}; the same command scores it"
+        raise
     if shown and not int(os.environ.get("RANK") or 0):
         print(shown)
 

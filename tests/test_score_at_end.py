@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,19 @@ def test_a_score_that_fails_leaves_the_final_adapter(stopped, settings, tmp_path
     final = tmp_path / "run/final"
     assert (final / "adapter_model.safetensors").is_file()
     assert f"the final adapter is whole: {final}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_score_at_once_and_the_same_command_scores(
+    job, stopped, settings, tmp_path, monkeypatch, capfd, signum
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("component.score.at_end.score_models", lambda *_, **__: os.kill(os.getpid(), signum))
+        assert stopped("run", **settings) == 128 + signum
+    told = capfd.readouterr().err
+    assert f"the adapter is whole: {tmp_path / 'run/final'}" in told
+    assert "checkpoint as soon as possible" not in told
+    assert (job(**settings) / "score.json").is_file()
 
 
 def test_an_older_score_is_not_that_of_a_newer_adapter(tmp_path):

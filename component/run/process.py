@@ -16,11 +16,15 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Interrupted(BaseException):
-    """Raised when a signal asks the program to end. Like KeyboardInterrupt, no `except Exception` catches it."""
+    """Raised when a signal asks the program to end. Like KeyboardInterrupt, no `except Exception` catches it.
+
+    Attributes:
+        told: what to tell the user; empty for what the program always tells.
+    """
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
+        self.exit_code, self.told = 128 + signum, ""
 
 
 class SignalWatch:
@@ -45,6 +49,12 @@ class SignalWatch:
     def __exit__(self, *error) -> None:
         for signum, old in self.replaced.items():
             signal.signal(signum, old)
+
+    def end_deferral(self) -> None:
+        """Have signals end the program at once from here on. Raises Interrupted if one came meanwhile."""
+        self.deferred = False
+        if self.received:
+            raise Interrupted(self.received)
 
     def cause(self, error: BaseException) -> Interrupted:
         """The Interrupted that ended the block, also where a library turned it into another `error` during an import.
@@ -111,7 +121,7 @@ def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], st
         stop = watch.cause(error)
         if not watch.deferred:
             with suppress(OSError):
-                sys.stderr.write(f"{stop}: {if_stopped()}\n")
+                sys.stderr.write(f"{stop}: {stop.told or if_stopped()}\n")
                 sys.stderr.flush()
         leave(stop.exit_code)
     if exit_code:
