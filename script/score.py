@@ -57,6 +57,8 @@ def parse_command_line() -> argparse.Namespace:
         parser.error("give either --adapter or --model")
     if cli.model and (cli.base or cli.variants != ["trained"]):
         parser.error("--base and --variants need --adapter")
+    if cli.json and cli.html and cli.json.resolve() == cli.html.resolve():
+        parser.error("--json and --html name the same file")
     return cli
 
 
@@ -72,13 +74,15 @@ def main() -> None:
 def score(cli: argparse.Namespace) -> None:
     from loguru import logger
 
+    from component.data.reader import find_files
     from component.inference.session import Session
     from component.score.measure import KEEP, find_trained, prepare_task, read_kept, score_models
     from component.score.questions import read_scored_rows
     from component.score.report import check_file, table, write_files
 
+    read = [file for source in (cli.data, cli.keep, cli.train_file) if source for file in find_files(source)]
     for name in ("json", "html"):
-        check_file(getattr(cli, name), f"--{name}")
+        check_file(getattr(cli, name), f"--{name}", read)
     rows = read_scored_rows(cli.data, limit=cli.limit)
     kept = read_kept(Path(cli.keep) if cli.keep else KEEP, by_language=not cli.keep)
     train_rows = read_scored_rows(cli.train_file) if cli.train_file else None

@@ -145,10 +145,13 @@ def shorten(value):
     return [shorten(item) for item in value] if isinstance(value, list) else value
 
 
-def check_file(file: Path | None, name: str) -> None:
-    """Raise ArgumentError where `write_files` could not write a file that was asked for as `name`."""
+def check_file(file: Path | None, name: str, read: Iterable[Path] = ()) -> None:
+    """Raise ArgumentError where `write_files` could not write a file that was asked for as `name`, or would write over
+    one of those that are read."""
     if not file:
         return
+    if file.resolve() in {path.resolve() for path in read}:
+        raise ArgumentError(f"{name} {file}: holds rows that are read, and would be written over; choose another name")
     if file.is_symlink() or (file.exists() and not file.is_file()):
         raise ArgumentError(f"{name} {file}: a link or no file; give the name of a file")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):

@@ -221,6 +221,8 @@ def test_bad_input_gets_one_message_before_weights_are_loaded(trained, refusal, 
         (("--data", data, "--base", model_folder("llama")), "llama3-nano"),
         (("--data", data, "--json", tmp_path / "no/such.json"), "nothing can be written in"),
         (("--data", data, "--html", tmp_path), "a link or no file"),
+        (("--data", data, "--json", data), "holds rows that are read, and would be written over"),
+        (("--data", data, "--keep", no_tools, "--html", no_tools), "holds rows that are read"),
         (("--data", data, "--data_format", "firefly"), "train.jsonl:1: firefly has no place for"),
     ):
         message = refusal("--adapter", final, *options)
@@ -241,6 +243,7 @@ def test_bad_input_gets_one_message_before_weights_are_loaded(trained, refusal, 
         (("--model", "b", "--variants", "full"), "--base and --variants need --adapter"),
         (("--adapter", "a", "--variants", "fool"), "'fool' is none of trained, merged, full, requantised"),
         (("--adapter", "a", "--limit", "0"), "0 is not positive"),
+        (("--adapter", "a", "--json", "b", "--html", "./b"), "--json and --html name the same file"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(refusal, options, fault):
