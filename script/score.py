@@ -76,7 +76,7 @@ def score(cli: argparse.Namespace) -> None:
 
     from component.data.reader import find_files
     from component.inference.session import Session
-    from component.score.measure import KEEP, find_trained, prepare_task, read_kept, score_models
+    from component.score.measure import KEEP, check_variants, find_trained, prepare_task, read_kept, score_models
     from component.score.questions import read_scored_rows
     from component.score.report import check_file, table, write_files
 
@@ -93,6 +93,7 @@ def score(cli: argparse.Namespace) -> None:
         data_format=cli.data_format,
         chat_template=cli.chat_template,
     )
+    check_variants(session, cli.variants)
     task = prepare_task(session, rows, kept, cli.max_new_tokens)
     trained, notes = find_trained(session.adapter, cli.data, rows, train_rows)
     logger.info(f"loading {session.base} with {session.base_bits} bits on {session.device}")

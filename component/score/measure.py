@@ -12,7 +12,7 @@ import torch
 from loguru import logger
 
 from ..data.render import TokenizedSample
-from ..export.merge import merged_model, requantise
+from ..export.merge import merged_model, plan_merge, requantise
 from ..inference.calls import Answer
 from ..inference.engine import Engine
 from ..inference.sampling import Sampling
@@ -170,6 +170,20 @@ def left_out(count: int, thing: str, room: int) -> str:
     return f"{counted(count, thing)} left out: longer than the model's context of {room:,} tokens"
 
 
+def merges_of(variants: Sequence[str]) -> list[tuple[str, int]]:
+    """(into what, bits of the merged weights or 0) of each merge among variants."""
+    merges = [(into, 0) for into, name in (("trained", "merged"), ("full", "full")) if name in variants]
+    return merges + [
+        (into, bits) for into in ("trained", "full") for bits in REQUANTISED_BITS if "requantised" in variants
+    ]
+
+
+def check_variants(session: Session, variants: Sequence[str]) -> None:
+    """Raise ArgumentError for a merge that would be refused, before anything is measured. No weight is read."""
+    for into in dict(merges_of(variants)):
+        plan_merge(session.adapter, session.base, into)
+
+
 def list_models(session: Session, variants: Sequence[str]) -> list[tuple[dict[str, bool], Callable]]:
     """(columns by name, with whether the adapter is used; a function that gives the model) of each model. Columns of
     one model share its weights. A merge is made when it is asked for, and nothing here keeps it."""
@@ -177,9 +191,7 @@ def list_models(session: Session, variants: Sequence[str]) -> list[tuple[dict[st
         return [({BASE: False}, lambda: session.model)]
     columns = {BASE: False, TRAINED: True} if "trained" in variants else {BASE: False}
     models = [(columns, lambda: session.model)]
-    wanted = [(into, 0) for into, name in (("trained", "merged"), ("full", "full")) if name in variants]
-    wanted += [(into, bits) for into in ("trained", "full") for bits in REQUANTISED_BITS if "requantised" in variants]
-    for into, bits in wanted:
+    for into, bits in merges_of(variants):
         name = {"trained": "merged", "full": "full"}[into] + f" to {bits} bits" * bool(bits)
         models.append(({name: False}, partial(make_merge, session, into, bits, name)))
     return models

@@ -235,6 +235,18 @@ def test_bad_input_gets_one_message_before_weights_are_loaded(trained, refusal, 
     assert "no adapter_config.json there" in refusal("--adapter", tmp_path, "--data", data)
 
 
+def test_a_merge_that_is_refused_is_told_before_weights_are_loaded(trained, refusal, checkpoint, tmp_path):
+    output, data = trained
+    adapter, base = shutil.copytree(output / "final", tmp_path / "adapter"), tmp_path / checkpoint.name
+    (adapter / "manifest.json").unlink()  # it tells the digest of the base, which changes here
+    shutil.copytree(checkpoint, base)
+    config = json.loads((base / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (base / "config.json").write_text(json.dumps(config | quantised))
+    options = ("--adapter", adapter, "--base", base, "--base_bits", "4", "--data", data)
+    assert "the base is quantised" in refusal(*options, "--variants", "trained,full")
+
+
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
