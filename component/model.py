@@ -413,6 +413,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         raise ArgumentError(f"{folder}: not an adapter of {model.name_or_path!r} ({error}); give its base") from error
     if strays := saved.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
         raise ArgumentError(f"{folder}: {min(strays)} has no place in {model.name_or_path!r}; give the adapter's base")
+    bad = [name for name, weight in adapted.named_parameters() if ".lora_" in name and not weight.isfinite().all()]
+    if bad:
+        raise ArgumentError(f"{folder}: {bad[0]} is not finite; take an earlier checkpoint of its training")
     head = model.get_output_embeddings()
     if model.config.tie_word_embeddings and isinstance(head, BaseTunerLayer):
         raise ArgumentError(

@@ -271,7 +271,7 @@ def test_an_adapter_of_another_model_and_one_with_nan_are_refused(model_folder, 
     weights = load_file(adapter / "adapter_model.safetensors")
     spoiled = {name: weight * float("nan") if "lora_B" in name else weight for name, weight in weights.items()}
     save_file(spoiled, adapter / "adapter_model.safetensors")
-    assert "NaNs detected" in refusal(capsys, *usual)
+    assert "lora_B.default.weight is not finite" in refusal(capsys, *usual)
     stray = {"base_model.model.model.layers.9.q_proj.lora_A.weight": torch.ones(4, 64)}
     save_file(weights | stray, adapter / "adapter_model.safetensors")
     assert "layers.9.q_proj.lora_A.weight has no place" in refusal(capsys, *usual)
