@@ -432,7 +432,7 @@ def check_fits(folder: Path, name_or_path: str) -> None:
         place, _, part = name.removeprefix("base_model.model.").partition(".lora_")
         weight = getattr(layers.get(place), "weight", None)
         axis = {"A.weight": 1, "B.weight": 0}.get(part)  # the other one is the rank
-        if weight is None or (axis is not None and shape[axis] != weight.shape[axis]):
+        if weight is None or (axis is not None and (len(shape) != 2 or shape[axis] != weight.shape[axis])):
             raise ArgumentError(f"{folder}: {name} of shape {shape} has no place in {name_or_path!r}; give its base")
 
 

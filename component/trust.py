@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,7 +197,7 @@ def find_kernel(config: dict) -> str | None:
 
 
 def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 # Keys of an adapter's settings: the check of the value, and what is expected. Every other key must have peft's default,
@@ -290,7 +291,7 @@ def read_run(folder: Path) -> dict:
 def find_base(folder: Path, config: dict) -> str:
     """The base that an adapter's settings name. Raises ArgumentError unless it is a folder here."""
     named = config["base_model_name_or_path"]
-    if not named or ".." in Path(named).parts or not Path(named).is_dir():
+    if not named or ".." in Path(named).parts or not os.path.isdir(named):  # no error for a name that is too long
         raise ArgumentError(
             f"{folder / 'adapter_config.json'}: base_model_name_or_path is {named!r}, which is no folder here; give "
             "the base with --base, so that nothing but what you name is loaded"

@@ -288,6 +288,7 @@ HOSTILE_ADAPTERS = [
     ({"r": True}, "r is True"),
     ({"r": None}, "r is None"),
     ({"lora_alpha": -1}, "lora_alpha is -1"),
+    ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
     ({"lora_dropout": {}}, "lora_dropout is {}"),
     ({"target_modules": "(a+)+$"}, "target_modules is '(a+)+$'"),
     ({"rank_pattern": {"(a+)+$": 10**9}}, "rank_pattern is {'(a+)+$'"),

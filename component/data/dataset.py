@@ -218,7 +218,7 @@ def select_format(
         DataError: an unknown `data_format`, or a folder whose config.json says something else than its name.
     """
     if data_format is not None:
-        if data_format not in DATA_FORMATS:
+        if data_format not in [*DATA_FORMATS]:  # a list, since a manifest may hold anything
             raise DataError(f"data_format is {data_format!r}; expected one of {', '.join(DATA_FORMATS)}")
         return data_format, "data_format says so"
     if chat_template:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import save_file
 
 from component.chatglm.prompt import TOOLS_PROMPT
 from component.data.conversation import choose_learned
@@ -454,9 +455,20 @@ def test_an_adapter_of_another_shape_is_refused_before_weights_are_loaded(
     with pytest.raises(ArgumentError, match="has no place in"):
         Session.open(str(model_folder()), adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "THUDM/chatglm3-6b"}))
-    with pytest.raises(ArgumentError, match="'THUDM/chatglm3-6b', which is no folder here; give the base with --base"):
-        Session.open(adapter=adapter)
+    for name in ("THUDM/chatglm3-6b", "long" * 2000):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+        with pytest.raises(ArgumentError, match=f"'{name}', which is no folder here; give the base with --base"):
+            Session.open(adapter=adapter)
+    flat = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4)}
+    save_file(flat, adapter / "adapter_model.safetensors")
+    with pytest.raises(ArgumentError, match="of shape \\[4\\] has no place in"):
+        Session.open(str(base), adapter)
+
+
+def test_a_recorded_format_that_is_no_text_is_refused(unloaded, monkeypatch):
+    monkeypatch.setattr("component.inference.session.read_run", lambda _: {"format": {"name": ["chatglm3"]}})
+    with pytest.raises(Fault, match="data_format is \\['chatglm3'\\]; expected one of"):
+        Session.open(str(BASE), FINAL)
 
 
 def test_a_model_with_a_template_of_its_own_is_asked_by_it_unless_its_adapter_learned_another_format(log):
