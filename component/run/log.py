@@ -30,6 +30,11 @@ def counted(number: float, thing: str, form: str = ",") -> str:
     return f"{number:{form}} {thing}{'s' * (number != 1)}"
 
 
+def harmless(text: str) -> str:
+    """Lines without characters that steer a terminal or turn the order of others, such as names in rows may hold."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"U+{ord(c):04X}" for c in text)
+
+
 def redact(text: str) -> str:
     """Remove secrets from a text: the values (8 characters or more) of environment variables with a secret's name,
     credentials in URLs, and Hugging Face tokens."""
@@ -103,7 +108,7 @@ def configure_logging(rank: int) -> None:
     )
     logger.remove()
     logger.add(
-        lambda line: tqdm.write(line, file=sys.stderr, end=""),
+        lambda line: tqdm.write(harmless(line), file=sys.stderr, end=""),
         format="{time:HH:mm:ss} {level: <7} {message}",
         filter=lambda record: rank == 0 or "any_rank" in record["extra"],
         diagnose=False,  # a traceback shows code, never the values of variables
