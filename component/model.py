@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub.errors import StrictDataclassError
 from loguru import logger
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -51,7 +52,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 DRIVER = "/proc/driver/nvidia/version"  # exists where NVIDIA's driver is loaded
 # Raised by libraries for values, shapes and files of a model that they do not expect, and for want of memory.
 UNLOADABLE = (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
-UNLOADABLE += (SafetensorError,)
+UNLOADABLE += (SafetensorError, StrictDataclassError)
 
 
 def load_tokenizer(args: QLoRAArguments) -> PreTrainedTokenizerBase:
@@ -115,6 +116,11 @@ def load_base(name_or_path: str, bits: int, dtype: torch.dtype, device: torch.de
             # In eval mode on some CPUs, bitsandbytes repacks a weight into a form that has no gradient (0.50.2), so
             # that training after the first evaluation fails or, in layers without a bias, silently learns nothing.
             layer.support_avx512bf16_for_cpu = False
+            if layer.weight.quant_state is None:
+                raise ArgumentError(
+                    f"model {name_or_path!r}: its config.json says that it is quantised, and its weights are not; "
+                    "remove quantization_config from config.json"
+                )
     return model
 
 

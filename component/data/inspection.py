@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..run.log import counted
+from ..run.log import counted, harmless
 from .conversation import count_rounds
 from .dataset import SFTDataset
 from .page import fill_page
@@ -192,4 +192,4 @@ def visible(piece: str) -> str:
 
 def printable(text: str) -> str:
     """Text on one line that is safe to print, with the numbers of characters that are not."""
-    return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in text)
+    return harmless(text, kept="")

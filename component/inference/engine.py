@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..kernel.model import Unfused, base_of
-from ..run.errors import DataError
+from ..run.errors import ArgumentError, DataError
 from .batches import Batches
 from .sampling import GREEDY, Generation, Logprobs, Sampling, choose
 from .slots import Slots
@@ -34,7 +34,7 @@ class Engine:
         vocab: tokens from this id on are never chosen, such as rows of the head that no token of the tokenizer has.
 
     Raises:
-        ArgumentError: the memory does not hold one conversation.
+        ArgumentError: an argument is too small, or the memory does not hold one conversation.
     """
 
     def __init__(
@@ -47,7 +47,12 @@ class Engine:
         max_tokens: int | None = None,
         vocab: int | None = None,
     ):
+        bounds = {"max_batch": (max_batch, 1), "max_tokens": (max_tokens, 2), "vocab": (vocab, 1)}
+        for name, (value, least) in bounds.items():
+            if value is not None and value < least:
+                raise ArgumentError(f"{name} is {value}; expected at least {least}")
         self.stop_ids, self.adapted = frozenset(stop_ids), adapted
+        self.rows = len(model.get_input_embeddings().weight)
         self.waiting: deque[Generation] = deque()
         try:
             self.running: Slots | Batches = Slots(base_of(model), max_batch, max_tokens, vocab)
@@ -72,10 +77,12 @@ class Engine:
             adapted: whether the adapter is used, if not as the engine was made.
 
         Raises:
-            DataError: the prompt is empty, or leaves no room for an answer.
+            DataError: the prompt is empty, has a token that the model does not have, or leaves no room for an answer.
         """
         if not prompt:
             raise DataError("prompt: it has no tokens; give at least one")
+        if strays := [token for token in prompt if not 0 <= token < self.rows]:
+            raise DataError(f"prompt: the token {strays[0]} is none of the model's {self.rows}; use its own tokenizer")
         if len(prompt) >= self.room:
             raise DataError(
                 f"prompt: it has {len(prompt)} tokens, and a conversation has room for {self.room} with its answer; "

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,9 +31,12 @@ def counted(number: float, thing: str, form: str = ",") -> str:
     return f"{number:{form}} {thing}{'s' * (number != 1)}"
 
 
-def harmless(text: str) -> str:
-    """Lines without characters that steer a terminal or turn the order of others, such as names in rows may hold."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"U+{ord(c):04X}" for c in text)
+def harmless(text: str, kept: str = "\n\t") -> str:
+    """A text whose characters that steer a terminal, or turn the order of others, are shown by number. Spaces of any
+    width, and those that are `kept`, stay."""
+    return "".join(
+        c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else f"U+{ord(c):04X}" for c in text
+    )
 
 
 def redact(text: str) -> str:

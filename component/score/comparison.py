@@ -138,12 +138,14 @@ def pair_up(expected: list[Call], given: list[Call]) -> Iterable[Pair]:
 
     places = [(i, j) for i in range(len(expected)) for j in range(len(given))]
     partners: dict[int, int] = {}
+    taken: set[int] = set()
     for i, j in sorted(places, key=lambda place: likeness(*place), reverse=True):
-        if i not in partners and j not in partners.values():
+        if i not in partners and j not in taken:
             partners[i] = j
+            taken.add(j)
     for i, call in enumerate(expected):
         yield Pair(call, given[partners[i]] if i in partners else None)
-    yield from (Pair(None, call) for j, call in enumerate(given) if j not in partners.values())
+    yield from (Pair(None, call) for j, call in enumerate(given) if j not in taken)
 
 
 def is_same(one: Any, other: Any) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from component.model import check_bits, find_linear_layers, find_stops, load_base, sketch_base, warn_of_cpu
+from component.model import check_bits, find_linear_layers, find_stops, four_bit, load_base, sketch_base, warn_of_cpu
 from component.run.errors import ArgumentError, DoesNotFit
 from component.train.progress import ProgressReport
 
@@ -115,3 +115,20 @@ def test_the_length_of_a_long_run_is_said_after_its_first_update(monkeypatch, lo
         state.global_step += not report.on_step_begin(None, state, None)
         report.on_step_end(None, state, None)
     assert [told in line for line in log] == [True] * bool(told)
+
+
+def test_a_base_that_is_said_to_be_quantised_and_is_not_is_refused(model_folder):
+    folder = model_folder("llama")
+    config = json.loads((folder / "config.json").read_text())
+    quantised = four_bit(torch.float32).to_dict()
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(ArgumentError, match="says that it is quantised, and its weights are not"):
+        load_base(str(folder), 4, torch.float32, "cpu")
+
+
+def test_a_config_with_values_that_its_class_refuses_is_one_message(model_folder):
+    folder = model_folder("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 7}))
+    with pytest.raises(ArgumentError, match="attention heads"):
+        load_base(str(folder), 16, torch.float32, "cpu")

@@ -139,6 +139,20 @@ def test_the_memory_is_that_of_the_container(tmp_path, monkeypatch):
     assert decoder.free_memory(torch.device("cpu")) == 1_000_000
 
 
+@pytest.mark.parametrize("asked", [{"max_batch": 0}, {"max_tokens": 1}, {"vocab": 0}])
+def test_an_engine_of_nothing_is_refused(asked):
+    ((name, value),) = asked.items()
+    with pytest.raises(ArgumentError, match=f"{name} is {value}; expected at least"):
+        Engine(make_model("llama"), STOPS, **asked)
+
+
+@pytest.mark.parametrize("token", [-1, 97])
+def test_a_token_that_the_model_does_not_have_is_refused(token):
+    engine = Engine(make_model("llama").eval(), STOPS, max_tokens=32)
+    with pytest.raises(DataError, match=f"the token {token} is none of the model's 97"):
+        engine.submit([5, token])
+
+
 def test_a_model_of_own_layers_has_room_for_as_many_tokens_as_it_was_made_for():
     config = GPTNeoXConfig(
         vocab_size=97,

@@ -75,6 +75,6 @@ def test_a_program_prints_its_last_words_though_they_may_begin_a_secret():
 
 def test_a_name_that_steers_a_terminal_is_shown_in_a_log_line_as_text():
     program = "from component.run.log import configure_logging\n"
-    program += "configure_logging(0)\nfrom loguru import logger\nlogger.error('a\\x1b[31mb\\u202ec\\r\\n\\t天')"
+    program += "configure_logging(0)\nfrom loguru import logger\nlogger.error('a\\x1b[31mb\\u202ec\\r\\n\\t天\u3000地')"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert "ERROR   aU+001B[31mbU+202EcU+000D\n\t天\n" in done.stderr
+    assert "ERROR   aU+001B[31mbU+202EcU+000D\n\t天\u3000地\n" in done.stderr
