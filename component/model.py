@@ -116,7 +116,7 @@ def load_base(name_or_path: str, bits: int, dtype: torch.dtype, device: torch.de
             # In eval mode on some CPUs, bitsandbytes repacks a weight into a form that has no gradient (0.50.2), so
             # that training after the first evaluation fails or, in layers without a bias, silently learns nothing.
             layer.support_avx512bf16_for_cpu = False
-            if layer.weight.quant_state is None:
+            if getattr(layer.weight, "quant_state", None) is None:
                 raise ArgumentError(
                     f"model {name_or_path!r}: its config.json says that it is quantised, and its weights are not; "
                     "remove quantization_config from config.json"
