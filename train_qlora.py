@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from component.run.process import Interrupted, run_program
+from component.run.process import run_program
 from component.settings.load import load_arguments
 from component.settings.schema import QLoRAArguments
 
@@ -86,9 +86,9 @@ def train(cli: argparse.Namespace, watch) -> None:
         return
     on_every_rank(lambda: require_weights(args.model_name_or_path))
     if args.score_at_end:
-        from component.score.at_end import read_eval_rows
+        from component.score.at_end import check_eval_rows
 
-        on_rank_zero(lambda: len(read_eval_rows(args)))  # faults in them are told before anything is trained
+        on_rank_zero(lambda: check_eval_rows(args, data_format))  # before anything is trained
     require_same(
         lambda: describe_machine(args, training_args, tokenizer),
         remedy="give every machine the same settings and the same files",
@@ -100,14 +100,20 @@ def train(cli: argparse.Namespace, watch) -> None:
         start = on_rank_zero(lambda: folder.open(*begin))
         if start.is_done:
             logger.info(f"this run is done: {folder.path / FINAL}; overwrite_output_dir=true begins it anew")
-            if args.score_at_end:
-                score_at_end(args, data_format, tokenizer, folder.path, watch)
+            model = None
         else:
-            fine_tune(args, training_args, data_format, tokenizer, folder, start, watch)
+            model = fine_tune(args, training_args, data_format, tokenizer, folder, start, watch)
+        if args.score_at_end:
+            cli.if_stopped = (
+                f"stopped while scoring; the final adapter is whole: {folder.path / FINAL}; the same command scores it "
+                "again"
+            )
+            watch.end_deferral()  # nothing is left to be saved
+            score_at_end(args, data_format, tokenizer, folder.path, model)
 
 
-def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, watch) -> None:
-    """Train from the data to the final adapter, in a folder that this run has locked."""
+def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, watch):
+    """Train from the data to the final adapter, in a folder that this run has locked. Returns the trained model."""
     from loguru import logger
 
     from component.data.cache import limit_cache
@@ -166,21 +172,21 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
 
     # 5. Results
     publish_results(trainer, result, folder, start)
-    if args.score_at_end:
-        score_at_end(args, data_format, tokenizer, folder.path, watch, trainer.model)
+    return trainer.model
 
 
 def make_model(args, training_args, folder, start):
     """Load the base and attach the adapter: a new one, or the one to begin from. A checkpoint's comes later."""
+    import torch
     from loguru import logger
     from transformers import set_seed
 
-    from component.model import attach_lora, begin_from_adapter, load_model
+    from component.model import attach_lora, begin_from_adapter, bits_in_memory, load_model
     from component.run.errors import ArgumentError
     from component.train.identity import describe_adapter
     from component.train.report import parameter_table
 
-    bits = 32 if args.base_bits == 16 and args.compute_dtype == "float32" else args.base_bits
+    bits = bits_in_memory(args.base_bits, getattr(torch, args.compute_dtype))
     logger.info(
         f"loading {args.model_name_or_path} in {bits} bits on {training_args.device}, {args.compute_dtype} arithmetic"
     )
@@ -235,10 +241,10 @@ def publish_results(trainer, result, folder, start) -> None:
     logger.info(f"loss curve: {picture}; its figures: {figures}")
 
 
-def score_at_end(args, data_format: str, tokenizer, folder: Path, watch, model=None) -> None:
-    """Score the final adapter on rank 0: in the model that was trained or, where it has no score yet, loaded anew."""
+def score_at_end(args, data_format: str, tokenizer, folder: Path, model) -> None:
+    """Score the final adapter on rank 0: in the model that was trained or, if that is None, loaded anew unless it has
+    a score."""
     from component.run.ranks import on_rank_zero
-    from component.run.resume import FINAL
     from component.score.at_end import is_scored, score_run, session_of
 
     def score() -> str:
@@ -246,12 +252,7 @@ def score_at_end(args, data_format: str, tokenizer, folder: Path, watch, model=N
             return ""
         return score_run(args, lambda: session_of(args, data_format, tokenizer, folder, model), folder)
 
-    try:
-        watch.end_deferral()  # nothing is left to be saved
-        shown = on_rank_zero(score)
-    except Interrupted as stop:
-        stop.told = f"stopped before its score; the adapter is whole: {folder / FINAL}; the same command scores it"
-        raise
+    shown = on_rank_zero(score)
     if shown and not int(os.environ.get("RANK") or 0):
         print(shown)
 
@@ -325,8 +326,8 @@ def values_of(args, training_args) -> dict:
 
 def main() -> None:
     cli = parse_command_line()
-    rank = int(os.environ.get("RANK") or 0)
-    run_program(lambda watch: train(cli, watch), lambda: "stopped before training; the same command starts it", rank)
+    cli.if_stopped = "stopped before training; the same command starts it"  # until there is something else to say
+    run_program(lambda watch: train(cli, watch), lambda: cli.if_stopped, int(os.environ.get("RANK") or 0))
 
 
 if __name__ == "__main__":

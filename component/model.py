@@ -103,7 +103,7 @@ def load_base(name_or_path: str, bits: int, dtype: torch.dtype, device: torch.de
     Args:
         bits: 4 to quantise its linear layers while it loads, to NF4 with double quantisation; 16 to leave them.
         dtype: of the arithmetic, and of all weights that are not quantised: embedding, norms and output head, with 16
-            bits the linear layers too, so that a base of 16 bits has 32 where it computes in float32.
+            bits the linear layers too (see `bits_in_memory`).
 
     Raises:
         ArgumentError: there is no such model, it needs Python of its own, or `check_bits` refuses it.
@@ -122,6 +122,11 @@ def load_base(name_or_path: str, bits: int, dtype: torch.dtype, device: torch.de
                     "remove quantization_config from config.json"
                 )
     return model
+
+
+def bits_in_memory(bits: int, dtype: torch.dtype) -> int:
+    """Bits that each weight of a base's linear layers has once `load_base` has loaded it."""
+    return 32 if bits == 16 and dtype == torch.float32 else bits
 
 
 def check_bits(name_or_path: str, bits: int) -> None:

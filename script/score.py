@@ -16,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 VARIANTS = ("trained", "merged", "full", "requantised")
 
 
+UNUSED = "--train_file is not used: every function of these rows was seen in training"
+
+
 def list_of_variants(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in VARIANTS]:
@@ -68,7 +71,8 @@ def main() -> None:
     from component.run.process import run_program
 
     sys.stdout.reconfigure(errors="backslashreplace")  # for files' names that are not UTF-8
-    run_program(lambda watch: score(cli), lambda: "stopped")
+    cli.if_stopped = "stopped; nothing was written; --limit scores fewer rows"
+    run_program(lambda watch: score(cli), lambda: cli.if_stopped)
 
 
 def score(cli: argparse.Namespace) -> None:
@@ -76,6 +80,8 @@ def score(cli: argparse.Namespace) -> None:
 
     from component.data.reader import find_files
     from component.inference.session import Session
+    from component.model import bits_in_memory
+    from component.score.figures import Note
     from component.score.measure import KEEP, check_variants, find_trained, prepare_task, read_kept, score_models
     from component.score.questions import read_scored_rows
     from component.score.report import check_file, table, write_files
@@ -96,9 +102,13 @@ def score(cli: argparse.Namespace) -> None:
     check_variants(session, cli.variants)
     task = prepare_task(session, rows, kept, cli.max_new_tokens)
     trained, notes = find_trained(session.adapter, cli.data, rows, train_rows)
-    logger.info(f"loading {session.base} with {session.base_bits} bits on {session.device}")
+    if cli.train_file and trained is None:
+        notes.append(Note(UNUSED))
+    bits = bits_in_memory(session.base_bits, session.dtype)
+    logger.info(f"loading {session.base} in {bits} bits on {session.device}")
     result = score_models(session.load(), task, cli.data, cli.variants, cli.batch, trained, notes)
     print(table(result))
+    cli.if_stopped = "stopped; --json and --html are whole or absent"
     for file in write_files(result, cli.json, cli.html):
         print(f"written: {file}")
 

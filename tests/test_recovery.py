@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from component.data.stream import StreamingSFTDataset
+from component.inference.engine import Engine
 from component.kernel.model import PackedForward
 from component.run.folder import RunFolder
 from component.run.manifest import verify
@@ -256,6 +257,33 @@ def test_a_signal_before_the_first_new_update_leaves_at_once(job, stopped, tmp_p
         assert stopped(**settings) == 130
     assert "SIGINT: stopped before training; the same command starts it" in capsys.readouterr().err
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("is_trained", [False, True], ids=["after training", "in a later start"])
+def test_a_signal_while_scoring_leaves_at_once_and_says_that_the_adapter_is_whole(
+    job, stopped, tmp_path, capsys, is_trained
+):
+    settings = {"max_steps": 2, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS[:2])), "eval_strategy": "no"}
+    if is_trained:
+        job(**settings)
+    with at_call(3, Engine, "step", send(signal.SIGINT)):
+        assert stopped(**settings, score_at_end=True) == 130
+    told = capsys.readouterr().err
+    final = tmp_path / "run/final"
+    assert f"SIGINT: stopped while scoring; the final adapter is whole: {final}; the same command scores it" in told
+    assert "checkpoint as soon as" not in told
+    verify(final)
+    assert not (tmp_path / "run/score.json").exists()
+    job(**settings, score_at_end=True)
+    assert (tmp_path / "run/score.json").exists()
+
+
+def test_a_signal_between_training_and_scoring_is_not_forgotten(stopped, tmp_path, capsys):
+    settings = {"max_steps": 2, "eval_file": str(write_rows(tmp_path / "eval.jsonl", ROWS[:2])), "eval_strategy": "no"}
+    with at_call(2, Checkpoints, "publish", send(signal.SIGTERM)):
+        assert stopped(**settings, save_strategy="steps", save_steps=2, score_at_end=True) == 143
+    assert "SIGTERM: stopped while scoring; the final adapter is whole" in capsys.readouterr().err
+    assert not (tmp_path / "run/score.json").exists()
 
 
 def test_a_loss_of_an_evaluation_that_is_not_finite_ends_the_run(stopped, tmp_path, monkeypatch, capsys):

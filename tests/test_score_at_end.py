@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from component.run.errors import StorageError
-from component.score.at_end import is_scored, read_train_rows
+from component.score.at_end import check_eval_rows, is_scored, read_train_rows
 from component.score.measure import Task
 from component.score.questions import called_functions, read_scored_rows
 from component.settings.schema import QLoRAArguments
@@ -31,6 +31,9 @@ def test_a_run_prints_its_score_and_scores_again_only_where_the_score_is_missing
     assert "3 rows, 3 questions, of which 0 want a call and 3 a text" in shown
     facts = json.loads((output / "score.json").read_text())
     assert facts["models"] == ["base", "tuned"]
+    about = facts["about"]
+    assert about["adapter"]["path"] == str(output / "final")
+    assert (about["base_bits"], about["dtype"], about["data_format"]) == (4, "float32", "chatglm3")
     (loss,) = [figure for figure in facts["figures"] if figure["name"] == "loss per token"]
     assert loss["values"]["tuned"]["value"] < loss["values"]["base"]["value"]
     assert (output / "score.html").read_text().startswith("<!DOCTYPE html>")
@@ -69,6 +72,14 @@ def test_a_score_that_fails_leaves_the_final_adapter(stopped, settings, tmp_path
     assert f"the final adapter is whole: {final}" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("questions", "is_told"), [(2, True), (3, False)])
+def test_so_many_questions_that_they_take_long_are_told_before_training(settings, log, monkeypatch, questions, is_told):
+    monkeypatch.setattr("component.score.at_end.MANY", questions)
+    args = QLoRAArguments(model_name_or_path="x", train_file="y", eval_file=settings["eval_file"])
+    check_eval_rows(args, "chatglm3")
+    assert ("asks 3 questions of both models, which may take long; a smaller eval_file" in "".join(log)) == is_told
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_score_at_once_and_the_same_command_scores(
     job, stopped, settings, tmp_path, monkeypatch, capfd, signum
@@ -77,7 +88,7 @@ def test_a_signal_ends_the_score_at_once_and_the_same_command_scores(
         patch.setattr("component.score.at_end.score_models", lambda *_, **__: os.kill(os.getpid(), signum))
         assert stopped("run", **settings) == 128 + signum
     told = capfd.readouterr().err
-    assert f"the adapter is whole: {tmp_path / 'run/final'}" in told
+    assert f"stopped while scoring; the final adapter is whole: {tmp_path / 'run/final'}" in told
     assert "checkpoint as soon as possible" not in told
     assert (job(**settings) / "score.json").is_file()
 

@@ -357,7 +357,7 @@ def save_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Rounding:
     end_at_eos(model, tokenizer)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
-    (folder / RECORD).write_text(json.dumps(plan.record(), indent=1), encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(plan.record(), indent=1) + "\n", encoding="utf-8")
     return rounding
 
 

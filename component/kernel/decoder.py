@@ -1,5 +1,6 @@
 """Fused layers with a cache of keys and values: reads prompts and continues them, many conversations in one forward."""
 
+import math
 import os
 import weakref
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from ..run.errors import ArgumentError
+from ..run.log import counted
 from .attention import FLASH
 from .layer import Layer, RowContext
 from .model import final_norm, find_layers, norm_of, rotary_angles
@@ -187,8 +189,8 @@ class Decoder:
         self.pool = torch.cuda.graph_pool_handle() if self.is_flash else None
         bits = f"4-bit weights dequantised {'once' if freezes else 'at every step'}, " * four_bits
         logger.info(
-            f"decoding: {bits}{self.slots} conversations of at most {self.capacity} tokens at once, whose cache takes "
-            f"{self.cache.nbytes / 2**30:.2f} GiB"
+            f"decoding: {bits}{counted(self.slots, 'conversation')} of at most {self.capacity:,} tokens at once, whose "
+            f"cache takes {math.ceil(self.cache.nbytes / 2**20):,} MiB"
         )
 
     @torch.inference_mode()

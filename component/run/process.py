@@ -16,15 +16,11 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Interrupted(BaseException):
-    """Raised when a signal asks the program to end. Like KeyboardInterrupt, no `except Exception` catches it.
-
-    Attributes:
-        told: what to tell the user; empty for what the program always tells.
-    """
+    """Raised when a signal asks the program to end. Like KeyboardInterrupt, no `except Exception` catches it."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
-        self.exit_code, self.told = 128 + signum, ""
+        self.exit_code = 128 + signum
 
 
 class SignalWatch:
@@ -121,7 +117,7 @@ def run_program(work: Callable[[SignalWatch], None], if_stopped: Callable[[], st
         stop = watch.cause(error)
         if not watch.deferred:
             with suppress(OSError):
-                sys.stderr.write(f"{stop}: {stop.told or if_stopped()}\n")
+                sys.stderr.write(f"{stop}: {if_stopped()}\n")
                 sys.stderr.flush()
         leave(stop.exit_code)
     if exit_code:

@@ -7,9 +7,10 @@ from loguru import logger
 
 from ..inference.session import Session
 from ..run.errors import DoesNotFit, Fault
+from ..run.log import counted
 from ..run.manifest import MANIFEST
 from ..run.resume import FINAL
-from .measure import KEEP, Task, find_trained, prepare_task, read_kept, score_models
+from .measure import KEEP, MANY, Task, find_trained, prepare_task, read_kept, score_models
 from .questions import Row, read_scored_rows
 from .report import table, write_files
 
@@ -29,6 +30,16 @@ def read_eval_rows(args) -> list[Row]:
         args: QLoRAArguments.
     """
     return read_scored_rows(args.eval_file, args.loss_on, skips=args.on_bad_row == "skip")
+
+
+def check_eval_rows(args, data_format: str) -> None:
+    """Raise DataError for rows that cannot be scored, and warn of so many that their score takes long."""
+    questions = sum(len([*row.questions(data_format)]) for row in read_eval_rows(args))
+    if questions > MANY:
+        logger.warning(
+            f"score_at_end: eval_file {args.eval_file} asks {counted(questions, 'question')} of both models, which may "
+            "take long; a smaller eval_file takes less, and script/score.py --limit scores some of its rows later"
+        )
 
 
 def read_train_rows(args, task: Task) -> list[Row] | None:
@@ -54,7 +65,10 @@ def session_of(args, data_format: str, tokenizer, folder: Path, model=None) -> S
             data_format=data_format,
             chat_template=args.chat_template,
         )
-    return Session(tokenizer, data_format, model.eval(), args.base_bits, final, args.model_name_or_path)
+    dtype = getattr(torch, args.compute_dtype)
+    return Session(
+        tokenizer, data_format, model.eval(), args.base_bits, final, args.model_name_or_path, dtype, model.device
+    )
 
 
 def score_run(args, make_session, folder: Path) -> str:

@@ -13,6 +13,20 @@ from .questions import Question, Row
 from .statistics import Estimate, Ratio, bootstrap, wilson
 
 BASE, TRAINED = "base", "tuned"  # names of the base alone, and of the model as it was trained
+ALL_SEEN = "every right call is of a function that training has seen, so there are no others to compare"
+NONE_SEEN = "no right call is of a function that training has seen, so there are no others to compare"
+UNREADABLE = "call given, cannot be read"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is to be known about figures: a sentence, with values in its {places}, so that a page can translate it."""
+
+    text: str
+    values: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.text.format(**self.values)
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ class Score:
         questions: of all rows, in order.
         learned: (rows,) learned tokens of each row.
         results: of each model by its name, the base first.
+        about: what was scored, and how: adapter, base, settings, versions of libraries, date.
         trained: names of the functions that training has seen; None if nobody knows them.
         notes: what is to be known about the figures, such as questions that were left out.
     """
@@ -55,9 +70,10 @@ class Score:
     questions: list[Question]
     learned: np.ndarray
     results: dict[str, Result]
+    about: dict[str, Any]
     kept: list[Kept] = field(default_factory=list)
     trained: set[str] | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     @cached_property
     def figures(self) -> list["Figure"]:
@@ -158,17 +174,30 @@ def find_figures(score: Score) -> list[Figure]:
         expected = int(ratio_of(score, next(iter(score.results)), OF_ARGUMENTS["argument recall"]).wholes.sum())
         of_arguments = [figure_of(score, name, part, is_rate=False) for name, part in OF_ARGUMENTS.items()]
         found += [replace(figure, count=expected) for figure in of_arguments if expected]
-    if score.trained is not None and has_calls(score):
-        for name, is_seen in (("seen in training", True), ("not seen in training", False)):
+    if len(kinds_of_calls(score)) == 2:
+        for name, is_seen in (("seen", True), ("unseen", False)):
             part = share(lambda one: one.is_exact, lambda one, seen=is_seen: calls_seen(one, score.trained) is seen)
-            figure = figure_of(score, f"call exact, functions {name}", part)
-            found += [figure] * bool(figure.count)
+            found.append(figure_of(score, f"exact, {name} functions", part))
     losses = {model: result.losses for model, result in score.results.items()}
     return [*found, loss_figure("loss per token", score.learned, losses, score.references)]
 
 
 def has_calls(score: Score) -> bool:
     return any(question.calls for question in score.questions)
+
+
+def kinds_of_calls(score: Score) -> set[bool]:
+    """Whether the right calls are of functions that training has seen (True), of others (False), or of both."""
+    if score.trained is None:
+        return set()
+    judged = score.judged(next(iter(score.results)))
+    return {calls_seen(verdict, score.trained) for _, verdict in judged if verdict.expects_call}
+
+
+def find_notes(score: Score) -> list[Note]:
+    """The notes of a score, and why it has no lines of functions that training has seen and has not, if it has none."""
+    kinds = kinds_of_calls(score)
+    return [*score.notes, *([Note(ALL_SEEN if True in kinds else NONE_SEEN)] if len(kinds) == 1 else [])]
 
 
 def calls_seen(verdict: Verdict, trained: set[str]) -> bool | None:
@@ -223,6 +252,11 @@ def find_decisions(score: Score, model: str) -> dict[str, int]:
         wanted, given = ("call" if one else "text" for one in (verdict.expects_call, verdict.gives_call))
         counts[f"{wanted}, {given} given"] += 1
     return counts
+
+
+def count_unreadable(score: Score, model: str) -> int:
+    """How many of a model's answers look like a call and cannot be read: they count as calls that were given."""
+    return sum(bool(answer and answer.fault) for answer in score.results[model].answers)
 
 
 @dataclass
@@ -281,14 +315,16 @@ def to_json(score: Score) -> dict[str, Any]:
     models = list(score.results)
     return {
         "title": score.title,
+        "about": score.about,
         "models": models,
         "references": score.references,
         "rows": len(score.rows),
         "questions": len(score.questions),
-        "notes": score.notes,
+        "notes": [str(note) for note in find_notes(score)],
         "figures": [figure.to_json() for figure in score.figures],
         "unrelated_text": [figure.to_json() for figure in score.kept_figures],
         "decisions": {model: find_decisions(score, model) for model in models},
+        "unreadable": {model: count_unreadable(score, model) for model in models},
         "faults": {model: count_faults(verdict for _, verdict in score.judged(model)) for model in models},
         "classes": CLASSES,
         "functions": {

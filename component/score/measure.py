@@ -4,15 +4,18 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from loguru import logger
 
+from ..data.messages import question_answer_pairs
 from ..data.render import TokenizedSample
-from ..export.merge import merged_model, plan_merge, requantise
+from ..export.merge import merged_model, name_of, plan_merge, requantise
 from ..inference.calls import Answer
 from ..inference.engine import Engine
 from ..inference.sampling import Sampling
@@ -20,11 +23,13 @@ from ..inference.session import Session
 from ..kernel.decoder import longest_conversation
 from ..kernel.model import base_of
 from ..run.errors import DataError
+from ..run.files import fingerprint
 from ..run.log import counted
+from ..run.manifest import versions
 from ..train.identity import describe_data
-from ..trust import read_run
+from ..trust import find_adapter_weights, read_run
 from .comparison import compare
-from .figures import BASE, TRAINED, Kept, Result, Score
+from .figures import BASE, TRAINED, Kept, Note, Result, Score
 from .losses import count_learned, longest_answer, render_row, summed_losses
 from .questions import Question, Row, called_functions, read_scored_rows
 
@@ -34,6 +39,11 @@ REQUANTISED_BITS = (8, 4)
 SPARE = 16  # tokens that an answer may have beyond the longest right one, and as many more as a quarter of that
 LANGUAGES = (("Chinese", True), ("English", False))
 TELL = 10  # seconds between two lines of progress
+MANY = 1000  # rows whose rendering is told of, and questions at the end of a run that are warned of
+PAIRED = ("chatglm2", "firefly")  # formats of questions and answers alone
+RECALL = "recall: these rows were learned, so this shows what was kept of them, and not how new ones go"
+LONG_QUESTIONS = "{n} of the questions left out: longer than the model's context of {room} tokens"
+LONG_ROWS = "{n} of the rows left out of the loss: longer than the model's context of {room} tokens"
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def prepare_task(
     """Render rows and prompts. No weight is needed.
 
     Args:
-        max_new_tokens: by default what the longest right answer needs, and some more.
+        max_new_tokens: by default what the longest right answer needs, and some more. A warning tells if it is less.
 
     Raises:
         DataError: a row has something that the model's format cannot write; the text names file and line.
@@ -70,6 +80,10 @@ def prepare_task(
     def render(listed: list[Row]) -> list[TokenizedSample]:
         return [render_row(row, session.render, session.tokenizer) for row in listed]
 
+    if len(rows) >= MANY:
+        logger.info(f"rendering {counted(len(rows), 'row')} and their questions")
+    if session.data_format in PAIRED:
+        require_pairs(rows, session.data_format)
     samples = render(rows)
     questions = [question for row in rows for question in row.questions(session.data_format)]
     prompts = []
@@ -79,8 +93,24 @@ def prepare_task(
         except DataError as error:
             raise DataError(f"{question.place}: {error}") from None
     longest = longest_answer(samples)
+    if max_new_tokens and max_new_tokens < longest:
+        logger.warning(
+            f"max_new_tokens is {max_new_tokens:,}, and the longest right answer has {longest:,} tokens: whoever gives "
+            "it is truncated, and wrong"
+        )
     others = {name: render(listed) for name, listed in kept.items()}
     return Task(rows, questions, prompts, samples, others, max_new_tokens or longest + longest // 4 + SPARE)
+
+
+def require_pairs(rows: list[Row], data_format: str) -> None:
+    """Raise DataError, by file and line, for a row with more than questions and answers, which have no place in a
+    format of PAIRED."""
+    remedy = "score rows of questions and answers alone, or a model that was trained with data_format chat_template"
+    for row in rows:
+        try:
+            question_answer_pairs(row.conversation, data_format, remedy)
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from None
 
 
 def read_kept(file: Path, by_language: bool) -> dict[str, list[Row]]:
@@ -102,7 +132,7 @@ def read_kept(file: Path, by_language: bool) -> dict[str, list[Row]]:
 
 def find_trained(
     adapter: Path | None, data: str | list, rows: list[Row], train_rows: list[Row] | None
-) -> tuple[set[str] | None, list[str]]:
+) -> tuple[set[str] | None, list[Note]]:
     """Find which functions the training has seen (None if nobody knows), and what is to be told of that.
 
     Args:
@@ -111,23 +141,35 @@ def find_trained(
     """
     run = read_run(adapter) if adapter else {}
     if run.get("data") == describe_data(data, streaming=False):
-        return None, ["recall: these rows were learned, so this shows what was kept of them, and not how new ones go"]
+        return None, [Note(RECALL)]
     return (called_functions(train_rows) if train_rows is not None else None), []
 
 
 class Progress:
-    """Logs every TELL seconds how much of the work is done, and how long the rest will take."""
+    """Logs every TELL seconds how much of one model's answers or losses is done, and how long the rest will take.
 
-    def __init__(self, total: int):
-        self.total, self.done, self.started, self.told = total, 0, time.monotonic(), time.monotonic()
+    Args:
+        model: its name.
+        total: how many things there are.
+        things: what they are, such as answers.
+        together: how many things are at work at once. Before so many are done, how long one takes is not known.
+    """
+
+    def __init__(self, model: str, total: int, things: str, together: int = 1):
+        self.model, self.total, self.things = model, total, things
+        self.enough = min(together, (total + 1) // 2)
+        self.done, self.started, self.told = 0, time.monotonic(), time.monotonic()
 
     def add(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.told >= TELL:
-            self.told = now
-            left = (now - self.started) / max(self.done, 1) * (self.total - self.done)
-            logger.info(f"scored {self.done:,} of {self.total:,}, {left:.0f} s left")
+        if now - self.told < TELL:
+            return
+        self.told = now
+        left = ""
+        if self.done >= self.enough:
+            left = f", {(now - self.started) / self.done * (self.total - self.done):.0f} s left"
+        logger.info(f"{self.model}: {self.done:,} of {self.total:,} {self.things}{left}")
 
 
 def score_models(
@@ -137,7 +179,7 @@ def score_models(
     variants: Sequence[str] = ("trained",),
     batch: int = 64,
     trained: set[str] | None = None,
-    notes: Sequence[str] = (),
+    notes: Sequence[Note] = (),
 ) -> Score:
     """Let the base and the tuned model, or the base alone where the session has no adapter, do a task. The base and
     the tuned model are the same loaded weights.
@@ -147,27 +189,44 @@ def score_models(
         batch: conversations that are answered at once.
         trained: names of functions that training has seen; None if nobody knows.
     """
+    started = time.monotonic()
     room = longest_conversation(session.model.config)
-    too_long = sum(len(prompt) >= room for prompt in task.prompts)
-    notes = [*notes, *([left_out(too_long, "question", room)] if too_long else [])]
-    if cut := sum(len(sample.input_ids) > room for sample in task.samples):
-        notes.append(left_out(cut, "row", room) + " for the loss")
+    notes = [*notes, *find_left_out(task, room)]
     results, kept = {}, {name: {} for name in task.kept}
-    models = list_models(session, variants)
-    columns = sum(len(names) for names, _ in models)
-    progress = Progress(columns * (len(task.prompts) + len(task.samples) + sum(map(len, task.kept.values()))))
-    for names, make in models:
-        for name, result, others in measure(session, make(), names, task, batch, progress):
+    for names, make in list_models(session, variants):
+        for name, result, others in measure(session, make(), names, task, batch):
             results[name] = result
             for language, found in others.items():
                 kept[language][name] = found
     others = [Kept(language, count_learned(task.kept[language]), found) for language, found in kept.items()]
     learned = count_learned(task.samples)
-    return Score(title, task.rows, task.questions, learned, results, others, trained, notes)
+    logger.info(f"scored in {time.monotonic() - started:.0f} s")
+    about = describe(session, task, batch)
+    return Score(title, task.rows, task.questions, learned, results, about, others, trained, notes)
 
 
-def left_out(count: int, thing: str, room: int) -> str:
-    return f"{counted(count, thing)} left out: longer than the model's context of {room:,} tokens"
+def find_left_out(task: Task, room: int) -> list[Note]:
+    """Notes of the questions and rows that a model with a context of `room` tokens cannot take."""
+    questions = sum(len(prompt) >= room for prompt in task.prompts)
+    rows = sum(len(sample.input_ids) > room for sample in task.samples)
+    found = [(LONG_QUESTIONS, questions), (LONG_ROWS, rows)]
+    return [Note(text, {"n": f"{n:,}", "room": f"{room:,}"}) for text, n in found if n]
+
+
+def describe(session: Session, task: Task, batch: int) -> dict[str, Any]:
+    """What is scored, and how, as JSON."""
+    adapter = session.adapter
+    return {
+        "adapter": adapter and {"path": str(adapter), "digest": fingerprint([find_adapter_weights(adapter)])},
+        "base": session.base,
+        "base_bits": session.base_bits,
+        "dtype": name_of(session.dtype),
+        "data_format": session.data_format,
+        "max_new_tokens": task.max_new_tokens,
+        "batch": batch,
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def merges_of(variants: Sequence[str]) -> list[tuple[str, int]]:
@@ -209,16 +268,17 @@ def make_merge(session: Session, into: str, bits: int, name: str) -> torch.nn.Mo
 
 
 def measure(
-    session: Session, model, columns: dict[str, bool], task: Task, batch: int, progress: Progress
+    session: Session, model, columns: dict[str, bool], task: Task, batch: int
 ) -> list[tuple[str, Result, dict[str, np.ndarray]]]:
     """(name, result, losses of unrelated text by name) of each column of one model."""
     room = longest_conversation(model.config)
-    answers = ask(session, model, columns, task, room, batch, progress)
+    answers = ask(session, model, columns, task, room, batch)
     found = []
     for name, adapted in columns.items():
         verdicts = [
             given and compare(question, given) for question, given in zip(task.questions, answers[name], strict=True)
         ]
+        progress = Progress(name, len(task.samples) + sum(map(len, task.kept.values())), "rows for the loss")
         result = Result(answers[name], verdicts, losses(model, task.samples, adapted, room, progress))
         others = {kind: losses(model, samples, adapted, room, progress) for kind, samples in task.kept.items()}
         found.append((name, result, others))
@@ -226,28 +286,26 @@ def measure(
 
 
 def ask(
-    session: Session, model, columns: dict[str, bool], task: Task, room: int, batch: int, progress: Progress
+    session: Session, model, columns: dict[str, bool], task: Task, room: int, batch: int
 ) -> dict[str, list[Answer | None]]:
-    """The greedy answers of each column, by one engine; None for a prompt that leaves no room for an answer."""
+    """The greedy answers of each column by one engine; None for a prompt that leaves no room for an answer."""
     answers: dict[str, list[Answer | None]] = {name: [None] * len(task.prompts) for name in columns}
     fitting = [i for i, prompt in enumerate(task.prompts) if len(prompt) < room]
-    progress.add(len(columns) * (len(task.prompts) - len(fitting)))
     if not fitting:
         return answers
     longest = max(len(task.prompts[i]) for i in fitting) + task.max_new_tokens
     engine = Engine(model, session.stop_ids, max_batch=batch, max_tokens=min(longest, room))
     sampling = Sampling(task.max_new_tokens)
-    waiting = {
-        (name, i): engine.submit(task.prompts[i], sampling, adapted)
-        for name, adapted in columns.items()
-        for i in fitting
-    }
-    while waiting:
-        engine.step()
-        for name, i in [key for key, generation in waiting.items() if generation.finish_reason]:
-            done = waiting.pop((name, i))
-            answers[name][i] = session.read(done.tokens, done.finish_reason, task.questions[i].history.tools)
-            progress.add(1)
+    for name, adapted in columns.items():
+        progress = Progress(name, len(fitting), "answers", together=batch)
+        waiting = {i: engine.submit(task.prompts[i], sampling, adapted) for i in fitting}
+        while waiting:
+            engine.step()
+            ended = [i for i, generation in waiting.items() if generation.finish_reason]
+            for i in ended:
+                done = waiting.pop(i)
+                answers[name][i] = session.read(done.tokens, done.finish_reason, task.questions[i].history.tools)
+            progress.add(len(ended))
     return answers
 
 

@@ -7,26 +7,33 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..data.inspection import printable
 from ..data.page import fill_page
+from ..model import bits_in_memory
 from ..run.errors import ArgumentError, unusable
 from ..run.files import write_atomically
 from ..run.log import counted
 from .comparison import count_faults
 from .figures import (
+    TRAINED,
+    UNREADABLE,
     Counts,
     Figure,
     Score,
     by_argument,
     by_function,
+    count_unreadable,
     find_decisions,
+    find_notes,
     to_json,
 )
 from .statistics import Estimate
 
 PAGE = Path(__file__).with_name("score.html")
 SHOWN = 20  # functions and arguments in the terminal
+BESIDE = 2  # models whose intervals a terminal has room for
 IN_PAGE = 2000  # wrong answers
 TEXT = 4000  # characters of one text in the page
 
@@ -36,16 +43,20 @@ def table(score: Score) -> str:
     models = list(score.results)
     calls = sum(bool(question.calls) for question in score.questions)
     head = f"{score.title}: {counted(len(score.rows), 'row')}, {counted(len(score.questions), 'question')}, of which "
-    lines = [f"{head}{calls:,} want a call and {len(score.questions) - calls:,} a text", *score.notes, ""]
+    lines = [f"{head}{calls:,} want a call and {len(score.questions) - calls:,} a text", describe_models(score.about)]
+    lines += [*map(str, find_notes(score)), ""]
     lines += figure_lines(score.figures, score)
     if kept := score.kept_figures:
         lines += ["", "on text that has nothing to do with the training (lower is better):", *figure_lines(kept, score)]
     if calls:
         decisions = {model: find_decisions(score, model) for model in models}
-        lines += ["", *aligned([["decisions", *models], *rows_by_key(decisions)])]
+        unreadable = {model: count_unreadable(score, model) for model in models}
+        if any(unreadable.values()):
+            decisions = {model: decisions[model] | {UNREADABLE: count} for model, count in unreadable.items()}
+        lines += ["", *aligned([*head_rows(["decisions"], models), *rows_by_key(decisions)])]
     faults = {model: count_faults(verdict for _, verdict in score.judged(model)) for model in models}
     if any(faults.values()):
-        lines += ["", *aligned([["wrong answers", *models], *rows_by_key(faults)])]
+        lines += ["", *aligned([*head_rows(["wrong answers"], models), *rows_by_key(faults)])]
     if calls:
         functions = {model: by_function(score, model) for model in models}
         lines += ["", *count_lines("exact calls by function", functions)]
@@ -59,28 +70,63 @@ def table(score: Score) -> str:
     return "\n".join(map(printable, lines))
 
 
+def describe_models(about: dict) -> str:
+    """Say what was scored: the adapter and its base, or the base alone, and how its weights are kept."""
+    bits = bits_in_memory(about["base_bits"], getattr(torch, about["dtype"]))
+    base = f"{about['base']} in {bits} bits, {about['dtype']} arithmetic"
+    return f"adapter {about['adapter']['path']}, base {base}" if about["adapter"] else f"model {base}"
+
+
 def figure_lines(figures: list[Figure], score: Score) -> list[str]:
-    """A table of figures, each with its 95% interval, and their differences: beside them where there is one model to
-    compare, else in a table of their own, for which a terminal has room."""
-    named = {model: f"{model} - {reference}" for model, reference in score.references.items()}
-    values = [["", "n", *score.results]]
-    differences = [["", *named.values()]]
+    """A table of figures and differences with their 95% intervals; of more than BESIDE models without intervals, and
+    with the differences in a table of their own."""
+    models, references = list(score.results), score.references
+    if len(models) > BESIDE:
+        return compact_lines(figures, models, references)
+    rows = [["", "n", *models, *(f"{model} - {reference}" for model, reference in references.items())]]
     for figure in figures:
-        shown = [show(figure.values[model], figure.form) for model in score.results]
+        values = [show(figure.values[model], figure.form) for model in models]
+        differences = [show(figure.differences[model], figure.form, "+") for model in references]
+        rows.append([figure.name, f"{figure.count:,}", *values, *differences])
+    return aligned(rows)
+
+
+def compact_lines(figures: list[Figure], models: list[str], references: dict[str, str]) -> list[str]:
+    """Figures of many models, and a table of differences, each marked whose interval does not contain 0."""
+    values, differences = head_rows(["", "n"], models), head_rows([""], list(references))
+    for figure in figures:
+        shown = [show(figure.values[model], figure.form, interval=False) for model in models]
         values.append([figure.name, f"{figure.count:,}", *shown])
-        differences.append([figure.name, *(show(figure.differences[model], figure.form, "+") for model in named)])
-    if len(named) < 2:
-        return aligned([row + more[1:] for row, more in zip(values, differences, strict=True)])
-    return [*aligned(values), "", "differences", *aligned(differences)]
+        differences.append(
+            [figure.name, *(show_marked(figure.differences[model], figure.form) for model in references)]
+        )
+    first, *others = dict.fromkeys(references.values())
+    compared = f"of {TRAINED} to {first}, of the others to {TRAINED}" if others else f"to {first}"
+    head = f"difference {compared} (* 95% interval without 0; intervals: --json, --html):"
+    return [*aligned(values), "", head, *aligned(differences)]
 
 
-def show(estimate: Estimate, form: str, sign: str = "") -> str:
+def show(estimate: Estimate, form: str, sign: str = "", interval: bool = True) -> str:
     """A figure with its interval: `48.0% [41.2, 54.9]`, or `–` for a figure of nothing."""
     if np.isnan(estimate.value):
         return "–"
     factor, places, unit = (100, 1, "%") if form == "%" else (1, 3, "")
     value, low, high = (f"{factor * part:{sign}.{places}f}" for part in estimate)
-    return f"{value}{unit} [{low}, {high}]"
+    return f"{value}{unit} [{low}, {high}]" if interval else f"{value}{unit}"
+
+
+def show_marked(difference: Estimate, form: str) -> str:
+    """A difference without its interval: with a star behind it if that does not contain 0, else with a space."""
+    is_clear = difference.low > 0 or difference.high < 0
+    return show(difference, form, "+", interval=False) + ("*" if is_clear else " ")
+
+
+def head_rows(first: list[str], models: list[str]) -> list[list[str]]:
+    """The head of a table: its first columns and the models, whose names take two rows where they are many."""
+    parts = [model.replace(" to ", " to\n").split("\n") if len(models) > BESIDE else [model] for model in models]
+    height = max(map(len, parts))
+    columns = [[""] * (height - len(part)) + part for part in [*([name] for name in first), *parts]]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def rows_by_key(held: dict[str, dict[str, int]]) -> Iterable[list[str]]:
@@ -90,13 +136,15 @@ def rows_by_key(held: dict[str, dict[str, int]]) -> Iterable[list[str]]:
 
 
 def count_lines(head: str, held: dict[str, dict[str, Counts]]) -> list[str]:
-    """A table of `right of expected`, the most expected first, and of what was given without being expected."""
+    """A table of what was right, the most expected first, and of how many were given where a terminal has room."""
     totals = {key: counts.expected for table in held.values() for key, counts in table.items()}
     ranked = sorted(totals, key=lambda key: (-totals[key], key))
-    rows = [[head, "n", *held]]
+    rows = head_rows([head, "n"], list(held))
     for key in ranked[:SHOWN]:
         found = [table.get(key, Counts()) for table in held.values()]
-        rows.append([key, f"{totals[key]:,}", *(f"{counts.right:,} ({counts.given:,} given)" for counts in found)])
+        given = [f" ({counts.given:,} given)" if len(held) <= BESIDE else "" for counts in found]
+        shown = [f"{counts.right:,}{more}" for counts, more in zip(found, given, strict=True)]
+        rows.append([key, f"{totals[key]:,}", *shown])
     more = [f"… {len(ranked) - SHOWN:,} more, in --json"] if len(ranked) > SHOWN else []
     return aligned(rows) + more
 
@@ -129,7 +177,7 @@ def html(score: Score) -> str:
     wrong.sort(key=lambda answer: order[answer["given"][model]["fault"]])
     facts |= {
         "model": model,
-        "table": table(score),
+        "notes": [vars(note) for note in find_notes(score)],
         "wrong": len(wrong),
         "answers": [shorten(answer) for answer in wrong[:IN_PAGE]],
     }

@@ -107,7 +107,9 @@ def test_an_adapter_of_a_run_is_merged_into_what_was_trained_and_tells_how(job, 
     final = job() / "final"
     merge("--adapter", final, "--output", tmp_path / "merged")
     assert "this merge keeps them" in capsys.readouterr().out
-    record = json.loads((tmp_path / "merged/merge.json").read_text())
+    text = (tmp_path / "merged/merge.json").read_text()
+    assert text.endswith("}\n")
+    record = json.loads(text)
     assert record.pop("versions").keys() >= {"torch", "transformers", "peft", "bitsandbytes"}
     assert re.fullmatch("[0-9a-f]{32}", record.pop("adapter"))
     assert record == {

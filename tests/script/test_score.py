@@ -1,25 +1,30 @@
 """The program as a user runs it, on a tiny model that was trained by the real command."""
 
+import itertools
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 import train_qlora
-from component.export.merge import merged_model
+from component.export.merge import merged_model, plan_merge
 from component.inference.calls import Answer, Call
 from component.inference.engine import Engine
 from component.score.comparison import CLASSES
+from component.score.measure import Progress
 from script import score
 
-from ..runs import write_rows
+from ..runs import at_call, send, write_rows
 
 ROOT = Path(__file__).parents[2]
 TOOLS = [{"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
@@ -81,8 +86,11 @@ def refusal(capsys, monkeypatch):
     return refuse
 
 
-def test_base_and_tuned_stand_side_by_side_and_the_files_agree_with_the_table(trained, tmp_path, capsys):
+def test_base_and_tuned_stand_side_by_side_and_the_files_agree_with_the_table(
+    trained, checkpoint, tmp_path, capsys, monkeypatch
+):
     output, data = trained
+    monkeypatch.setattr("component.score.measure.MANY", 4)
     files = {"--json": tmp_path / "score.json", "--html": tmp_path / "score.html"}
     run(
         "--adapter",
@@ -93,11 +101,28 @@ def test_base_and_tuned_stand_side_by_side_and_the_files_agree_with_the_table(tr
         8,
         *(word for pair in files.items() for word in pair),
     )
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
     assert re.search(r"train\.jsonl: 4 rows, 8 questions, of which 4 want a call and 4 a text$", shown, re.MULTILINE)
+    assert f"\nadapter {output / 'final'}, base {checkpoint} in 4 bits, float32 arithmetic\n" in shown
+    assert "rendering 4 rows" in told
+    assert re.search(r"max_new_tokens is 8, and the longest right answer has \d\d tokens: ", told)
+    assert re.search(r" scored in \d+ s\n", told)
     assert "recall: these rows were learned" in shown
     assert re.search(r"^ +n +base +tuned +tuned - base$", shown, re.MULTILINE)
     facts = json.loads(files["--json"].read_text())
+    about = facts["about"]
+    assert about["adapter"].pop("digest") == plan_merge(output / "final").record()["adapter"]
+    assert about["versions"].keys() >= {"torch", "transformers", "peft"}
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(about.pop("date"))) < timedelta(minutes=10)
+    assert {key: value for key, value in about.items() if key != "versions"} == {
+        "adapter": {"path": str(output / "final")},
+        "base": str(checkpoint),
+        "base_bits": 4,
+        "dtype": "float32",
+        "data_format": "chatglm3",
+        "max_new_tokens": 8,
+        "batch": 64,
+    }
     figures = {figure["name"]: figure for figure in facts["figures"]}
     assert figures["call exact"]["n"] == figures["text exact"]["n"] == 4
     for model in ("base", "tuned"):
@@ -146,7 +171,9 @@ def test_hand_written_answers_give_hand_counted_figures(trained, tmp_path, capsy
         "argument recall": [0, 0.75],
         "argument F1": [0, 0.75],
     }
-    assert re.search(r"^weather  city +4 +0 \(0 given\) +3 \(4 given\)$", capsys.readouterr().out, re.MULTILINE)
+    shown = capsys.readouterr().out
+    assert re.search(r"^weather  city +4 +0 \(0 given\) +3 \(4 given\)$", shown, re.MULTILINE)
+    assert "\n--train_file is not used: every function of these rows was seen in training\n" in shown
 
 
 @pytest.mark.slow
@@ -183,6 +210,40 @@ def test_a_model_without_an_adapter_is_scored_alone(trained, checkpoint, capsys)
     assert "recall:" not in shown
 
 
+def test_a_signal_ends_the_program_at_once_and_says_that_nothing_was_written(trained, tmp_path, monkeypatch, capsys):
+    output, data = trained
+    monkeypatch.setattr("component.run.process.leave", sys.exit)
+    with at_call(3, Engine, "step", send(signal.SIGINT)), pytest.raises(SystemExit) as stop:
+        run("--adapter", output / "final", "--data", data, "--json", tmp_path / "score.json")
+    assert stop.value.code == 130
+    assert "SIGINT: stopped; nothing was written; --limit scores fewer rows\n" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_each_models_answers_and_losses_have_a_progress_of_their_own(trained, monkeypatch, capsys):
+    """Ten seconds go by at every look at the clock."""
+    output, data = trained
+    clock = SimpleNamespace(monotonic=itertools.count(0, 10).__next__)
+    monkeypatch.setattr("component.score.measure.time", clock)
+    run("--adapter", output / "final", "--data", data, "--keep", data, "--max_new_tokens", 4, "--batch", 2)
+    told = capsys.readouterr().err
+    for model in ("base", "tuned"):
+        assert f"{model}: 0 of 8 answers\n" in told, "no forecast before anything is known"
+        assert f"{model}: 8 of 8 answers, 0 s left\n" in told
+        assert f"{model}: 4 of 8 rows for the loss, " in told
+        assert f"{model}: 8 of 8 rows for the loss, 0 s left\n" in told
+
+
+def test_a_forecast_waits_for_as_many_as_are_at_work_at_once(monkeypatch, log):
+    seconds = iter([0, 0, 20, 40])
+    monkeypatch.setattr("component.score.measure.time", SimpleNamespace(monotonic=seconds.__next__))
+    progress = Progress("base", 100, "answers", together=10)
+    progress.add(9)
+    progress.add(11)
+    assert log[0].endswith("base: 9 of 100 answers\n")
+    assert log[1].endswith("base: 20 of 100 answers, 160 s left\n")
+
+
 def test_openai_rows_are_asked_by_a_chat_template(model_folder, capsys):
     base = model_folder("llama", vocab_size=300)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -202,8 +263,8 @@ def test_questions_that_do_not_fit_the_context_are_counted(checkpoint, tmp_path,
     data = write_rows(tmp_path / "rows.jsonl", [ROWS[0], long])
     run("--model", base, "--data", data, "--max_new_tokens", 4)
     shown = capsys.readouterr().out
-    assert "\n2 questions left out: longer than the model's context of 500 tokens\n" in shown
-    assert "\n1 row left out: longer than the model's context of 500 tokens for the loss\n" in shown
+    assert "\n2 of the questions left out: longer than the model's context of 500 tokens\n" in shown
+    assert "\n1 of the rows left out of the loss: longer than the model's context of 500 tokens\n" in shown
     assert re.search(r"^decision right +2 ", shown, re.MULTILINE)
 
 
@@ -223,7 +284,7 @@ def test_bad_input_gets_one_message_before_weights_are_loaded(trained, refusal, 
         (("--data", data, "--html", tmp_path), "a link or no file"),
         (("--data", data, "--json", data), "holds rows that are read, and would be written over"),
         (("--data", data, "--keep", no_tools, "--html", no_tools), "holds rows that are read"),
-        (("--data", data, "--data_format", "firefly"), "train.jsonl:1: firefly has no place for"),
+        (("--data", data, "--data_format", "firefly"), "train.jsonl:1: firefly has no place for tool and tools; score"),
     ):
         message = refusal("--adapter", final, *options)
         assert fault in message, message

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import re
 import weakref
 
 import pytest
@@ -117,6 +118,9 @@ def test_where_memory_is_short_four_bit_weights_are_dequantised_at_every_step(mo
     monkeypatch.setattr(decoder, "free_memory", lambda device: 300_000)
     generations = Engine(model, STOPS, max_batch=2, max_tokens=32).run(prompts, TWELVE)
     assert "4-bit weights dequantised at every step, 2 conversations of at most 32 tokens" in "".join(log)
+    assert re.search(r"whose cache takes [1-9]\d* MiB", "".join(log)), "not 0.00 GiB"
+    Engine(model, STOPS, max_batch=1, max_tokens=32)
+    assert ", 1 conversation of at most 32 tokens" in log[-1]
     assert answers(generations) == [answer_by_generate(model, prompt) for prompt in prompts]
 
 

@@ -12,7 +12,13 @@ from component.data.conversation import Conversation, Turn
 from component.inference.calls import Answer, Call
 from component.score.comparison import CLASSES, compare
 from component.score.figures import (
+    ALL_SEEN,
+    BASE,
+    NONE_SEEN,
+    TRAINED,
+    UNREADABLE,
     Kept,
+    Note,
     Result,
     Score,
     by_argument,
@@ -22,13 +28,22 @@ from component.score.figures import (
     find_kept_figures,
     to_json,
 )
-from component.score.measure import LANGUAGES
+from component.score.measure import LANGUAGES, LONG_QUESTIONS, LONG_ROWS, RECALL
 from component.score.questions import Question, Row
 from component.score.report import figures_of, html, table
+from script.score import UNUSED
 
 TOOLS = [{"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}, "required": ["city"]}}]
 TOOLS += [{"name": "time"}]
 BEIJING, PARIS, TIME = Call("weather", {"city": "北京"}), Call("weather", {"city": "Paris"}), Call("time", {})
+ABOUT = {
+    "adapter": {"path": "run/final", "digest": "0" * 32},
+    "base": "models/nano",
+    "base_bits": 16,
+    "dtype": "float32",
+    "date": "2026-01-01T00:00:00+00:00",
+    "versions": {"torch": "2"},
+}
 HOSTILE = "</script><img src=x onerror=alert(1)>\033[2J&amp;"
 
 
@@ -49,7 +64,7 @@ def score_of(rows: list[list[Question]], losses: dict[str, list[float]], answers
         )
         for model, given in answers.items()
     }
-    return Score("rows.jsonl", listed, questions, np.array([10.0] * len(rows)), results, **more)
+    return Score("rows.jsonl", listed, questions, np.array([10.0] * len(rows)), results, **{"about": ABOUT} | more)
 
 
 @pytest.fixture
@@ -78,7 +93,6 @@ def test_the_figures_are_those_that_were_counted_by_hand(score):
         "argument precision": (2, pytest.approx(np.nan, nan_ok=True), 0.5),
         "argument recall": (2, 0, 0.5),
         "argument F1": (2, 0, 0.5),
-        "call exact, functions seen in training": (2, 0, 0.5),
         "loss per token": (20, 2.5, 1),
     }
     assert found["text exact"].values["tuned"] == pytest.approx((1, 0.2065, 1), abs=1e-4)  # 1 / (1 + 3.8415)
@@ -127,13 +141,69 @@ def test_other_merges_are_compared_with_the_model_as_trained(score):
         {"tuned": -0.2, "merged": 0.1}
     )
     lines = [line.split() for line in table(three).splitlines()]
-    heads = [["n", "base", "tuned", "merged"], ["tuned", "-", "base", "merged", "-", "tuned"]]
-    assert [line for line in lines if line in heads] == heads
+    assert lines.count(["n", "base", "tuned", "merged"]) == 1
+    assert ["loss", "per", "token", "30", "0.300", "0.100", "0.200"] in lines
+    assert ["loss", "per", "token", "-0.200*", "+0.100*"] in lines
+    assert "difference of tuned to base, of the others to tuned (" in table(three)
+    two = replace(three, results={model: three.results[model] for model in ("base", "tuned")})
+    assert "difference" not in table(two)
+
+
+MERGES = ("merged", "full", "merged to 8 bits", "merged to 4 bits", "full to 8 bits", "full to 4 bits")
+
+
+def test_tables_fit_a_terminal(score):
+    """With long numbers: a thousand right calls of one function, and a wrong one of another."""
+    calls = [[ask(i, BEIJING)] for i in range(1000)] + [[ask(1000, TIME)]]
+    given = [Answer(calls=(BEIJING,))] * 1001
+    for models, columns in ((("base", "tuned"), 100), (("base", "tuned", *MERGES), 120)):
+        losses = {model: [10 + i / 100 for i in range(1001)] for model in models}
+        wide = score_of(calls, losses, dict.fromkeys(models, given))
+        assert max(map(len, table(wide).splitlines())) <= columns
+        wide = replace(wide, trained={"weather"})
+        assert "exact, unseen functions" in table(wide)
+        assert max(map(len, table(wide).splitlines())) <= columns + 2
+    assert re.search(r"^ +n +base +tuned +merged +full +8 bits +4 bits +8 bits +4 bits$", table(wide), re.MULTILINE)
+
+
+def test_lines_of_seen_functions_are_left_out_where_there_is_nothing_beside_them(score):
+    """The call of another function did not fit, so that nothing is known of it."""
+    assert "functions" not in "".join(figure.name for figure in score.figures)
+    assert "\nevery right call is of a function that training has seen, so there are no others" in table(score)
+    assert "\nno right call is of a function that training has seen" in table(replace(score, trained={"time"}))
+    assert "right call is" not in table(replace(score, trained=None))
+    rows = [[ask(0, BEIJING)], [ask(1, TIME)]]
+    both = score_of(rows, {"base": [1, 1]}, {"base": [Answer(calls=(BEIJING,))] * 2}, trained={"weather"})
+    values = {figure.name: (figure.count, figure.values["base"].value) for figure in both.figures}
+    assert values["exact, seen functions"] == (1, 1)
+    assert values["exact, unseen functions"] == (1, 0)
+    assert "right call is" not in table(both)
+
+
+def test_the_answers_that_look_like_calls_and_cannot_be_read_are_told_beside_the_decisions(score):
+    assert re.search(r"^call given, cannot be read +1 +0$", table(score), re.MULTILINE)
+    assert to_json(score)["unreadable"] == {"base": 1, "tuned": 0}
+    readable = replace(score, results={"tuned": score.results["tuned"]})
+    assert "call given, cannot be read" not in table(readable)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, "adapter run/final, base models/nano in 32 bits, float32 arithmetic"),
+        ({"base_bits": 4}, "adapter run/final, base models/nano in 4 bits, float32 arithmetic"),
+        ({"dtype": "bfloat16", "adapter": None}, "model models/nano in 16 bits, bfloat16 arithmetic"),
+    ],
+)
+def test_table_and_file_say_what_was_scored(score, changes, shown):
+    score = replace(score, about=ABOUT | changes)
+    assert table(score).splitlines()[1] == shown
+    assert json.loads(figures_of(score))["about"] == ABOUT | changes
 
 
 def test_text_that_has_nothing_to_do_with_the_training_has_a_loss_by_language(score):
     kept = Kept("Chinese", np.array([2.0, 2]), {"base": np.array([2.0, 4]), "tuned": np.array([3.0, 5])})
-    more = Score(score.title, score.rows, score.questions, score.learned, score.results, kept=[kept])
+    more = replace(score, kept=[kept])
     (figure,) = find_kept_figures(more)
     assert figure.name == "loss per token, Chinese"
     assert (figure.values["base"].value, figure.values["tuned"].value) == (1.5, 2)
@@ -148,7 +218,7 @@ def test_the_table_in_the_terminal(score):
     assert re.search(r"^text exact +1 +0\.0% \[0\.0, 79\.3\] +100\.0% \[20\.7, 100\.0\] +\+100\.0%", text, re.MULTILINE)
     assert re.search(r"^weather  city +2 +0 \(0 given\) +1 \(2 given\)$", text, re.MULTILINE)
     assert re.search(r"^wrong value +0 +1$", text, re.MULTILINE)
-    assert len({len(line) for line in text.splitlines()[2:15]}) == 1
+    assert len({len(line) for line in text.splitlines()[4:16]}) == 1
 
 
 def test_chinese_and_unprintable_names_leave_the_columns_of_the_table_in_line():
@@ -215,7 +285,9 @@ def hostile_score() -> Score:
     question = Question(HOSTILE, 0, Conversation(turns, [{"name": HOSTILE}]), (Turn("assistant", HOSTILE),))
     called = Question(HOSTILE, 0, question.history, (Turn("tool", name=HOSTILE, parameters={HOSTILE: 1}),))
     answers = [Answer(HOSTILE * 2, raw=HOSTILE), Answer(calls=(call,), raw=HOSTILE)]
-    return score_of([[question, called]], {"tuned": [1]}, {"tuned": answers}, notes=[HOSTILE], trained=set())
+    about = ABOUT | {"adapter": {"path": HOSTILE, "digest": HOSTILE}, "base": HOSTILE}
+    more = {"notes": [Note("{n}", {"n": HOSTILE})], "trained": set(), "about": about}
+    return score_of([[question, called]], {"tuned": [1]}, {"tuned": answers}, **more)
 
 
 def test_hostile_text_is_text_in_the_page_and_in_the_terminal():
@@ -246,9 +318,26 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(score):
 def test_every_name_in_the_page_has_a_chinese_one(score):
     none = dict.fromkeys(score.results, np.zeros(3))
     kept = [Kept(name, np.ones(3), none) for name, _ in LANGUAGES]
-    found = [to_json(replace(score, kept=kept, trained=trained)) for trained in ({"weather", "time"}, set())]
+    rows = [[ask(0, BEIJING)], [ask(1, TIME)]]
+    both = score_of(rows, {"base": [1, 1]}, {"base": [Answer(calls=(BEIJING,))] * 2}, trained={"weather"})
+    found = [to_json(one) for one in (replace(score, kept=kept), both)]
     names = {figure["name"] for facts in found for figure in facts["figures"] + facts["unrelated_text"]}
-    names |= {*CLASSES, *found[0]["decisions"]["base"]}
+    assert "exact, unseen functions" in names
+    names |= {
+        *CLASSES,
+        *found[0]["decisions"]["base"],
+        UNREADABLE,
+        BASE,
+        TRAINED,
+        *MERGES,
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "adapter",
+        "date",
+    }
+    names |= {RECALL, LONG_QUESTIONS, LONG_ROWS, ALL_SEEN, NONE_SEEN, UNUSED}
     translated = set(re.findall(r'"([^"]+)": "[^"]+"', html(score).split("const ZH = {")[-1].split("\n};")[0]))
     assert names <= translated
 
