@@ -325,7 +325,7 @@ def fit_cache(tokens: int, slots: int, capacity: int | None, limit: int) -> tupl
         capacity = min(max(tokens // slots, min(SHORTEST, tokens)), limit)
     if not 0 < capacity <= tokens:
         raise ArgumentError(
-            f"max_tokens={capacity}: the free memory holds the keys and values of {max(tokens, 0)} tokens; ask for "
-            "shorter conversations, or free memory"
+            f"a conversation of {capacity} tokens: the free memory holds the keys and values of {max(tokens, 0)}; ask "
+            "for shorter prompts or answers, or free memory"
         )
     return min(slots, tokens // capacity), capacity

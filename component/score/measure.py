@@ -22,7 +22,7 @@ from ..inference.sampling import Sampling
 from ..inference.session import Session
 from ..kernel.decoder import longest_conversation
 from ..kernel.model import base_of
-from ..run.errors import DataError
+from ..run.errors import DataError, NumericError
 from ..run.files import fingerprint
 from ..run.log import counted
 from ..run.manifest import versions
@@ -185,7 +185,8 @@ def score_models(
     the tuned model are the same loaded weights.
 
     Args:
-        variants: of VARIANTS; others than "trained" are loaded one after another.
+        variants: of VARIANTS; others than "trained" are loaded one after another, and the session's model is given
+            up for them.
         batch: conversations that are answered at once.
         trained: names of functions that training has seen; None if nobody knows.
     """
@@ -193,11 +194,14 @@ def score_models(
     room = longest_conversation(session.model.config)
     notes = [*notes, *find_left_out(task, room)]
     results, kept = {}, {name: {} for name in task.kept}
-    for names, make in list_models(session, variants):
+    models = list_models(session, variants)
+    for names, make in models:
         for name, result, others in measure(session, make(), names, task, batch):
             results[name] = result
             for language, found in others.items():
                 kept[language][name] = found
+        if len(models) > 1:
+            session.model = None  # makes room for the merges
     others = [Kept(language, count_learned(task.kept[language]), found) for language, found in kept.items()]
     learned = count_learned(task.samples)
     logger.info(f"scored in {time.monotonic() - started:.0f} s")
@@ -264,7 +268,7 @@ def make_merge(session: Session, into: str, bits: int, name: str) -> torch.nn.Mo
     model = merged_model(session.base, session.adapter, into, device=session.device).eval()
     if bits:
         requantise(model, bits)
-    return model
+    return model.to(session.dtype)  # it is rounded to its own type, and computes as the tuned model does
 
 
 def measure(
@@ -272,17 +276,19 @@ def measure(
 ) -> list[tuple[str, Result, dict[str, np.ndarray]]]:
     """(name, result, losses of unrelated text by name) of each column of one model."""
     room = longest_conversation(model.config)
-    answers = ask(session, model, columns, task, room, batch)
-    found = []
+    found = {}
     for name, adapted in columns.items():
+        progress = Progress(name, len(task.samples) + sum(map(len, task.kept.values())), "rows for the loss")
+        groups = [task.samples, *task.kept.values()]
+        found[name] = [losses(model, samples, adapted, room, progress) for samples in groups]
+    answers = ask(session, model, columns, task, room, batch)
+    results = []
+    for name, (own, *others) in found.items():
         verdicts = [
             given and compare(question, given) for question, given in zip(task.questions, answers[name], strict=True)
         ]
-        progress = Progress(name, len(task.samples) + sum(map(len, task.kept.values())), "rows for the loss")
-        result = Result(answers[name], verdicts, losses(model, task.samples, adapted, room, progress))
-        others = {kind: losses(model, samples, adapted, room, progress) for kind, samples in task.kept.items()}
-        found.append((name, result, others))
-    return found
+        results.append((name, Result(answers[name], verdicts, own), dict(zip(task.kept, others, strict=True))))
+    return results
 
 
 def ask(
@@ -310,9 +316,18 @@ def ask(
 
 
 def losses(model, samples: list[TokenizedSample], adapted: bool, room: int, progress: Progress) -> np.ndarray:
-    """(samples,) the summed losses of rows; NaN for those that are longer than the model's context."""
+    """(samples,) the summed losses of rows; NaN for those that are longer than the model's context.
+
+    Raises:
+        NumericError: one is not finite.
+    """
     found = np.full(len(samples), np.nan)
     fitting = [i for i, sample in enumerate(samples) if len(sample.input_ids) <= room]
     found[fitting] = summed_losses(model, [samples[i] for i in fitting], adapted, progress.add)
+    if not np.isfinite(found[fitting]).all():
+        raise NumericError(
+            f"{progress.model}: the loss of a row is not finite: a weight is not, or a number is too large for "
+            f"{name_of(model.dtype)}; take weights from a checkpoint that is whole, or compute in another type"
+        )
     progress.add(len(samples) - len(fitting))
     return found

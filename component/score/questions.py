@@ -83,7 +83,7 @@ def read_scored_rows(
             raise DataError(f"{place}: {error}") from None
         found.append(Row(place, len(found), conversation))
     if not found:
-        raise DataError(f"{files[0]}: nothing to score: the file has no rows")
+        raise DataError(f"{files[0]}: nothing to score: the file has no rows{' that are not skipped' * skips}")
     return found
 
 

@@ -112,7 +112,7 @@ def show(estimate: Estimate, form: str, sign: str = "", interval: bool = True) -
         return "–"
     factor, places, unit = (100, 1, "%") if form == "%" else (1, 3, "")
     value, low, high = (f"{factor * part:{sign}.{places}f}" for part in estimate)
-    return f"{value}{unit} [{low}, {high}]" if interval else f"{value}{unit}"
+    return f"{value}{unit} [{low}, {high}]" if interval and not np.isnan(estimate.low) else f"{value}{unit}"
 
 
 def show_marked(difference: Estimate, form: str) -> str:

@@ -70,6 +70,8 @@ def bootstrap(figure: Ratio, base: Ratio | None = None) -> Estimate:
     if not len(figure.parts):
         return Estimate(np.nan, np.nan, np.nan)
     value = figure.value - (base.value if base else 0)
+    if len(figure.parts) == 1:  # nothing tells how another conversation would go
+        return Estimate(value, np.nan, np.nan)
     counts = draws(len(figure.parts))
     rows = max(AT_ONCE // len(figure.parts), 1)
     blocks = [counts[start : start + rows].astype(float) for start in range(0, len(counts), rows)]

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import train_qlora
@@ -296,6 +298,20 @@ def test_bad_input_gets_one_message_before_weights_are_loaded(trained, refusal, 
     assert "no adapter_config.json there" in refusal("--adapter", tmp_path, "--data", data)
 
 
+def test_weights_that_are_not_finite_are_told_and_not_scored(trained, checkpoint, capsys, monkeypatch, tmp_path):
+    _, data = trained
+    base = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    (file,) = base.glob("*.safetensors")
+    weights = load_file(file)
+    weights["transformer.encoder.final_layernorm.weight"][0] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    monkeypatch.setattr("component.run.process.leave", sys.exit)
+    with pytest.raises(SystemExit) as stop:
+        run("--model", base, "--data", data)
+    assert stop.value.code == 3
+    assert "base: the loss of a row is not finite" in capsys.readouterr().err
+
+
 def test_a_merge_that_is_refused_is_told_before_weights_are_loaded(trained, refusal, checkpoint, tmp_path):
     output, data = trained
     adapter, base = shutil.copytree(output / "final", tmp_path / "adapter"), tmp_path / checkpoint.name
@@ -352,14 +368,15 @@ def test_the_command_itself_ends_with_0_and_a_table_and_with_2_and_a_message(tra
 
 def test_base_and_tuned_share_an_engine_and_one_merge_is_in_memory_at_a_time(trained, monkeypatch):
     output, data = trained
-    engines, merges = [], []
+    engines, merges, models = [], [], []
 
     def make_engine(model, *rest, **options):
         engines.append(type(model).__name__)
+        models.append(weakref.ref(model))
         return Engine(model, *rest, **options)
 
     def merge(*names, **options):
-        assert [gone() for gone in merges] == [None] * len(merges)
+        assert [gone() for gone in models + merges] == [None] * (len(models) + len(merges))
         merges.append(weakref.ref(model := merged_model(*names, **options)))
         return model
 

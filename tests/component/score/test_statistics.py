@@ -59,3 +59,9 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     """Of 400 conversations of which half are right, the mean's error is √(0.25 / 400) = 0.025."""
     estimate = bootstrap(Ratio(np.arange(400) % 2 * 1.0, np.ones(400)))
     assert estimate == pytest.approx((0.5, 0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.004)
+
+
+def test_one_conversation_does_not_tell_how_another_goes():
+    value, low, high = bootstrap(Ratio(np.array([3.0]), np.array([4.0])))
+    assert value == 0.75
+    assert np.isnan([low, high]).all()
