@@ -258,7 +258,8 @@ def names_of(answer: dict) -> list[str]:
 
 def percent(estimate: Estimate, sign: str = "") -> str:
     value, low, high = (100 * part for part in estimate)
-    return f"{value:{sign}.1f}% [{low:{sign}.1f}, {high:{sign}.1f}]"
+    interval = "" if np.isnan(low) else f" [{low:{sign}.1f}, {high:{sign}.1f}]"
+    return f"{value:{sign}.1f}%{interval}"
 
 
 def print_tables(output: Path, experiments: list[Experiment]) -> None:
