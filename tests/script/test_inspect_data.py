@@ -149,6 +149,12 @@ def test_the_command_writes_table_row_and_page(data, tmp_path, tiny_tokenizer: C
     named.rename(data)
     one = run("--data", data, "--model", model, "--row", 1, "max_seq_length=500")
     assert "weather" in one.stdout.replace("│", "")
+
+
+@pytest.mark.slow
+def test_the_command_takes_settings_and_refuses_what_it_cannot_show(data, tmp_path, tiny_tokenizer: ChatGLMTokenizer):
+    model = tmp_path / "chatglm3-nano"
+    tiny_tokenizer.save_pretrained(model)
     settings = {"model_name_or_path": str(model), "train_file": {str(data): 1}, "output_dir": str(tmp_path / "out")}
     settings["cache_dir"] = str(tmp_path / "cache")
     (tmp_path / "args.json").write_text(json.dumps(settings))

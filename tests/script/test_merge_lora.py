@@ -358,6 +358,11 @@ def run_killed(moment: str, options: tuple, signum: int = signal.SIGKILL) -> sub
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+def slowly(*values) -> list:
+    """Parameters that `make test` leaves out."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def is_whole(folder: Path, expected: torch.Tensor) -> bool:
     AutoTokenizer.from_pretrained(folder)
     return difference(logits(folder), expected) <= 1e-5
@@ -371,7 +376,9 @@ def chatglm_merge(model_folder, adapter_folder, tmp_path):
     return options, tmp_path / "merged", logits(base, adapter)
 
 
-@pytest.mark.parametrize("moment", ["safe_save_file 2", "save_pretrained 3", "fsync 3", "rename 1", "rename 2"])
+@pytest.mark.parametrize(
+    "moment", ["safe_save_file 2", *slowly("save_pretrained 3", "fsync 3", "rename 1"), "rename 2"]
+)
 def test_a_killed_merge_leaves_all_or_nothing(chatglm_merge, moment):
     options, output, expected = chatglm_merge
     assert run_killed(moment, options).returncode == -signal.SIGKILL
@@ -382,8 +389,10 @@ def test_a_killed_merge_leaves_all_or_nothing(chatglm_merge, moment):
     assert not list(output.parent.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["from_pretrained 1", "from_pretrained 4", "safe_save_file 2", "rename 2"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, *slowly(signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "moment", [*slowly("from_pretrained 1"), "from_pretrained 4", *slowly("safe_save_file 2"), "rename 2"]
+)
 def test_an_interrupted_merge_says_so_in_one_line_and_leaves_all_or_nothing(chatglm_merge, moment, signum):
     options, output, expected = chatglm_merge
     done = run_killed(moment, options, signum)
