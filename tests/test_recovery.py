@@ -325,11 +325,11 @@ def test_each_signal_has_its_exit_code_and_a_checkpoint_of_the_very_step(stopped
     "settings",
     [
         {"train_sampling_strategy": "group_by_length"},
-        {"packing": False},
+        pytest.param({"packing": False}, marks=pytest.mark.slow),
         {"dataloader_num_workers": 2},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 3},
         {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "logging_strategy": "epoch"},
-        {"max_steps": -1, "num_train_epochs": 3, "logging_strategy": "epoch"},
+        pytest.param({"max_steps": -1, "num_train_epochs": 3, "logging_strategy": "epoch"}, marks=pytest.mark.slow),
         {"streaming": True},
     ],
     ids=[

@@ -73,6 +73,7 @@ def test_a_delete_before_the_folder_is_synced_and_a_file_that_is_not_are_violati
     assert violations(4) == [f"{old}/optimizer.pt is deleted before {tmp_path} is synced"]
 
 
+@pytest.mark.slow
 def test_a_case_whose_test_is_gone_fails(tmp_path):
     (tmp_path / "tests.xml").touch()
     case = Case(99, "a", "b", tests=("tests/test_layering.py::test_of_old", "tests/of_old.py::test"))

@@ -71,6 +71,7 @@ def verification(folder, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_random_weights_pass_the_steps_of_files_alone(tmp_path, reference, capsys, monkeypatch):
     """The whole program, by the command of the docs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
