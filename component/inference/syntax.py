@@ -116,6 +116,7 @@ def learn_syntax(write: Write, thought: Thought) -> Syntax:
 
 
 def learn_object(one: str, body: Callable) -> Found | None:
+    """Whether a call is a JSON object that holds its name and its arguments."""
     for start in [i for i, letter in enumerate(one) if letter == "{"]:
         with suppress(ValueError):
             value, end = DECODER.raw_decode(one, start)
@@ -133,6 +134,7 @@ def learn_object(one: str, body: Callable) -> Found | None:
 
 
 def learn_named(one: str, body: Callable) -> Found | None:
+    """Whether a call is its name and then a JSON object of the arguments."""
     start = one.find(NAME)
     brace = one.find("{", start)
     with suppress(ValueError):
@@ -143,6 +145,7 @@ def learn_named(one: str, body: Callable) -> Found | None:
 
 
 def learn_python(one: str, body: Callable) -> Found | None:
+    """Whether calls are a list of Python's calls."""
     start = one.find("[" + NAME)
     end = one.find(")]", start) + len(")]")
     if start < 0 or end < start or not one[end:].strip():
@@ -154,6 +157,7 @@ def learn_python(one: str, body: Callable) -> Found | None:
 
 
 def learn_keywords(one: str, body: Callable) -> Found | None:
+    """Whether a call is its name and then keyword arguments in parentheses."""
     start = one.find(NAME)
     at = one.find(f"({KEY}=", start)
     form = KeywordForm(pieces(one[start + len(NAME) : at]))
@@ -165,6 +169,7 @@ def learn_keywords(one: str, body: Callable) -> Found | None:
 
 
 def learn_tagged(one: str, body: Callable) -> Found | None:
+    """Whether each argument of a call stands between tags, such as Qwen3-Coder's `<parameter=x>`."""
     start = one.rfind(NAME)
     key, value = one.find(KEY, start), one.find(VALUE, start)
     two, none = body(Call(NAME, {KEY: VALUE, KEY2: VALUE})), body(Call(NAME, {}))
@@ -187,6 +192,7 @@ def learn_tagged(one: str, body: Callable) -> Found | None:
 
 
 def learn_braces(one: str, body: Callable) -> Found | None:
+    """Whether a call is its name and then arguments in braces, their strings between Gemma's quotes."""
     start = one.find(NAME)
     before, _, after = one[start + len(NAME) :].partition(VALUE)
     quote = after.partition("}")[0]

@@ -350,6 +350,7 @@ def seen(score: Score, function: str) -> bool | None:
 
 
 def describe_answers(score: Score) -> list[dict]:
+    """Every question as JSON: its place, the turns before it, what was expected, and what each model gave."""
     return [
         {
             "place": question.place,
@@ -372,6 +373,7 @@ def describe_turn(turn) -> dict:
 
 
 def describe_answer(result: Result, i: int) -> dict | None:
+    """What a model gave to question i, as JSON; None if it was not asked."""
     answer, verdict = result.answers[i], result.verdicts[i]
     if answer is None or verdict is None:
         return None
