@@ -21,6 +21,8 @@ class Sampling:
         top_k: only so many of the most probable tokens are drawn from; 0 for all.
         seed: of the draws, which then do not depend on the other conversations; None for other ones each time.
         logprobs: how many of the most probable tokens are told with each token's own probability; 0 for neither.
+        begins: the answer begins with one of these token sequences; empty for any answer.
+        banned: tokens that are never chosen.
 
     Raises:
         ArgumentError: a value is out of bounds.
@@ -32,6 +34,8 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     logprobs: int = 0
+    begins: tuple[tuple[int, ...], ...] = ()
+    banned: frozenset[int] = frozenset()
 
     def __post_init__(self):
         bounds = {

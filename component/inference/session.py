@@ -12,7 +12,6 @@ from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat_templates import control_tokens, set_chat_template
-from ..chatglm.chat import HALF
 from ..data.conversation import Conversation, Turn, first_rounds_to_leave_out, without_first_rounds
 from ..data.dataset import DATA_FORMATS, select_format
 from ..data.formats import parse_row
@@ -33,7 +32,8 @@ from ..trust import check_adapter, find_adapter, find_base, identify_base, read_
 from .answers import ChatGLM3Reader, TemplateReader, TextReader
 from .calls import Answer
 from .engine import Engine
-from .sampling import GREEDY, Sampling
+from .sampling import GREEDY, Generation, Sampling
+from .stream import AnswerStream, Piece
 
 # Conversations whose answers end in every way that the model learns: the last one, and those before a question, a
 # result and another answer.
@@ -226,41 +226,67 @@ class Session:
     def engine(self) -> Engine:
         return Engine(self.model, self.stop_ids)
 
-    def ask(self, messages: list[dict], tools: Any = None, sampling: Sampling = GREEDY) -> Answer:
+    def ask(self, messages: list[dict], tools: Any = None, sampling: Sampling = GREEDY, adapted: bool = True) -> Answer:
         """Answer messages as `conversation` takes them. Early rounds for which the context has no room are left out.
+
+        Args:
+            adapted: False to leave the adapter out.
 
         Raises:
             DataError: training would refuse the messages, or the last round is too long.
         """
-        *_, answer = self.stream(messages, tools, sampling)
-        return answer
+        reply = self.reply(messages, tools, sampling, adapted)
+        for _ in reply:
+            pass
+        return reply.answer
 
-    def stream(self, messages: list[dict], tools: Any = None, sampling: Sampling = GREEDY) -> Iterator[Answer]:
-        """Answer as `ask` does, and yield the answer so far after every token that adds to it, the whole one last.
-
-        A call is part of it when it is complete. Each token costs a reading of the whole answer.
-        """
+    def reply(
+        self, messages: list[dict], tools: Any = None, sampling: Sampling = GREEDY, adapted: bool = True
+    ) -> "Reply":
+        """Answer as `ask` does, piece by piece: the Reply yields what each token adds."""
         room = max(self.engine.room - sampling.max_new_tokens, self.engine.room // 2)
-        conversation, _ = self.fit(self.conversation(messages, tools), room)
-        generation = self.engine.submit(self.prompt(conversation), sampling)
-        shown = Answer()
-        try:
-            while generation.finish_reason is None:
-                self.engine.step()
-                so_far = self.read(generation.tokens, "length", conversation.tools)
-                half = so_far.fault or so_far.raw.endswith(HALF)
-                said = (so_far.text, so_far.calls, so_far.reasoning)
-                if generation.finish_reason is None and not half and said != (shown.text, shown.calls, shown.reasoning):
-                    yield (shown := so_far)
-            yield self.read(generation.tokens, generation.finish_reason, conversation.tools)
-        finally:
-            if generation.finish_reason is None:
-                self.engine.cancel(generation)
+        conversation, left_out = self.fit(self.conversation(messages, tools), room)
+        generation = self.engine.submit(self.prompt(conversation), sampling, adapted)
+        return Reply(self, generation, conversation.tools, left_out)
+
+    def answer_stream(self, tools: Any = None) -> AnswerStream:
+        """What turns the tokens of an answer into pieces. `tools`: those that were offered."""
+        return AnswerStream(self.reader, tools)
 
     def require_calls(self) -> None:
         """Raise DataError, which says why, where answers of this model are text alone."""
         if self.reader.no_calls:
             raise DataError(f"data_format {self.data_format}: {self.reader.no_calls}")
+
+
+class Reply:
+    """An answer that is being written. Iterating yields its pieces; an iteration that is left cancels the rest.
+
+    Attributes:
+        generation: its tokens so far, and how it ended.
+        left_out: rounds for which the context had no room.
+        answer: the whole answer, once it has ended.
+    """
+
+    def __init__(self, session: Session, generation: Generation, tools: Any, left_out: int):
+        self.session, self.generation, self.tools, self.left_out = session, generation, tools, left_out
+
+    def __iter__(self) -> Iterator[Piece]:
+        engine, generation, done = self.session.engine, self.generation, 0
+        growing = self.session.answer_stream(self.tools)
+        try:
+            while generation.finish_reason is None:
+                engine.step()
+                for token in generation.tokens[done:]:
+                    yield from growing.add(token)
+                done = len(generation.tokens)
+            yield from growing.end(generation.finish_reason)
+        finally:
+            engine.cancel(generation)
+
+    @property
+    def answer(self) -> Answer:
+        return self.session.read(self.generation.tokens, self.generation.finish_reason or "length", self.tools)
 
 
 def is_own(message: dict) -> bool:

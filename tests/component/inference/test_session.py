@@ -18,6 +18,7 @@ from component.data.formats import parse_chatglm3, parse_firefly, parse_row
 from component.data.render import render_chatglm2, render_chatglm3
 from component.inference.calls import Answer, Call, to_message
 from component.inference.session import Session, choose_bits, choose_dtype, choose_format
+from component.inference.stream import Piece
 from component.model import open_tokenizer
 from component.run.errors import ArgumentError, DataError, Fault
 from tests.component.data.test_chat_template import FAMILIES, make_tokenizer
@@ -282,7 +283,7 @@ class Script:
     def __init__(self, *answers: list[int], room: int = 4000):
         self.answers, self.room, self.prompts, self.cancelled = list(answers), room, [], []
 
-    def submit(self, prompt, sampling):
+    def submit(self, prompt, sampling, adapted):
         self.prompts.append(prompt)
         self.generation = SimpleNamespace(prompt=prompt, tokens=[], finish_reason=None)
         return self.generation
@@ -295,7 +296,8 @@ class Script:
         return [self.generation]
 
     def cancel(self, generation):
-        self.cancelled.append(generation)
+        if generation.finish_reason is None:
+            self.cancelled.append(generation)
 
 
 @pytest.fixture
@@ -347,13 +349,13 @@ def test_an_answer_is_streamed_without_half_characters_and_half_calls(tiny_token
     session = Session(tiny_tokenizer, "chatglm3")
     text = chatglm3_ids(tiny_tokenizer, "\n 晴 👋", "clock\n ```python\ntool_call()\n```")
     session.engine = Script([*text, tiny_tokenizer.eos_token_id])
-    seen = list(session.stream([HELLO], [CLOCK]))
-    assert seen[-1].calls == (Call("clock", {}),)
-    assert seen[-1].finish_reason == "tool_calls"
-    assert all("晴 👋".startswith(answer.text) and not answer.fault for answer in seen)
-    assert next(answer.text for answer in seen if answer.calls) == "晴 👋"
+    reply = session.reply([HELLO], [CLOCK])
+    pieces = list(reply)
+    assert "".join(piece.text for piece in pieces if piece.kind == "text") == "晴 👋"
+    assert [piece for piece in pieces if piece.kind != "text"] == [Piece("name", "clock"), Piece("arguments", "{}")]
+    assert (reply.answer.calls, reply.answer.finish_reason) == ((Call("clock", {}),), "tool_calls")
     session.engine = Script([*text])
-    next(session.stream([HELLO]))
+    next(iter(session.reply([HELLO])))
     assert len(session.engine.cancelled) == 1
 
 
