@@ -1,13 +1,18 @@
 """Turns the tokens of an answer into an Answer, with one class for each way in which formats write calls."""
 
+import ast
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ..chatglm.prompt import parse_fenced_call, split_reply
 from ..data.conversation import Conversation, Turn
 from ..run.errors import DataError
-from .calls import Answer, Call, Thought, Unreadable, finished, require_json, skip
+from .calls import NAME, Answer, Call, Thought, Unreadable, dotted_name, finished, require_json, skip, unique
+from .growing import Reading, Waiting
+from .growing_calls import FUNCTION, follow_syntax
 from .syntax import describe_calls, learn_lead, learn_syntax, learn_thought
 
 
@@ -16,9 +21,11 @@ class TextReader:
 
     Attributes:
         no_calls: why calls cannot be read; empty if they can.
+        parting: the token between two messages of an answer, if it has several.
     """
 
     no_calls = "the format has no calls; train and open the model with data_format chat_template or chatglm3"
+    parting: int | None = None
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -28,8 +35,13 @@ class TextReader:
 
     def read(self, ids: Sequence[int], tools: Any, cut: bool) -> Answer:
         raw = self.decode(ids)
-        reasoning, text = Thought().split(raw, cut)
+        reasoning, text = Thought().split(raw)
         return finished(Answer(text.strip(), reasoning=reasoning), cut, raw)
+
+    def follow(self, reading: Reading, tools: Any) -> Waiting:
+        """Tell a message while it grows, as `read` reads it."""
+        yield from reading.think(Thought())
+        yield from reading.speak("text")
 
 
 class ChatGLM3Reader(TextReader):
@@ -37,10 +49,14 @@ class ChatGLM3Reader(TextReader):
 
     no_calls = ""
 
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.parting = tokenizer.get_command("<|assistant|>")
+
     def read(self, ids: Sequence[int], tools: Any, cut: bool) -> Answer:
         messages: list[list[int]] = [[]]
         for token in ids:
-            if token == self.tokenizer.get_command("<|assistant|>"):
+            if token == self.parting:
                 messages.append([])
             else:
                 messages[-1].append(token)
@@ -59,20 +75,54 @@ class ChatGLM3Reader(TextReader):
                 fault = "truncated" if is_cut else "unparsable"
                 spoken.append(message.strip())
                 continue
-            reasoning, text = Thought().split(content, is_cut)
+            reasoning, text = Thought().split(content) if "\n" in message else ("", message)
             thoughts.append(reasoning)
             spoken.append(text.strip())
         text, reasoning = ("\n".join(filter(None, parts)) for parts in (spoken, thoughts))
         answer = Answer(text, () if fault else tuple(calls), reasoning, fault)
         return finished(answer, cut, "<|assistant|>".join(texts))
 
+    def follow(self, reading: Reading, tools: Any) -> Waiting:
+        while "\n" not in reading.text and not reading.ended and is_name(reading.text.strip() or "f"):
+            yield
+        line, newline, _ = reading.text.partition("\n")
+        if not newline or line.strip():
+            yield from follow_fenced_call(reading, line.strip(), len(line) + 1)
+            return
+        reading.drop(len(line) + 1)
+        yield from super().follow(reading, tools)
+
+
+def is_name(text: str) -> bool:
+    """Whether the first line of a message of ChatGLM3 can be the name of a function."""
+    return NAME.fullmatch(text) is not None
+
+
+def follow_fenced_call(reading: Reading, name: str, at: int) -> Waiting:
+    """Tell a call of ChatGLM3 while it grows, as `read_fenced_call` reads it. Raises Unreadable where it is none."""
+    if not is_name(name):
+        raise Unreadable("its first line is no name")
+    fence = yield from reading.skip(at, ("```",))
+    reading.name(name, at)
+    line = yield from reading.find("\n", at=fence)
+    opened = yield from reading.find("(", at=line)
+    if FUNCTION.fullmatch(reading.text, line, opened + 1):
+        yield from reading.keywords(opened + 1, lambda code: read_fenced_call(name, f"```\n{code}\n```"))
+    while not reading.ended:
+        yield
+    reading.told.end_call(read_fenced_call(name, reading.text[at:].strip()))
+
 
 def read_fenced_call(name: str, content: str) -> Call:
     """ChatGLM3's call. Raises Unreadable for a content that is none, or whose values no JSON can hold."""
+    if not is_name(name):
+        raise Unreadable("its first line is no name")
     if not (content.startswith("```") and content.endswith("\n```")):
         raise Unreadable("a call stands between two lines of ```")
     arguments = parse_fenced_call(content)
     try:
+        if arguments is not None:
+            require_plain("\n".join(content.split("\n")[1:-1]))
         call = Call(name, json.loads(json.dumps(arguments, allow_nan=False)))
         require_json([call])
     except (TypeError, ValueError, RecursionError) as error:
@@ -80,6 +130,13 @@ def read_fenced_call(name: str, content: str) -> Call:
     if not isinstance(call.arguments, dict):
         raise Unreadable("it is no call with literal arguments")
     return call
+
+
+def require_plain(code: str) -> None:
+    """Raise Unreadable for a call of something else than a name, and for one that gives an argument twice."""
+    call = ast.parse(code.strip(), mode="eval").body
+    dotted_name(call.func)
+    unique([(keyword.arg, None) for keyword in call.keywords])
 
 
 class TemplateReader(TextReader):
@@ -93,6 +150,8 @@ class TemplateReader(TextReader):
             self.thought = learn_thought(self.write)
             self.lead = learn_lead(self.write, self.thought)
             self.syntax = learn_syntax(self.write, self.thought)
+            if self.syntax.opens[: len(self.lead)] == self.lead:
+                self.lead = ()  # which is no sign of a text
         except (DataError, Unreadable) as error:
             self.no_calls = f"calls cannot be read as the tokenizer's chat template writes them: {error}"
 
@@ -115,11 +174,17 @@ class TemplateReader(TextReader):
 
     def read(self, ids: Sequence[int], tools: Any, cut: bool) -> Answer:
         raw = self.decode(ids)
-        reasoning, text = self.thought.split(raw, cut)
+        reasoning, text = self.thought.split(raw)
+        with suppress(Unreadable):
+            text = text[skip(text, 0, self.lead) :]
         answer = self.syntax.read(text, tools, cut) if self.syntax else Answer(text.strip())
-        try:
-            if not answer.calls and not answer.fault:
-                answer = Answer(text[skip(text, 0, self.lead) :].strip())
-        except Unreadable:
-            pass
-        return finished(Answer(answer.text, answer.calls, reasoning, answer.fault), cut, raw)
+        return finished(replace(answer, reasoning=reasoning), cut, raw)
+
+    def follow(self, reading: Reading, tools: Any) -> Waiting:
+        yield from reading.think(self.thought)
+        with suppress(Unreadable):
+            reading.drop((yield from reading.skip(0, self.lead)))
+        if self.syntax:
+            yield from follow_syntax(reading, self.syntax, tools)
+        else:
+            yield from reading.speak("text")

@@ -15,6 +15,7 @@ FAULTS = ("unparsable", "truncated")  # what Answer.fault may be, beside ""
 DEPTH = 100  # of arguments, so that whoever takes them can walk through them
 SPACE = re.compile(r"\s*")
 PIECE = re.compile(r"<[^<>\s]*>?|\[/?\w+\]|\[|[^\s<\[]+")
+NAME = re.compile(r"[\w.:/-]{1,200}")  # of a function, where nothing but the name shows that a call comes
 SCALAR = re.compile(r"[^\s,:{}\[\]]+")
 PYTHON = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 
@@ -89,15 +90,15 @@ class Thought:
     close: str = "</think>"
     asked: bool = False
 
-    def split(self, text: str, cut: bool) -> tuple[str, str]:
-        """(reasoning, what follows it) of an answer. A thought without an end is reasoning if the answer was cut."""
+    def split(self, text: str) -> tuple[str, str]:
+        """(reasoning, what follows it) of an answer. A thought that was opened and has no end is reasoning."""
         thoughts: list[str] = []
         at, within = 0, not self.open
         while within or text.startswith(self.open, skip_space(text, at)):
             start = at if within else skip_space(text, at) + len(self.open)
             stop = text.find(self.close, start)
             if stop < 0:
-                if cut and (self.open or self.asked):
+                if self.open or self.asked:
                     thoughts.append(text[start:].strip())
                     at = len(text)
                 break
@@ -203,7 +204,7 @@ class ObjectForm:
     def begins(self, text: str, at: int, cut: bool) -> bool:
         keys = "|".join(map(re.escape, (self.name, self.arguments)))
         rest = text[skip_space(text, at) :]
-        return bool(re.match(rf'\{{\s*"(?:{keys})"', rest) or (cut and re.fullmatch(r'\{\s*("\w*)?', rest)))
+        return bool(re.match(rf'\{{\s*"(?:{keys})"', rest) or (cut and re.fullmatch(r'\{\s*("\w{0,40})?', rest)))
 
     def read(self, text: str, at: int, tools: Any = None) -> tuple[Call, int]:
         value, end = read_object(text, at)
@@ -285,7 +286,7 @@ def plain_value(written: str, types: set[str]) -> Any:
 
 def begins_with_name(text: str, between: Sequence[str], cut: bool) -> bool:
     """Whether a text is a name in its first line and then what stands between a name and its arguments."""
-    name = re.match(r"[^\S\n]*[^\s{]+", text)
+    name = NAME.match(text, re.match(r"[^\S\n]*", text).end())
     if not name:
         return False
     space = SPACE.match(text, name.end())
@@ -329,9 +330,18 @@ class PythonForm:
     def call_of(self, node: ast.expr) -> Call:
         if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
             raise Unreadable("there is something else than a call")
-        if not isinstance(node.func, ast.Name | ast.Attribute):
-            raise Unreadable("the function's name is missing")
-        return Call(ast.unparse(node.func), {keyword.arg: literal_value(keyword.value) for keyword in node.keywords})
+        arguments = [(keyword.arg, literal_value(keyword.value)) for keyword in node.keywords]
+        return Call(dotted_name(node.func), unique(arguments))
+
+
+def dotted_name(node: ast.expr) -> str:
+    """A function's name in Python. Raises Unreadable for any other code."""
+    inner = node
+    while isinstance(inner, ast.Attribute):
+        inner = inner.value
+    if not isinstance(inner, ast.Name):
+        raise Unreadable("the function's name is missing")
+    return ast.unparse(node)
 
 
 def literal_value(node: ast.expr) -> Any:

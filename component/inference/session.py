@@ -246,8 +246,7 @@ class Session:
         """Answer as `ask` does, piece by piece: the Reply yields what each token adds."""
         room = max(self.engine.room - sampling.max_new_tokens, self.engine.room // 2)
         conversation, left_out = self.fit(self.conversation(messages, tools), room)
-        generation = self.engine.submit(self.prompt(conversation), sampling, adapted)
-        return Reply(self, generation, conversation.tools, left_out)
+        return Reply(self, self.prompt(conversation), sampling, adapted, conversation.tools, left_out)
 
     def answer_stream(self, tools: Any = None) -> AnswerStream:
         """What turns the tokens of an answer into pieces. `tools`: those that were offered."""
@@ -260,20 +259,23 @@ class Session:
 
 
 class Reply:
-    """An answer that is being written. Iterating yields its pieces; an iteration that is left cancels the rest.
+    """An answer that is written while it is iterated, once. An iteration that is left cancels the rest.
 
     Attributes:
-        generation: its tokens so far, and how it ended.
+        generation: its tokens so far, and how it ended; None before the iteration begins.
         left_out: rounds for which the context had no room.
         answer: the whole answer, once it has ended.
     """
 
-    def __init__(self, session: Session, generation: Generation, tools: Any, left_out: int):
-        self.session, self.generation, self.tools, self.left_out = session, generation, tools, left_out
+    def __init__(
+        self, session: Session, prompt: list[int], sampling: Sampling, adapted: bool, tools: Any, left_out: int
+    ):
+        self.session, self.asked, self.tools, self.left_out = session, (prompt, sampling, adapted), tools, left_out
+        self.generation: Generation | None = None
 
     def __iter__(self) -> Iterator[Piece]:
-        engine, generation, done = self.session.engine, self.generation, 0
-        growing = self.session.answer_stream(self.tools)
+        engine, growing, done = self.session.engine, self.session.answer_stream(self.tools), 0
+        self.generation = generation = engine.submit(*self.asked)
         try:
             while generation.finish_reason is None:
                 engine.step()

@@ -1,60 +1,71 @@
 """An answer while it grows: what each token adds to its text, its reasoning and its calls."""
 
-import json
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-from ..chatglm.text import HALF
+from ..chatglm.text import GrowingText
 from .answers import TextReader
-from .calls import Answer
+from .growing import Piece, Reading, Telling
 
-
-class Piece(NamedTuple):
-    """What an answer has grown by. The pieces of one answer, joined by kind and call, are the whole of it.
-
-    Attributes:
-        kind: `reasoning`, `text`, `name` (of a function, in one piece) or `arguments` (of its call, as JSON).
-        call: which call of the answer a name or arguments belong to, from 0.
-    """
-
-    kind: str
-    text: str
-    call: int = 0
+__all__ = ["AnswerStream", "Piece"]
 
 
 class AnswerStream:
-    """Turns the tokens of an answer, one by one, into pieces.
+    """Turns the tokens of an answer, one by one, into pieces, at a cost that does not grow with the answer.
 
-    A call begins with a piece of its name. If it then turns out to be none that can be read, its arguments are what the
-    model wrote.
+    Text and reasoning are told at once, but for half characters, white space at an end, and what may be the beginning
+    of a call or of a thought. A call begins with a piece of its name, once that is certain. If it then turns out to be
+    none that can be read, its arguments end with what the model wrote; what has no name yet is told as text.
+
+    For a server: the finish_reason is `length` if the answer was cut, else `tool_calls` if `calls` is not 0, and else
+    `stop`. To have one call alone, leave the answer once `complete` is 1, and drop what came after that call's pieces.
 
     Args:
         tools: functions that were offered, as `Session.read` takes them.
+
+    Attributes:
+        calls: how many calls were begun: each has told its name.
+        complete: how many of them are whole and can be read. The last call is whole if it equals `calls`.
     """
 
     def __init__(self, reader: TextReader, tools: Any = None):
-        self.reader, self.tools = reader, tools
-        self.tokens: list[int] = []
-        self.told = {"reasoning": "", "text": ""}
-        self.calls = 0
+        self.reader, self.told = reader, Telling()
+        self.follow = partial(reader.follow, tools=tools)
+        self.begin_message()
+
+    @property
+    def calls(self) -> int:
+        return self.told.calls
+
+    @property
+    def complete(self) -> int:
+        return self.told.complete
 
     def add(self, token: int) -> list[Piece]:
         """What the answer grows by with its next token; nothing while that is not decided."""
-        self.tokens.append(token)
-        answer = self.reader.read(self.tokens, self.tools, True)
-        return [] if answer.fault or answer.raw.endswith(HALF) else self.pieces(answer)
+        if token == self.reader.parting:
+            self.end_message()
+            self.begin_message()
+        else:
+            self.growing.add(token)
+            self.read_on(self.growing.settled)
+        return self.told.take()
 
     def end(self, finish_reason: str) -> list[Piece]:
         """What was still undecided when the answer ended with `stop` or `length`."""
-        return self.pieces(self.reader.read(self.tokens, self.tools, finish_reason == "length"))
+        self.end_message()
+        return self.told.take()
 
-    def pieces(self, answer: Answer) -> list[Piece]:
-        found = []
-        for kind, text in (("reasoning", answer.reasoning), ("text", answer.text)):
-            if text.startswith(self.told[kind]) and len(text) > len(self.told[kind]):
-                found.append(Piece(kind, text[len(self.told[kind]) :]))
-                self.told[kind] = text
-        for call in range(self.calls, len(answer.calls)):
-            name, arguments = answer.calls[call]
-            found += [Piece("name", name, call), Piece("arguments", json.dumps(arguments, ensure_ascii=False), call)]
-        self.calls = max(self.calls, len(answer.calls))
-        return found
+    def begin_message(self) -> None:
+        self.growing, self.length = GrowingText(self.reader.tokenizer), 0
+        self.reading = Reading(self.told, self.follow)
+
+    def end_message(self) -> None:
+        self.read_on(self.growing.text)
+        self.reading.end()
+
+    def read_on(self, text: str) -> None:
+        """Read what is new of a message's text."""
+        if len(text) > self.length:
+            self.reading.add(text[self.length :])
+            self.length = len(text)

@@ -74,7 +74,7 @@ def learn_thought(write: Write) -> Thought:
 
 def learn_lead(write: Write, thought: Thought) -> tuple[str, ...]:
     """The pieces that are written before every text without calls, such as the name of a channel."""
-    return pieces(thought.split(write((), TEXT), False)[1].partition(TEXT)[0])
+    return pieces(thought.split(write((), TEXT))[1].partition(TEXT)[0])
 
 
 def learn_syntax(write: Write, thought: Thought) -> Syntax:
@@ -82,7 +82,7 @@ def learn_syntax(write: Write, thought: Thought) -> Syntax:
     the template refuses calls."""
 
     def body(*calls: Call, text: str = "") -> str:
-        return thought.split(write(calls, text), False)[1]
+        return thought.split(write(calls, text))[1]
 
     one = body(ONE)
     if NAME not in one or VALUE not in one:
@@ -230,7 +230,7 @@ def prove(syntax: Syntax, thought: Thought, write: Write) -> None:
             if len(calls) == 1 and not text:
                 raise Unreadable(str(error)) from None
             continue  # the template has no place for parallel calls, or for text beside them
-        thoughts, body = thought.split(written, False)
+        thoughts, body = thought.split(written)
         answer = syntax.read(body, describe_calls(calls))
         spoken = "\n".join(filter(None, (thoughts, answer.text)))
         if (spoken, answer.fault) != (text, "") or not same(answer.calls, calls):

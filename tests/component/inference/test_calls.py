@@ -210,23 +210,21 @@ def test_a_plain_value_is_what_its_type_says_and_else_what_it_looks_like():
 
 
 @pytest.mark.parametrize(
-    ("thought", "text", "cut", "expected"),
+    ("thought", "text", "expected"),
     [
-        (Thought(), "<think>\nwhy\n</think>\n\nso", False, ("why", "\n\nso")),
-        (Thought(), "so <think>why</think>", False, ("", "so <think>why</think>")),
-        (Thought(), "<think></think>so", False, ("", "so")),
-        (Thought(), "<think>\n\n</think>\n\n<think>why</think>so", False, ("why", "so")),
-        (Thought(), "<think>why", True, ("why", "")),
-        (Thought(), "<think>why", False, ("", "<think>why")),
-        (Thought(open=""), "why</think>so", False, ("why", "so")),
-        (Thought(open=""), "why", True, ("", "why")),
-        (Thought(open="", asked=True), "why", True, ("why", "")),
-        (Thought(open="", asked=True), "so", False, ("", "so")),
-        (Thought("<a>", "<b>"), " <a>why<b>so", False, ("why", "so")),
+        (Thought(), "<think>\nwhy\n</think>\n\nso", ("why", "\n\nso")),
+        (Thought(), "so <think>why</think>", ("", "so <think>why</think>")),
+        (Thought(), "<think></think>so", ("", "so")),
+        (Thought(), "<think>\n\n</think>\n\n<think>why</think>so", ("why", "so")),
+        (Thought(), "<think>why", ("why", "")),
+        (Thought(open=""), "why</think>so", ("why", "so")),
+        (Thought(open=""), "so", ("", "so")),
+        (Thought(open="", asked=True), "why", ("why", "")),
+        (Thought("<a>", "<b>"), " <a>why<b>so", ("why", "so")),
     ],
 )
-def test_reasoning_is_told_from_what_follows_it(thought, text, cut, expected):
-    assert thought.split(text, cut) == expected
+def test_reasoning_is_told_from_what_follows_it(thought, text, expected):
+    assert thought.split(text) == expected
 
 
 def test_an_answer_ends_for_one_reason():
@@ -283,7 +281,7 @@ def test_hostile_answers_are_read_at_once(name):
             f"{markers}f(a={HOSTILE[name]})]{' '.join(syntax.closes)}",
             f"f\n ```python\ntool_call(a={HOSTILE[name]})\n```",
         ):
-            _, rest = Thought().split(text, False)
+            _, rest = Thought().split(text)
             for cut in (False, True):
                 assert isinstance(syntax.read(rest, cut=cut), Answer)
     assert time.monotonic() - began < 10
