@@ -12,9 +12,10 @@ POLICY = "default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-in
 POLICY += "form-action 'none'"
 
 
-def fill_page(template: Path, data: dict) -> str:
+def fill_page(template: Path, data: dict, allowed: str = "") -> str:
     """Fill a template that has __STYLE__, __HELPERS__, __POLICY__ and __DATA__ in their places.
 
+    `allowed`: what the policy allows beside its own, such as `; connect-src 'self'` for a page that asks its server.
     The data stands in the page as JSON without `<`, so that no text of it can end the element that holds it. The page's
     script shows texts as text.
     """
@@ -24,4 +25,4 @@ def fill_page(template: Path, data: dict) -> str:
     script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return html.replace("__POLICY__", POLICY.format(digest=digest)).replace("__DATA__", text)
+    return html.replace("__POLICY__", POLICY.format(digest=digest) + allowed).replace("__DATA__", text)

@@ -1,0 +1,93 @@
+"""Serve a tuned model, and its base beside it, by OpenAI's chat API.
+
+python script/serve.py --adapter FOLDER [--base MODEL]
+python script/serve.py --model MODEL
+
+A host that other machines reach needs a key, in a file or in the variable LUCIOLE_API_KEY. Requests that arrive
+together are answered together. docs/serve.md describes what they may ask for.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def parse_command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", metavar="FOLDER", help="such as output/x/final")
+    parser.add_argument("--model", metavar="MODEL", help="serve this model alone, without an adapter")
+    parser.add_argument("--base", metavar="MODEL", help="folder or hub name [the folder in adapter_config.json]")
+    parser.add_argument("--base_bits", type=int, choices=(4, 16), help="bits of the base's weights [as in training]")
+    parser.add_argument("--data_format", metavar="NAME", help="how conversations become tokens [as in training]")
+    parser.add_argument("--chat_template", metavar="NAME", help="chat template instead of the adapter's or base's")
+    parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen at [127.0.0.1]")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen at; 0 for any [8000]")
+    parser.add_argument("--api_key_file", metavar="FILE", help="the key that requests must bring")
+    parser.add_argument("--max_batch", type=positive, default=64, metavar="N", help="answers written at once [64]")
+    parser.add_argument(
+        "--max_tokens", type=positive, metavar="N", help="of a conversation with its answer [what the model can]"
+    )
+    cli = parser.parse_args()
+    if bool(cli.adapter) == bool(cli.model):
+        parser.error("give either --adapter or --model")
+    if cli.model and cli.base:
+        parser.error("--base needs --adapter")
+    return cli
+
+
+def main() -> None:
+    cli = parse_command_line()
+
+    from component.run.process import run_program
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # for folders' names that are not UTF-8
+    run_program(lambda watch: run(cli), lambda: "the server has ended")
+
+
+def run(cli: argparse.Namespace) -> None:
+    from functools import partial
+
+    from loguru import logger
+
+    from component.inference.engine import Engine
+    from component.inference.session import Session
+    from component.model import bits_in_memory
+    from component.serve.app import Service
+    from component.serve.guard import Guard
+    from component.serve.names import fingerprints, model_ids
+    from component.serve.server import bind, find_key, greeting, serve
+
+    key = find_key(cli.api_key_file, cli.host)
+    listening = bind(cli.host, cli.port)
+    session = Session.prepare(
+        cli.model or cli.base,
+        cli.adapter,
+        base_bits=cli.base_bits,
+        data_format=cli.data_format,
+        chat_template=cli.chat_template,
+    )
+    models = model_ids(session.base, cli.adapter)
+    marks = fingerprints(session, models)
+    logger.info(
+        f"loading {session.base} in {bits_in_memory(session.base_bits, session.dtype)} bits on {session.device}"
+    )
+    make_engine = partial(
+        Engine, session.load().model, session.stop_ids, max_batch=cli.max_batch, max_tokens=cli.max_tokens
+    )
+    engine = make_engine()
+    service = Service(session, models, marks, engine.room, 2 * cli.max_batch, bool(key))
+    hello = partial(print, greeting(service, cli.host, listening), flush=True)
+    serve(service, engine, make_engine, listening, partial(Guard, host=cli.host, key=key), hello)
+
+
+if __name__ == "__main__":
+    main()
