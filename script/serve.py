@@ -64,7 +64,7 @@ def run(cli: argparse.Namespace) -> None:
     from component.serve.app import Service
     from component.serve.guard import Guard
     from component.serve.names import fingerprints, model_ids
-    from component.serve.server import bind, find_key, greeting, serve
+    from component.serve.server import WAITING, Server, bind, find_key, greeting, serve
 
     key = find_key(cli.api_key_file, cli.host)
     listening = bind(cli.host, cli.port)
@@ -83,10 +83,9 @@ def run(cli: argparse.Namespace) -> None:
     make_engine = partial(
         Engine, session.load().model, session.stop_ids, max_batch=cli.max_batch, max_tokens=cli.max_tokens
     )
-    engine = make_engine()
-    service = Service(session, models, marks, engine.room, 2 * cli.max_batch, bool(key))
+    service = Service(session, models, marks, WAITING + cli.max_batch, bool(key))
     hello = partial(print, greeting(service, cli.host, listening), flush=True)
-    serve(service, engine, make_engine, listening, partial(Guard, host=cli.host, key=key), hello)
+    serve(Server(service, partial(Guard, host=cli.host, key=key), hello), make_engine, listening)
 
 
 if __name__ == "__main__":

@@ -38,18 +38,16 @@ class Service:
     Args:
         models: ids, with whether the adapter is used; the first is the default of the page.
         fingerprints: of the models, by id.
-        room: tokens of a conversation at most.
-        most: requests' answers that may run and wait at once.
+        most: answers that may run and wait at once.
         needs_key: whether the page has to ask for a key.
     """
 
     session: Session
     models: dict[str, bool]
     fingerprints: dict[str, str]
-    room: int
     most: int
     needs_key: bool = False
-    worker: Worker | None = None
+    worker: Worker = field(init=False)
     active: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -59,7 +57,7 @@ class Service:
 
     def describe(self, model: str) -> dict[str, Any]:
         facts = {"id": model, "object": "model", "created": self.created, "owned_by": "luciole"}
-        return facts | {"max_model_len": self.room}
+        return facts | {"max_model_len": self.worker.room}
 
     def check_model(self, model: str) -> None:
         if model not in self.models:
@@ -69,7 +67,7 @@ class Service:
     def take_place(self, answers: int) -> None:
         """Count answers in, which `active -= answers` counts out. Raises ApiError when too many are there."""
         if self.active + answers > self.most:
-            message = f"{self.active} answers run or wait, and {self.most} may; ask again soon"
+            message = f"the server is busy: at most {self.most} answers run or wait; ask again soon"
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after="2")
         self.active += answers
 
@@ -89,7 +87,7 @@ class Service:
     def make_job(self, request: ChatRequest, tools: Any, prompt: list[int]) -> Job:
         sampling = self.limit_calls(request, tools, self.sampling(request, len(prompt)))
         count = request.n or 1
-        seeds = [None if request.seed is None else abs(request.seed) + i for i in range(count)]
+        seeds = [None if request.seed is None else request.seed + i for i in range(count)]
         top = (request.top_logprobs or 0) if request.logprobs else None
         one_call = request.parallel_tool_calls is False
         return Job(
@@ -106,11 +104,12 @@ class Service:
     def sampling(self, request: ChatRequest, length: int) -> Sampling:
         """How the answers are drawn. Raises ApiError where the prompt and the answer have no room."""
         asked = request.max_completion_tokens or request.max_tokens
-        if length + (asked or 1) > self.room:
+        room = self.worker.room
+        if length + (asked or 1) > room:
             answer = f", and {asked:,} more are asked for" if asked else ""
             raise ApiError(
                 400,
-                f"the model has a context of {self.room:,} tokens; the messages have {length:,}{answer}; "
+                f"the model has a context of {room:,} tokens; the messages have {length:,}{answer}; "
                 "shorten them, or ask for fewer",
                 "messages",
                 "context_length_exceeded",
@@ -119,7 +118,7 @@ class Service:
         if temperature is None:
             temperature = 1.0 if request.is_drawn else 0.0
         return Sampling(
-            max_new_tokens=asked or self.room - length,
+            max_new_tokens=asked or room - length,
             temperature=temperature,
             top_p=request.top_p or 1.0,
             top_k=max(request.top_k or 0, 0),
@@ -182,7 +181,7 @@ class Service:
     async def page(self, request: Request) -> Response:
         if not PAGE.exists():
             raise HTTPException(404)
-        data = {"models": list(self.models), "room": self.room, "needs_key": self.needs_key}
+        data = {"models": list(self.models), "room": self.worker.room, "needs_key": self.needs_key}
         html = fill_page(PAGE, data, PAGE_MAY)
         policy = re.search(r'"Content-Security-Policy" content="([^"]*)"', html)[1]
         return HTMLResponse(html, headers={"content-security-policy": f"{policy}; frame-ancestors 'none'"})
@@ -250,7 +249,8 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, *connection) -> None:
         try:
-            await super().__call__(*connection)
+            async with asyncio.timeout(REQUEST_SECONDS + 60):  # for a client that does not read what it is sent
+                await super().__call__(*connection)
         finally:
             self.leave()
 

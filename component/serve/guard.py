@@ -128,7 +128,7 @@ async def read_body(headers: Headers, receive: Receive) -> Receive:
     """
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the Content-Type must be application/json")
-    too_large = ApiError(413, f"the body has more than {BODY_BYTES // 2**20} MiB; send less", connection="close")
+    too_large = ApiError(413, f"the body has more than {BODY_BYTES // 2**20} MiB; send less")
     with suppress(ValueError):
         if int(headers.get("content-length", "0")) > BODY_BYTES:
             raise too_large

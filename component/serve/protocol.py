@@ -186,12 +186,22 @@ class ChatRequest(Strict):
         names = [tool.function.name for tool in self.tools or ()]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"tools has the function {twice[0]!r} twice; give each its own name")
+        self.check_results()
         if self.tool_choice not in (None, "none", "auto"):
             if not names:
                 raise ValueError("tool_choice asks for a call, and tools offers no function")
             if not isinstance(self.tool_choice, str) and self.tool_choice.function.name not in names:
                 raise ValueError(f"tool_choice: {self.tool_choice.function.name!r} is none of {', '.join(names)}")
         return self
+
+    def check_results(self) -> None:
+        """Raise ValueError where a result names another function than the call that it answers."""
+        called: dict[str, str] = {}
+        for i, message in enumerate(self.messages):
+            called |= {call.id: call.function.name for call in message.tool_calls or ()}
+            name = called.get(message.tool_call_id or "")
+            if message.name and name and message.name != name:
+                raise ValueError(f"messages[{i}].name is {message.name!r}, and the call is one of {name!r}")
 
     @property
     def stops(self) -> list[str]:
@@ -238,9 +248,11 @@ def refusal(error: ValidationError) -> ApiError:
     wrong = max(
         (one for one in error.errors(include_url=False) if one["loc"][:1] == first), key=lambda one: len(one["loc"])
     )
-    place = ""
-    for part in wrong["loc"]:
-        place += f"[{part}]" if isinstance(part, int) else f".{part}" * (part in FIELDS or part is wrong["loc"][-1])
+    *within, last = wrong["loc"] or ("",)
+    named = [part for part in within if isinstance(part, int) or part in FIELDS]  # others are names of types
+    if last in FIELDS or isinstance(last, int) or wrong["type"] == "extra_forbidden":
+        named.append(last)
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named)
     place = place.removeprefix(".")
     message = wrong["msg"].removeprefix("Value error, ")
     if wrong["type"] == "extra_forbidden":

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import h11
 import uvicorn
+from loguru import logger
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..inference.engine import Engine
 from ..run.errors import ArgumentError, Fault
+from ..run.log import counted
 from ..run.process import SIGNALS, Interrupted
 from .app import Service
 from .guard import Guard, is_loopback
-from .protocol import ApiError
-from .worker import Worker
+from .worker import ENDING, Worker
 
 KEY_VARIABLE, KEY_CHARACTERS = "LUCIOLE_API_KEY", 16
 HEADER_SECONDS, KEEP_ALIVE_SECONDS, DRAIN_SECONDS = 10, 30, 10
+WAITING = 64  # answers that may wait until others have ended
 SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -55,56 +57,95 @@ def find_key(file: str | None, host: str) -> str:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take a port, before anything is loaded. Raises ArgumentError where that is impossible."""
+    """Take a port, before anything is loaded; who connects waits. Raises ArgumentError where that is impossible."""
+    if not 0 <= port < 2**16:
+        raise ArgumentError(f"--port {port}: give one of 1 to 65535, or 0 for any that is free")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+        bound.listen()
+    except (OSError, UnicodeError) as error:
         remedy = "give another --port, or end what listens there" if port else "give another --host"
         raise ArgumentError(f"--host {host} --port {port}: cannot listen there ({error}); {remedy}") from None
     return bound
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP by h11. A connection whose request has not all its headers within HEADER_SECONDS is closed."""
+    """HTTP by h11. A connection is closed if within HEADER_SECONDS a request has not all its headers, or a body that
+    was refused, and is not kept, is not yet over."""
 
     waits: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.watch_headers()
+        self.watch()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self.watch_headers()
+        self.watch()
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         if self.waits:
             self.waits.cancel()
 
-    def watch_headers(self) -> None:
-        is_open = self.conn.their_state is h11.IDLE
-        if is_open and not self.waits:
+    @property
+    def is_waiting(self) -> bool:
+        is_refused = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        return is_refused or self.conn.their_state is h11.IDLE
+
+    def watch(self) -> None:
+        if self.is_waiting and not self.waits:
             self.waits = self.loop.call_later(HEADER_SECONDS, self.give_up)
-        elif not is_open and self.waits:
+        elif not self.is_waiting and self.waits:
             self.waits.cancel()
             self.waits = None
 
     def give_up(self) -> None:
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            self.transport.write(SLOW)
+        self.waits = None
+        if self.is_waiting and not self.transport.is_closing():
+            if self.conn.our_state is h11.IDLE:
+                self.transport.write(SLOW)
             self.transport.close()
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with our signals: SIGTERM lets answers end, SIGINT cuts them, a second one ends at once."""
+    """uvicorn's server with our signals: SIGTERM lets answers end, SIGINT cuts them, a second one ends at once.
 
-    def __init__(self, config: uvicorn.Config, when_ready: Callable[[], None]):
+    Args:
+        guard: puts the routes of the service behind a Guard.
+        when_ready: called when requests are taken.
+    """
+
+    def __init__(self, service: Service, guard: Callable[..., Guard], when_ready: Callable[[], None]):
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # Guard logs the requests
+        config = uvicorn.Config(
+            guard(service.app()),
+            http=PatientProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )
         super().__init__(config)
-        self.when_ready, self.received = when_ready, 0
+        self.service, self.when_ready, self.received = service, when_ready, 0
+
+    async def answer(self, make_engine: Callable[[], Engine], listening: socket.socket) -> None:
+        """Answer requests until `stop` is called. Raises EngineLost if the model cannot answer any more."""
+        worker = self.service.worker = Worker(make_engine, asyncio.get_running_loop(), self.leave)
+        worker.start()
+        try:
+            await self.serve(sockets=[listening])
+        finally:
+            is_lost = worker.is_over
+            await asyncio.to_thread(worker.close)
+        if is_lost:
+            raise EngineLost("the model cannot answer any more; start the server again")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -119,70 +160,35 @@ class Server(uvicorn.Server):
             os._exit(128 + signum)
         self.received, self.should_exit = signum, True
         grace = 0 if signum == signal.SIGINT else DRAIN_SECONDS
+        if grace and self.service.active:
+            running = counted(self.service.active, "answer")
+            logger.info(f"{running} may take {grace} seconds to end; another signal ends at once")
         loop = asyncio.get_running_loop()
-        loop.call_later(grace, self.when_cut, ApiError(503, "the server is ending"))
-        loop.call_later(grace + 0.5, setattr, self, "force_exit", True)
+        loop.call_later(grace, self.service.worker.fail_all, ENDING)
+        loop.call_later(grace + 0.5, self.leave)
+
+    def leave(self) -> None:
+        self.should_exit = self.force_exit = True
 
 
-def serve(
-    service: Service,
-    engine: Engine,
-    make_engine: Callable[[], Engine],
-    listening: socket.socket,
-    guard: Callable[..., Guard],
-    when_ready: Callable[[], None],
-) -> None:
+def serve(server: Server, make_engine: Callable[[], Engine], listening: socket.socket) -> None:
     """Answer until a signal comes.
-
-    Args:
-        engine: made by `make_engine`, which makes another one if it fails.
-        guard: puts the routes behind a Guard.
-        when_ready: called when requests are taken.
 
     Raises:
         Interrupted: by the signal that came.
+        ArgumentError: the memory does not hold one conversation.
         EngineLost: the model cannot answer any more.
     """
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    config = uvicorn.Config(
-        guard(service.app()),
-        http=PatientProtocol,
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-    )
-    server = Server(config, when_ready)
 
     async def run() -> None:
-        loop = asyncio.get_running_loop()
-
-        def break_off() -> None:
-            server.should_exit = server.force_exit = True
-
-        service.worker = Worker(engines.pop(), make_engine, loop, break_off)
-        server.when_cut = service.worker.fail_all
         for signum in SIGNALS:
             if signal.getsignal(signum) != signal.SIG_IGN:
-                loop.add_signal_handler(signum, server.stop, signum)
-        service.worker.start()
-        try:
-            await server.serve(sockets=[listening])
-        finally:
-            is_lost = service.worker.is_over
-            await asyncio.to_thread(service.worker.close)
-        if server.received:
-            raise Interrupted(server.received)
-        if is_lost:
-            raise EngineLost("the model cannot answer any more; start the server again")
+                asyncio.get_running_loop().add_signal_handler(signum, server.stop, signum)
+        await server.answer(make_engine, listening)
 
-    engines = [engine]
-    del engine
     asyncio.run(run())
+    if server.received:
+        raise Interrupted(server.received)
 
 
 def greeting(service: Service, host: str, listening: socket.socket) -> str:

@@ -56,20 +56,15 @@ class Worker(threading.Thread):
     the worker ends and calls `when_broken`.
 
     Args:
-        engine: nothing else may use it or keep it.
-        make_engine: makes another one.
+        make_engine: makes the engine, which nothing else may use.
         loop: where the jobs' events are put into their queues.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        make_engine: Callable[[], Engine],
-        loop: asyncio.AbstractEventLoop,
-        when_broken: Callable[[], None],
-    ):
+    def __init__(self, make_engine: Callable[[], Engine], loop: asyncio.AbstractEventLoop, when_broken: Callable):
         super().__init__(name="engine", daemon=True)
-        self.engine, self.make_engine, self.loop, self.when_broken = engine, make_engine, loop, when_broken
+        self.make_engine, self.loop, self.when_broken = make_engine, loop, when_broken
+        self.engine = make_engine()
+        self.room = self.engine.room
         self.change = threading.Condition()
         self.submitted: list[Job] = []
         self.cancelled: list[Job] = []
