@@ -14,6 +14,7 @@ from loguru import logger
 from ..inference.engine import Engine
 from ..inference.sampling import Generation, Sampling
 from ..run.errors import Fault
+from ..run.log import counted
 from .answer import Writer
 from .protocol import ApiError
 
@@ -100,19 +101,26 @@ class Worker(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        while self.take_orders():
-            try:
-                self.engine.step()
-            except Exception as error:
-                logger.error(f"a step failed, and with it {len(self.running)} of the requests: {reason_of(error)}")
-                self.end_all(ApiError(500, "the model could not go on; the server's log says why"))
-                if not self.renew_engine():
-                    break
-            self.tell()
+        while self.take_orders() and self.advance_all():
+            pass
         with self.change:
             self.is_over = True
             self.running += self.submitted
         self.end_all(ENDING)
+
+    def advance_all(self) -> bool:
+        """Take a step, and tell what it gave. Returns False if the engine is lost."""
+        try:
+            if self.running:
+                self.engine.step()
+        except Exception as error:
+            logger.error(f"a step failed, and with it {counted(len(self.running), 'request')}: {reason_of(error)}")
+            self.end_all(ApiError(500, "the model could not go on; the server's log says why"))
+            return self.renew_engine()
+        for job in list(self.running):
+            self.guarded(job, self.advance)
+        self.deliver()
+        return True
 
     def take_orders(self) -> bool:
         """Wait for something to do, and take in what was submitted and cancelled. Returns False to end."""
@@ -138,12 +146,6 @@ class Worker(threading.Thread):
     def start_job(self, job: Job) -> None:
         job.generations = [self.engine.submit(job.prompt, sampling, job.adapted) for sampling in job.samplings]
         self.told.append((job, [writer.begin() for writer in job.writers]))
-
-    def tell(self) -> None:
-        """Tell each request what its answers have grown by."""
-        for job in list(self.running):
-            self.guarded(job, self.advance)
-        self.deliver()
 
     def advance(self, job: Job) -> None:
         choices = []
