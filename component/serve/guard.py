@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .protocol import ApiError
 from .worker import reason_of
 
-BODY_BYTES = 8 * 2**20
+BODY_BYTES = 4 * 2**20
 BODY_SECONDS = 20
 PROTECTED = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
 

@@ -88,7 +88,7 @@ def test_is_loopback():
 
 def test_a_body_that_is_too_large_is_refused(server):
     answer = server.send(body=b'{"model": "' + b"x" * BODY_BYTES + b'"}')
-    assert (answer.status, answer.json["error"]["message"]) == (413, "the body has more than 8 MiB; send less")
+    assert (answer.status, answer.json["error"]["message"]) == (413, "the body has more than 4 MiB; send less")
     connection = server.connect(
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: 100000000\r\n\r\n"
