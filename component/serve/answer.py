@@ -47,7 +47,11 @@ class Writer:
         deltas: list[dict] = []
         new, self.read = generation.tokens[self.read :], len(generation.tokens)
         for token in new:
+            if self.finish_reason:
+                break
             deltas += self.write(self.stream.add(token))
+            if self.one_call and self.stream.complete:
+                self.end("stop")
         if self.finish_reason is None and generation.finish_reason:
             deltas += self.write(self.stream.end(generation.finish_reason))
             if self.finish_reason is None:

@@ -28,6 +28,7 @@ from .worker import Job, Worker
 
 PAGE = Path(__file__).with_name("page.html")
 REQUEST_SECONDS = 600
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to many clients, and not to JSON
 PAGE_MAY = "; connect-src 'self'"  # beside what pages of files may
 
 
@@ -256,7 +257,8 @@ class EventStream(StreamingResponse):
 
 
 def event(value: dict) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text.translate(LINE_ENDS)}\n\n"
 
 
 def shown_tools(tools: list[dict] | None) -> list[dict] | None:

@@ -13,7 +13,7 @@ from loguru import logger
 
 from ..inference.engine import Engine
 from ..inference.sampling import Generation, Sampling
-from ..run.errors import Fault
+from ..run.errors import ArgumentError
 from ..run.log import counted
 from .answer import Writer
 from .protocol import ApiError
@@ -212,5 +212,5 @@ def reason_of(error: Exception) -> str:
     while trace and trace.tb_next:
         trace = trace.tb_next
     place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
-    speaks = isinstance(error, RuntimeError | MemoryError | Fault) and str(error)
+    speaks = isinstance(error, RuntimeError | MemoryError | ArgumentError) and str(error)
     return f"{type(error).__name__} at {place}" + (f": {str(error).splitlines()[0]}" if speaks else "")

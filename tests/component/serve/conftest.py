@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from http.client import HTTPConnection
 from types import SimpleNamespace
 
@@ -93,7 +93,7 @@ class Running:
         except Exception as failure:
             self.failure = failure
 
-    @property
+    @cached_property
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0, timeout=20)
 

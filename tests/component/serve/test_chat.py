@@ -1,6 +1,7 @@
 """What OpenAI's own client gets of a server: answers, calls, streams, and errors."""
 
 import json
+import re
 import threading
 
 import openai
@@ -171,6 +172,33 @@ def test_a_stop_ends_the_text_and_is_not_in_it(server, write):
     assert kept["content"] == "Hello, world! tool_call(days=2)"
 
 
+def test_a_line_end_within_a_text_is_none_of_the_stream(server, write):
+    server.engine.answers = [write("\n a\u2028b\x85c")]
+    body = {"model": "tuned", "messages": [{"role": "user", "content": "q"}], "stream": True}
+    text = server.send(body=body).text
+    assert "\u2028" not in text and "\\u2028" in text
+    assert folded(server.chat(stream=True))["content"] == server.chat().choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "message"),
+    [
+        ([{"role": "tool", "tool_call_id": "x", "content": "1"}], "messages[1]", 'answers no call with the id "x"'),
+        ([{"role": "assistant", "content": "a"}], "messages", "end on an answer"),
+        ([{"role": "user", "content": None}], "messages[1].content", "must be text"),
+        (
+            [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{"}}]}],
+            "messages[1].tool_calls[0].function.arguments",
+            "not JSON",
+        ),
+    ],
+)
+def test_what_training_would_refuse_is_refused_with_its_place(server, messages, param, message):
+    with pytest.raises(openai.BadRequestError, match=re.escape(message)) as refused:
+        server.chat([{"role": "user", "content": "q"}, *messages])
+    assert refused.value.param == param and not server.engine.asked
+
+
 def test_a_stop_does_not_count_within_a_call(server, write):
     server.engine.answers = [write(CALL)]
     answer = server.chat(tools=[WEATHER], stop=["city", "北"]).choices[0]
@@ -181,9 +209,12 @@ def test_a_stop_does_not_count_within_a_call(server, write):
 def test_without_parallel_calls_the_answer_ends_after_the_first(server, write):
     server.engine.answers = [write(*CALLS, "\n " + "more " * 40)]
     answer = server.chat(tools=[WEATHER, CLOCK], parallel_tool_calls=False)
-    assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["get_weather"]
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "北京"})
     assert answer.choices[0].finish_reason == "tool_calls"
-    assert answer.usage.completion_tokens < len(write(*CALLS)) + 5
+    assert answer.usage.completion_tokens == len(write(*CALLS[:2])) + 1  # the token that begins what follows
+    kept = folded(server.chat(tools=[WEATHER, CLOCK], parallel_tool_calls=False, stream=True))
+    assert [call[1] for call in kept["calls"]] == ["get_weather"] and kept["content"] == "see"
 
 
 def test_several_answers_have_seeds_of_their_own(server, write):
