@@ -143,6 +143,7 @@ class Server(uvicorn.Server):
             await self.serve(sockets=[listening])
         finally:
             is_lost = worker.is_over
+            self.service.reading.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(worker.close)
         if is_lost:
             raise EngineLost("the model cannot answer any more; start the server again")

@@ -114,13 +114,16 @@ class Worker(threading.Thread):
             if self.running:
                 self.engine.step()
         except Exception as error:
-            logger.error(f"a step failed, and with it {counted(len(self.running), 'request')}: {reason_of(error)}")
-            self.end_all(ApiError(500, "the model could not go on; the server's log says why"))
-            return self.renew_engine()
-        for job in list(self.running):
-            self.guarded(job, self.advance)
-        self.deliver()
-        return True
+            reason = reason_of(error)
+        else:
+            for job in list(self.running):
+                self.guarded(job, self.advance)
+            self.deliver()
+            return True
+        # Not within the block, where the error's trace holds the engine and its memory.
+        logger.error(f"a step failed, and with it {counted(len(self.running), 'request')}: {reason}")
+        self.end_all(ApiError(500, "the model could not go on; the server's log says why"))
+        return self.renew_engine()
 
     def take_orders(self) -> bool:
         """Wait for something to do, and take in what was submitted and cancelled. Returns False to end."""

@@ -1,7 +1,9 @@
 """Who may ask, how much, and how long; and how a server ends."""
 
 import signal
+import threading
 import time
+import weakref
 from contextlib import suppress
 
 import openai
@@ -10,7 +12,7 @@ import pytest
 from component.run.errors import ArgumentError
 from component.serve.guard import BODY_BYTES, is_loopback
 from component.serve.server import EngineLost, bind, find_key
-from tests.component.serve.conftest import wait_until
+from tests.component.serve.conftest import Running, Script, wait_until
 
 BODY = {"model": "tuned", "messages": [{"role": "user", "content": "q"}]}
 KEY = "a-key-of-many-characters"
@@ -192,6 +194,30 @@ def test_a_server_whose_engine_is_lost_ends(start, write, monkeypatch, log):
     server.thread.join(5)
     assert isinstance(server.failure, EngineLost) and server.failure.exit_code == 1
     assert "the engine cannot be made anew: ZeroDivisionError" in "".join(log)
+
+
+def test_the_engine_that_failed_is_gone_before_another_is_made(scripted_session, write):
+    server = Running(scripted_session, Script)
+    worker, held = server.service.worker, []
+    worker.engine.fault = RuntimeError("CUDA out of memory")
+    first = weakref.ref(worker.engine)
+    worker.make_engine = lambda: held.append(first()) or Script()
+    with pytest.raises(openai.InternalServerError):
+        server.chat()
+    assert server.chat().choices[0].finish_reason == "stop"
+    server.close()
+    assert held == [None]
+
+
+def test_nothing_is_left_behind(scripted_session):
+    before = set(threading.enumerate())
+    server = Running(scripted_session, Script)
+    server.chat()
+    assert {thread.name for thread in set(threading.enumerate()) - before} >= {"engine", "prompts_0"}
+    server.close()
+    wait_until(lambda: set(threading.enumerate()) <= before)
+    with pytest.raises(OSError):
+        server.connect(b"")
 
 
 def test_a_port_is_taken_before_anything_is_loaded():
