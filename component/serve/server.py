@@ -18,7 +18,7 @@ from ..inference.engine import Engine
 from ..run.errors import ArgumentError, Fault
 from ..run.log import counted
 from ..run.process import SIGNALS, Interrupted
-from .app import Service
+from .app import PAGE, Service
 from .guard import Guard, is_loopback
 from .worker import ENDING, Worker
 
@@ -193,7 +193,7 @@ def serve(server: Server, make_engine: Callable[[], Engine], listening: socket.s
 
 
 def greeting(service: Service, host: str, listening: socket.socket) -> str:
-    """What is printed when the server is ready: where it listens, its models, and how to ask."""
+    """What is printed when the server is ready: where it listens, its models, its page, and how to ask."""
     port = listening.getsockname()[1]
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{port}"
@@ -201,6 +201,8 @@ def greeting(service: Service, host: str, listening: socket.socket) -> str:
     first, *others = service.models
     body = f'{{"model": "{first}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     lines = [f"listening at {url}/v1", f"model {first}" + "".join(f"; its base is {other}" for other in others)]
+    if PAGE.exists():
+        lines.append(f"page {url}/")
     lines.append(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     if service.needs_key:
         lines.append("every request to /v1 needs the key, as `Authorization: Bearer KEY`")

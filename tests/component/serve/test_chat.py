@@ -172,6 +172,14 @@ def test_a_stop_ends_the_text_and_is_not_in_it(server, write):
     assert kept["content"] == "Hello, world! tool_call(days=2)"
 
 
+def test_an_answer_that_a_stop_has_ended_is_not_written_on_beside_others(server, write):
+    server.engine.answers = [write("\n a stop" + " word" * 30), write("\n a" + " word" * 30)]
+    stopped, whole = server.chat(n=2, stop="stop").choices
+    assert (stopped.message.content, whole.message.content) == ("a ", "a" + " word" * 30)
+    first, second = server.engine.asked
+    assert len(first.tokens) < len(second.tokens) / 2
+
+
 def test_a_line_end_within_a_text_is_none_of_the_stream(server, write):
     server.engine.answers = [write("\n a\u2028b\x85c")]
     body = {"model": "tuned", "messages": [{"role": "user", "content": "q"}], "stream": True}
