@@ -53,6 +53,7 @@ class Engine:
                 raise ArgumentError(f"{name} is {value}; expected at least {least}")
         self.stop_ids, self.adapted = frozenset(stop_ids), adapted
         self.rows = len(model.get_input_embeddings().weight)
+        self.choices = min(self.rows, vocab or self.rows)
         self.waiting: deque[Generation] = deque()
         try:
             self.running: Slots | Batches = Slots(base_of(model), max_batch, max_tokens, vocab)
@@ -77,7 +78,8 @@ class Engine:
             adapted: whether the adapter is used, if not as the engine was made.
 
         Raises:
-            DataError: the prompt is empty, has a token that the model does not have, or leaves no room for an answer.
+            DataError: the prompt is empty, has a token that the model does not have, or leaves no room for an answer; the
+                answer should begin with a token that ends it, or that is never chosen.
         """
         if not prompt:
             raise DataError("prompt: it has no tokens; give at least one")
@@ -88,6 +90,11 @@ class Engine:
                 f"prompt: it has {len(prompt)} tokens, and a conversation has room for {self.room} with its answer; "
                 "shorten it, or raise max_tokens"
             )
+        begun = {token for begin in sampling.begins for token in begin}
+        if strays := sorted(token for token in begun if not 0 <= token < self.choices):
+            raise DataError(f"begins: the token {strays[0]} is none of the {self.choices} that can be chosen")
+        if ends := sorted(self.stop_ids & begun):
+            raise DataError(f"begins: the token {ends[0]} ends an answer; an answer cannot begin with it")
         generation = Generation(list(prompt), sampling, self.adapted if adapted is None else adapted)
         self.waiting.append(generation)
         return generation

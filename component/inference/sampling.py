@@ -1,6 +1,7 @@
 """A conversation that is being answered, and the choice of its next token."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,6 +9,32 @@ import torch
 
 from ..kernel.decoder import upload
 from ..run.errors import ArgumentError
+
+
+class Unwritten:
+    """A text that an answer must not have, whatever tokens would write it.
+
+    Args:
+        texts: the text of every token, by its id.
+    """
+
+    def __init__(self, texts: Sequence[str], text: str):
+        self.texts, self.text = texts, text
+        self.always = frozenset(token for token, one in enumerate(texts) if text in one)
+        self.after: dict[str, frozenset[int]] = {}  # beginnings of it, and the tokens that would then complete it
+        for size in range(1, len(text)):
+            ends = frozenset(token for token, one in enumerate(texts) if one.startswith(text[size:]))
+            if ends:
+                self.after[text[:size]] = ends
+
+    def next_to(self, tokens: Sequence[int]) -> frozenset[int]:
+        """Tokens that must not come next."""
+        tail = ""
+        for token in reversed(tokens):
+            tail = self.texts[token] + tail
+            if len(tail) >= len(self.text):
+                break
+        return self.always.union(*(ends for begun, ends in self.after.items() if tail.endswith(begun)))
 
 
 @dataclass(frozen=True)
@@ -21,8 +48,11 @@ class Sampling:
         top_k: only so many of the most probable tokens are drawn from; 0 for all.
         seed: of the draws, which then do not depend on the other conversations; None for other ones each time.
         logprobs: how many of the most probable tokens are told with each token's own probability; 0 for neither.
-        begins: the answer begins with one of these token sequences; empty for any answer.
+        begins: the answer begins with one of these token sequences; empty for any answer. It is free once one of
+            them is complete.
         banned: tokens that are never chosen.
+        not_first: tokens with which the answer does not begin.
+        unwritten: texts that the answer does not have.
 
     Raises:
         ArgumentError: a value is out of bounds.
@@ -36,6 +66,8 @@ class Sampling:
     logprobs: int = 0
     begins: tuple[tuple[int, ...], ...] = ()
     banned: frozenset[int] = frozenset()
+    not_first: frozenset[int] = frozenset()
+    unwritten: tuple[Unwritten, ...] = ()
 
     def __post_init__(self):
         bounds = {
@@ -44,10 +76,28 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "logprobs": (self.logprobs >= 0, "0 or more"),
+            "begins": (all(self.begins), "token sequences that are not empty"),
         }
         for name, (holds, wanted) in bounds.items():
             if not holds:
                 raise ArgumentError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    @property
+    def is_free(self) -> bool:
+        """Whether any token may be chosen anywhere."""
+        return not (self.begins or self.banned or self.not_first or self.unwritten)
+
+    def allowed(self, tokens: list[int]) -> frozenset[int]:
+        """Tokens that may follow those of an answer; empty for all of them."""
+        done = len(tokens)
+        if any(tokens[: len(begin)] == list(begin) for begin in self.begins):
+            return frozenset()
+        return frozenset(begin[done] for begin in self.begins if list(begin[:done]) == tokens)
+
+    def refused(self, tokens: list[int]) -> frozenset[int]:
+        """Tokens that must not follow those of an answer."""
+        first = frozenset() if tokens else self.not_first
+        return self.banned.union(first, *(one.next_to(tokens) for one in self.unwritten))
 
 
 GREEDY = Sampling()
@@ -55,7 +105,8 @@ TINY = torch.finfo(torch.float32).tiny  # a smaller temperature is 0 on a card
 
 
 class Logprobs(NamedTuple):
-    """Natural logarithms of probabilities at one place of an answer, before temperature, top_k and top_p."""
+    """Natural logarithms of probabilities at one place of an answer, before temperature, top_k and top_p, and where every
+    token may come."""
 
     chosen: float  # of the token that was chosen
     top: tuple[tuple[int, float], ...]  # tokens and their logarithms, the most probable first
@@ -92,9 +143,10 @@ def choose(logits: torch.Tensor, generations: list[Generation]) -> list[tuple[in
     Args:
         logits: (conversations, vocab).
     """
-    tokens = logits.argmax(-1)
+    open_to = logits if all(generation.sampling.is_free for generation in generations) else limit(logits, generations)
+    tokens = open_to.argmax(-1)
     if any(generation.sampling.temperature for generation in generations):
-        tokens = torch.where(*draw(logits.float(), generations), tokens)
+        tokens = torch.where(*draw(open_to.float(), generations), tokens)
     chosen = tokens.tolist()
     counts = [generation.sampling.logprobs for generation in generations]
     if not any(counts):
@@ -107,6 +159,24 @@ def choose(logits: torch.Tensor, generations: list[Generation]) -> list[tuple[in
         Logprobs(value, top[:count]) if count else None for value, top, count in zip(own, tops, counts, strict=True)
     ]
     return list(zip(chosen, told, strict=True))
+
+
+def limit(logits: torch.Tensor, generations: list[Generation]) -> torch.Tensor:
+    """Logits (conversations, vocab) of the tokens that may be chosen; -inf for the others."""
+    logits, vocab = logits.clone(), logits.shape[1]
+    for row, generation in enumerate(generations):
+        allowed, refused = (
+            [token for token in find(generation.tokens) if token < vocab]
+            for find in (generation.sampling.allowed, generation.sampling.refused)
+        )
+        if allowed:
+            ids = upload(torch.tensor(allowed), logits.device)
+            kept = logits[row, ids]
+            logits[row] = -torch.inf
+            logits[row, ids] = kept
+        if refused:
+            logits[row, upload(torch.tensor(refused), logits.device)] = -torch.inf
+    return logits
 
 
 def draw(logits: torch.Tensor, generations: list[Generation]) -> tuple[torch.Tensor, torch.Tensor]:

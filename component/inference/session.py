@@ -32,6 +32,7 @@ from ..trust import check_adapter, find_adapter, find_base, identify_base, read_
 from .answers import ChatGLM3Reader, TemplateReader, TextReader
 from .calls import Answer
 from .engine import Engine
+from .limits import call_begins, size_of, without_calls
 from .sampling import GREEDY, Generation, Sampling
 from .stream import AnswerStream, Piece
 
@@ -224,7 +225,46 @@ class Session:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.model, self.stop_ids)
+        return self.open_engine()
+
+    def open_engine(self, max_batch: int = 64, max_tokens: int | None = None) -> Engine:
+        """Make the engine of this session, once. Without it, the first answer does so.
+
+        Args:
+            max_batch, max_tokens: as Engine takes them.
+
+        Raises:
+            ArgumentError: as Engine does.
+        """
+        vocab = max(size_of(self.tokenizer), *(token + 1 for token in self.stop_ids))
+        self.engine = Engine(self.model, self.stop_ids, max_batch=max_batch, max_tokens=max_tokens, vocab=vocab)
+        return self.engine
+
+    def must_call(self, sampling: Sampling, names: Sequence[str], tools: Any) -> Sampling:
+        """What makes an answer begin with a call of one of these functions, as training would write it.
+
+        Raises:
+            DataError: a function is not offered, or answers of this model have no calls.
+        """
+        self.require_calls()
+        return replace(sampling, begins=call_begins(self.learned, self.reader, names, tools))
+
+    def must_not_call(self, sampling: Sampling, tools: Any) -> Sampling:
+        """What makes an answer have no call.
+
+        Raises:
+            DataError: the model's format has no mark by which that could be told.
+        """
+        return without_calls(sampling, self.learned, self.reader)
+
+    def learned(self, turns: Sequence[Turn], tools: Any) -> list[int]:
+        """The tokens of a row's answer that training teaches, its end too."""
+        sample = self.render(Conversation(tuple(turns), tools), self.tokenizer)
+        start = sample.target_mask.index(1)
+        stop = next(
+            (i for i, flag in enumerate(sample.target_mask[start:], start) if not flag), len(sample.target_mask)
+        )
+        return sample.input_ids[start:stop]
 
     def ask(self, messages: list[dict], tools: Any = None, sampling: Sampling = GREEDY, adapted: bool = True) -> Answer:
         """Answer messages as `conversation` takes them. Early rounds for which the context has no room are left out.
