@@ -78,8 +78,8 @@ class Engine:
             adapted: whether the adapter is used, if not as the engine was made.
 
         Raises:
-            DataError: the prompt is empty, has a token that the model does not have, or leaves no room for an answer; the
-                answer should begin with a token that ends it, or that is never chosen.
+            DataError: the prompt is empty, has a token that the model does not have, or leaves no room; or
+                the answer should begin with a token that ends it or is never chosen.
         """
         if not prompt:
             raise DataError("prompt: it has no tokens; give at least one")

@@ -9,7 +9,7 @@ from ..data.chat_text import common_prefix
 from ..data.conversation import Turn
 from ..data.tools import bare, has_name, names_of
 from ..run.errors import DataError
-from .answers import ChatGLM3Reader, TemplateReader, TextReader
+from .answers import ChatGLM3Reader, TextReader
 from .calls import ObjectForm, Syntax
 from .sampling import Sampling, Unwritten
 from .syntax import KEY, KEY2, NAME, OTHER, VALUE
@@ -81,7 +81,6 @@ def without_calls(sampling: Sampling, learned: Learned, reader: TextReader) -> S
     if isinstance(reader, ChatGLM3Reader):
         begins = (newline_begin(learned, reader),)
         return replace(sampling, begins=begins, banned=sampling.banned | {reader.parting})
-    assert isinstance(reader, TemplateReader)
     syntax: Syntax = reader.syntax
     markers = (syntax.opens if syntax.is_marked else syntax.joint)[:1]
     if not syntax.is_marked:

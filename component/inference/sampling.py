@@ -105,8 +105,7 @@ TINY = torch.finfo(torch.float32).tiny  # a smaller temperature is 0 on a card
 
 
 class Logprobs(NamedTuple):
-    """Natural logarithms of probabilities at one place of an answer, before temperature, top_k and top_p, and where every
-    token may come."""
+    """Natural logarithms of probabilities at one place of an answer, before temperature, top_k, top_p and limits."""
 
     chosen: float  # of the token that was chosen
     top: tuple[tuple[int, float], ...]  # tokens and their logarithms, the most probable first

@@ -359,6 +359,23 @@ def test_an_answer_is_streamed_without_half_characters_and_half_calls(tiny_token
     assert len(session.engine.cancelled) == 1
 
 
+def test_a_reply_that_is_not_iterated_asks_nothing_and_one_that_is_too_long_is_refused_at_once(tiny_tokenizer, engine):
+    session = Session(tiny_tokenizer, "chatglm3")
+    session.engine = Script([1], room=4000)
+    assert session.reply([HELLO]).generation is None
+    assert session.engine.prompts == []
+    session.engine = Script([1], room=4)
+    with pytest.raises(DataError, match="the last round has a prompt of"):
+        session.reply([HELLO])
+
+
+def test_an_engine_has_the_places_that_are_asked_for_and_chooses_no_token_without_a_piece():
+    session = Session.open(str(BASE))
+    engine = session.open_engine(max_batch=2, max_tokens=40)
+    assert session.engine is engine
+    assert (engine.room, engine.choices) == (40, max(session.tokenizer.get_vocab().values()) + 1)
+
+
 def test_an_answer_that_has_no_room_leaves_early_rounds_out(tiny_tokenizer, engine, log):
     session = Session(tiny_tokenizer, "chatglm3")
     messages = [HELLO, {"role": "assistant", "content": "a1 " * 20}, HELLO]
