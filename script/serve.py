@@ -58,7 +58,6 @@ def run(cli: argparse.Namespace) -> None:
 
     from loguru import logger
 
-    from component.inference.engine import Engine
     from component.inference.session import Session
     from component.model import bits_in_memory
     from component.serve.app import Service
@@ -80,9 +79,7 @@ def run(cli: argparse.Namespace) -> None:
     logger.info(
         f"loading {session.base} in {bits_in_memory(session.base_bits, session.dtype)} bits on {session.device}"
     )
-    make_engine = partial(
-        Engine, session.load().model, session.stop_ids, max_batch=cli.max_batch, max_tokens=cli.max_tokens
-    )
+    make_engine = partial(session.load().open_engine, cli.max_batch, cli.max_tokens)
     service = Service(session, models, marks, WAITING + cli.max_batch, bool(key))
     hello = partial(print, greeting(service, cli.host, listening), flush=True)
     serve(Server(service, partial(Guard, host=cli.host, key=key), hello), make_engine, listening)

@@ -228,7 +228,7 @@ class Session:
         return self.open_engine()
 
     def open_engine(self, max_batch: int = 64, max_tokens: int | None = None) -> Engine:
-        """Make the engine of this session, once. Without it, the first answer does so.
+        """Make the engine of this session. Without it, the first answer does so. An engine that is there is given up.
 
         Args:
             max_batch, max_tokens: as Engine takes them.
@@ -236,6 +236,7 @@ class Session:
         Raises:
             ArgumentError: as Engine does.
         """
+        self.__dict__.pop("engine", None)  # else its memory is taken while the other one is made
         vocab = max(size_of(self.tokenizer), *(token + 1 for token in self.stop_ids))
         self.engine = Engine(self.model, self.stop_ids, max_batch=max_batch, max_tokens=max_tokens, vocab=vocab)
         return self.engine
