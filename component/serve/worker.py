@@ -18,6 +18,7 @@ from ..run.log import counted
 from .answer import Writer
 from .protocol import ApiError
 
+STEP_SECONDS = 3  # that the end of the program waits for a step
 ENDING = ApiError(503, "the server is ending")
 
 
@@ -94,11 +95,11 @@ class Worker(threading.Thread):
             self.change.notify()
 
     def close(self) -> None:
-        """End the thread, and wait for that."""
+        """End the thread, and wait for that, but not for a step that takes long."""
         with self.change:
             self.is_closing = True
             self.change.notify()
-        self.join()
+        self.join(STEP_SECONDS)
 
     def run(self) -> None:
         while self.take_orders() and self.advance_all():

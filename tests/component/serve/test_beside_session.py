@@ -10,7 +10,7 @@ from component.inference.sampling import Sampling
 from component.inference.session import Session
 from tests.component.serve.conftest import Running
 
-QUESTIONS = ["Hello", "你好，世界", "word " * 30, "tool_call(city='北京')", "Hello, world! Hello, world!"]
+QUESTIONS = ["Hello", "你好，世界", "word " * 30]
 
 
 @pytest.fixture(params=["chatglm", "llama"])
@@ -22,7 +22,7 @@ def session(request, model_folder, adapter_folder) -> Session:
 def test_answers_are_those_of_the_session_also_together(session):
     expected = {
         (question, adapted): session.ask([{"role": "user", "content": question}], None, sampling, adapted)
-        for sampling in [Sampling(max_new_tokens=12)]
+        for sampling in [Sampling(max_new_tokens=6)]
         for question in QUESTIONS
         for adapted in (True, False)
     }
@@ -30,7 +30,7 @@ def test_answers_are_those_of_the_session_also_together(session):
     found = {}
 
     def ask(question: str, adapted: bool) -> None:
-        answer = server.chat(question, model="tuned" if adapted else "base", max_tokens=12)
+        answer = server.chat(question, model="tuned" if adapted else "base", max_tokens=6)
         found[question, adapted] = answer.choices[0]
 
     try:
@@ -42,9 +42,9 @@ def test_answers_are_those_of_the_session_also_together(session):
         for key, answer in expected.items():
             assert (found[key].message.content or "") == answer.text, key
             assert found[key].finish_reason == answer.finish_reason
-        asked = Sampling(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=5)
+        asked = Sampling(max_new_tokens=6, temperature=0.8, top_p=0.9, seed=5)
         drawn = session.ask([{"role": "user", "content": "Hello"}], None, asked)
-        told = server.chat(n=2, content="Hello", max_tokens=12, temperature=0.8, top_p=0.9, seed=5, logprobs=True)
+        told = server.chat(n=2, content="Hello", max_tokens=6, temperature=0.8, top_p=0.9, seed=5, logprobs=True)
         assert (told.choices[0].message.content or "") == drawn.text
         assert told.usage.prompt_tokens_details.cached_tokens >= 0
         assert all(entry.logprob <= 0 for choice in told.choices for entry in choice.logprobs.content)
