@@ -22,16 +22,15 @@ function useTheme(theme) {
   $("theme").textContent = t(theme === "dark" ? "Light theme" : "Dark theme");
 }
 
-/** Say everything that has a data-t or data-t-label in a language. */
+/** Say everything that has a data-t, data-t-label or data-t-placeholder in a language. */
 function translate(chosen) {
   language = chosen;
   document.documentElement.lang = chosen === "zh" ? "zh-CN" : "en";
   $("language").textContent = chosen === "zh" ? "English" : "中文";
   $("language").lang = chosen === "zh" ? "en" : "zh-CN";
   for (const node of document.querySelectorAll("[data-t]")) node.textContent = t(node.dataset.t);
-  for (const node of document.querySelectorAll("[data-t-label]")) {
-    node.setAttribute(node.id === "search" ? "placeholder" : "aria-label", t(node.dataset.tLabel));
-  }
+  for (const node of document.querySelectorAll("[data-t-label]")) node.setAttribute("aria-label", t(node.dataset.tLabel));
+  for (const node of document.querySelectorAll("[data-t-placeholder]")) node.placeholder = t(node.dataset.tPlaceholder);
   useTheme(document.documentElement.dataset.theme);
 }
 
