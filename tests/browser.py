@@ -32,7 +32,8 @@ class Browser:
     def call(self, method: str, session: str | None = None, **parameters) -> dict:
         """Call a method, wait for its result, and leave events unread."""
         self.sent += 1
-        message = {"id": self.sent, "method": method, "params": parameters} | ({"sessionId": session} if session else {})
+        message = {"id": self.sent, "method": method, "params": parameters}
+        message |= {"sessionId": session} if session else {}
         os.write(self.to_child, json.dumps(message).encode() + b"\0")
         deadline = time.monotonic() + PATIENCE
         while True:
