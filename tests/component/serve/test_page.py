@@ -11,6 +11,7 @@ from component.data.formats import parse_row
 from component.data.page import fill_page
 from tests.browser import CHROMIUM, Browser
 
+from .conftest import wait_until
 from .fake_server import BASE, TUNED, FakeServer, call, words
 
 PAGE = Path(__file__).parents[3] / "component/serve/page.html"
@@ -82,20 +83,20 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def server():
-    server = FakeServer(page)
-    yield server
-    server.close()
+def fake():
+    fake = FakeServer(page)
+    yield fake
+    fake.close()
 
 
 @pytest.fixture
-def tab(browser, server):
-    """The page, open and connected."""
-    return connected(browser, server)
+def tab(browser, fake):
+    """The page, open and connected to the fake server."""
+    return connected(browser, fake)
 
 
-def connected(browser, server, **size):
-    tab = browser.open(server.address, **size)
+def connected(browser, fake, **size):
+    tab = browser.open(fake.address, **size)
     tab.until("models.length")
     return tab
 
@@ -118,13 +119,13 @@ def offer(tab, value) -> str:
 
 
 @needs_browser
-def test_an_answer_is_streamed_with_reasoning_figures_and_settings(tab, server):
-    server.answer = lambda _: words("let me see", "reasoning_content") + words("你好！")
+def test_an_answer_is_streamed_with_reasoning_figures_and_settings(tab, fake):
+    fake.answer = lambda _: words("let me see", "reasoning_content") + words("你好！")
     tab.write("#system", "be brief")
     tab.write("#temperature", "0.5")
     tab.write("#seed", "7")
     send(tab, "hi")
-    assert server.requests == [
+    assert fake.requests == [
         {
             "model": TUNED,
             "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
@@ -140,50 +141,50 @@ def test_an_answer_is_streamed_with_reasoning_figures_and_settings(tab, server):
     assert re.fullmatch(r"prompt 1,234 · 13 tokens · \d\.\d s · [\d.]+ tokens/s", shown(tab, ".facts")[0])
     assert tab.run("$('question').value") == ""
     send(tab, "and?")
-    assert [message["content"] for message in server.requests[1]["messages"][1:]] == ["hi", "你好！", "and?"]
-    assert server.requests[1]["messages"][2]["reasoning_content"] == "let me see"
+    assert [message["content"] for message in fake.requests[1]["messages"][1:]] == ["hi", "你好！", "and?"]
+    assert fake.requests[1]["messages"][2]["reasoning_content"] == "let me see"
 
 
 @needs_browser
-def test_text_is_there_while_it_is_written_and_stop_cancels(tab, server):
+def test_text_is_there_while_it_is_written_and_stop_cancels(tab, fake):
     def endless(_):
         yield from words("begun")
         while True:
             yield {"content": "."}
 
-    server.answer = endless
+    fake.answer = endless
     tab.write("#question", "go on")
     tab.press("Enter", 13, "\r")
     tab.until("document.querySelector('.answer .text')?.textContent.startsWith('begun.')")
     assert shown(tab, "#send") == ["Stop"]
     tab.click("#send")
     tab.until("!isBusy()")
-    assert server.left.wait(10)
+    assert fake.left.wait(10)
     assert shown(tab, ".facts strong") == ["stopped"]
-    server.answer = lambda _: words("done")
+    fake.answer = lambda _: words("done")
     tab.click("#retry")
     tab.until("!isBusy()")
     assert shown(tab, ".answer .text") == ["done"]
-    assert server.requests[1] == server.requests[0]
+    assert fake.requests[1] == fake.requests[0]
 
 
 @needs_browser
-def test_both_models_answer_at_once_and_the_tuned_one_goes_on(tab, server):
+def test_both_models_answer_at_once_and_the_tuned_one_goes_on(tab, fake):
     together = threading.Barrier(2)
 
     def answer(request):
         together.wait(10)
         return words(f"{request['model']} to {request['messages'][-1]['content']}")
 
-    server.answer = answer
+    fake.answer = answer
     tab.click("#beside")
     send(tab, "one")
-    assert {request["model"] for request in server.requests} == {TUNED, BASE}
+    assert {request["model"] for request in fake.requests} == {TUNED, BASE}
     assert shown(tab, ".answer .text") == [f"{TUNED} to one", f"{BASE} to one"]
     assert shown(tab, ".answer .tag") == ["tuned", "base"]
     assert "goes on with the tuned model's answer" in shown(tab, "#beside-note")[0]
     send(tab, "two")
-    for request in server.requests[2:]:
+    for request in fake.requests[2:]:
         assert [message["content"] for message in request["messages"]] == ["one", f"{TUNED} to one", "two"]
     left, right = tab.run("[...document.querySelectorAll('.answer')].slice(-2).map((node) => node.offsetTop)")
     assert left == right
@@ -194,27 +195,27 @@ def test_both_models_answer_at_once_and_the_tuned_one_goes_on(tab, server):
 
 
 @needs_browser
-def test_one_model_alone_has_no_switch(browser, server):
-    server.models = [TUNED]
-    tab = connected(browser, server)
+def test_one_model_alone_has_no_switch(browser, fake):
+    fake.models = [TUNED]
+    tab = connected(browser, fake)
     assert tab.run("$('beside-row').hidden")
     send(tab, "hi")
     assert shown(tab, ".answer .tag") == []
 
 
 @needs_browser
-def test_calls_get_results_over_two_rounds_and_the_row_is_what_training_takes(tab, server):
+def test_calls_get_results_over_two_rounds_and_the_row_is_what_training_takes(tab, fake):
     rounds = [
         call(0, "weather", '{"city": "北京", "n": 1.0}') + call(1, "weather", "{}"),
         call(0, "time", '{"zone": 8}'),
         words("sunny"),
     ]
-    server.answer = lambda _: rounds[len(server.requests) - 1]
+    fake.answer = lambda _: rounds[len(fake.requests) - 1]
     tools = [WEATHER, {"name": "time"}]
     offer(tab, tools)
     send(tab, "北京?")
-    assert server.requests[0]["tools"] == [{"type": "function", "function": tool} for tool in tools]
-    assert server.requests[0]["tool_choice"] == "auto"
+    assert fake.requests[0]["tools"] == [{"type": "function", "function": tool} for tool in tools]
+    assert fake.requests[0]["tool_choice"] == "auto"
     assert shown(tab, ".call h3 code") == ["weather", "weather"]
     assert shown(tab, ".call tr") == ["city\t\n北京", "n\t\n1.0"]
     tab.write("#question", "too early")
@@ -226,7 +227,7 @@ def test_calls_get_results_over_two_rounds_and_the_row_is_what_training_takes(ta
     tab.call("Input.insertText", text="24")
     tab.press("Enter", 13, "\r")
     tab.until("steps.length === 2 && !isBusy()")
-    _, asked, *results = server.requests[1]["messages"]
+    _, asked, *results = fake.requests[1]["messages"]
     assert [part["function"] for part in asked["tool_calls"]] == [
         {"name": "weather", "arguments": '{"city": "北京", "n": 1.0}'},
         {"name": "weather", "arguments": "{}"},
@@ -252,8 +253,8 @@ def test_calls_get_results_over_two_rounds_and_the_row_is_what_training_takes(ta
 
 
 @needs_browser
-def test_broken_arguments_are_shown_and_not_sent_back(tab, server):
-    server.answer = lambda _: call(0, "weather", '{"city": "Bei')
+def test_broken_arguments_are_shown_and_not_sent_back(tab, fake):
+    fake.answer = lambda _: call(0, "weather", '{"city": "Bei')
     send(tab, "hi")
     assert shown(tab, ".call .fault") == ["These arguments are not a JSON object."]
     assert shown(tab, ".call pre") == ['{"city": "Bei']
@@ -265,12 +266,12 @@ def test_broken_arguments_are_shown_and_not_sent_back(tab, server):
 
 
 @needs_browser
-def test_hostile_texts_run_nothing(browser, server):
-    server.models = [HOSTILE, f"{HOSTILE}2"]
-    server.answer = lambda _: (
+def test_hostile_texts_run_nothing(browser, fake):
+    fake.models = [HOSTILE, f"{HOSTILE}2"]
+    fake.answer = lambda _: (
         words(HOSTILE, "reasoning_content") + words(HOSTILE) + call(0, HOSTILE, json.dumps({HOSTILE: HOSTILE}))
     )
-    tab = connected(browser, server)
+    tab = connected(browser, fake)
     tab.run("document.addEventListener('securitypolicyviolation', () => { window.broken = 2; })")
     offer(tab, [{"name": HOSTILE, "description": HOSTILE}])
     tab.click("#beside")
@@ -300,21 +301,21 @@ def test_hostile_texts_run_nothing(browser, server):
     ],
     ids=["400", "404", "429", "500", "event", "lost", "broken"],
 )
-def test_an_error_is_told_in_its_place_and_the_question_stays(tab, server, answer, told):
-    server.answer = lambda _: answer
+def test_an_error_is_told_in_its_place_and_the_question_stays(tab, fake, answer, told):
+    fake.answer = lambda _: answer
     send(tab, "hi")
     assert shown(tab, ".answer .fault")[0].split("\n")[0] == told
     assert shown(tab, ".asked") == ["hi"]
-    server.answer = lambda _: words("now")
+    fake.answer = lambda _: words("now")
     tab.click(".answer .fault button")
     tab.until("!isBusy()")
     assert shown(tab, ".answer .text") == ["now"]
 
 
 @needs_browser
-def test_a_server_that_is_gone_is_told_and_nothing_is_lost(browser, server):
-    tab = connected(browser, server)
-    server.close()
+def test_a_server_that_is_gone_is_told_and_nothing_is_lost(browser, fake):
+    tab = connected(browser, fake)
+    fake.close()
     send(tab, "hi")
     assert "The server cannot be reached." in shown(tab, ".answer .fault")[0]
     tab.click("#edit")
@@ -322,9 +323,9 @@ def test_a_server_that_is_gone_is_told_and_nothing_is_lost(browser, server):
 
 
 @needs_browser
-def test_the_key_is_asked_for_until_it_is_right(browser, server):
-    server.key = "sesame"
-    tab = browser.open(server.address)
+def test_the_key_is_asked_for_until_it_is_right(browser, fake):
+    fake.key = "sesame"
+    tab = browser.open(fake.address)
     tab.until("gate")
     assert shown(tab, "#gate-text") == ["The server asks for its key."]
     assert tab.run("$('key').type") == "password"
@@ -336,14 +337,14 @@ def test_the_key_is_asked_for_until_it_is_right(browser, server):
     tab.until("models.length && $('gate').hidden")
     send(tab, "hi")
     assert shown(tab, ".answer .text") == ["hello"]
-    server.key = "changed"
+    fake.key = "changed"
     send(tab, "again")
     assert shown(tab, "#gate-text") == ["The server does not accept this key."]
     assert tab.run("[localStorage.length, document.cookie, sessionStorage.getItem('key')]") == [0, "", "sesame"]
 
 
 @needs_browser
-def test_functions_are_read_in_every_shape_and_their_faults_are_placed(tab, server):
+def test_functions_are_read_in_every_shape_and_their_faults_are_placed(tab, fake):
     wrapped = {"type": "function", "function": WEATHER}
     row = {"tools": [WEATHER, {"name": "time"}], "conversations": []}
     assert shown(tab, "#tools-state") == ["No functions are offered."]
@@ -364,16 +365,16 @@ def test_functions_are_read_in_every_shape_and_their_faults_are_placed(tab, serv
         assert offer(tab, text) == fault
     tab.write("#question", "hi")
     tab.press("Enter", 13, "\r")
-    assert (server.requests, tab.run("document.activeElement.id")) == ([], "tools")
+    assert (fake.requests, tab.run("document.activeElement.id")) == ([], "tools")
     offer(tab, row)
     tab.run("$('choice').value = '= time'")
     send(tab, "hi")
-    assert server.requests[0]["tool_choice"] == {"type": "function", "function": {"name": "time"}}
+    assert fake.requests[0]["tool_choice"] == {"type": "function", "function": {"name": "time"}}
 
 
 @needs_browser
-def test_the_language_changes_and_nothing_else(tab, server):
-    server.answer = lambda _: call(0, "weather", "{}")
+def test_the_language_changes_and_nothing_else(tab, fake):
+    fake.answer = lambda _: call(0, "weather", "{}")
     send(tab, "hi")
     tab.write(".call textarea", "half a res")
     tab.click("#language")
@@ -385,7 +386,7 @@ def test_the_language_changes_and_nothing_else(tab, server):
 
 
 @needs_browser
-def test_the_enter_that_ends_a_composition_does_not_send(tab, server):
+def test_the_enter_that_ends_a_composition_does_not_send(tab, fake):
     tab.run("$('question').focus()")
     tab.call("Input.imeSetComposition", text="ni'hao", selectionStart=6, selectionEnd=6)
     tab.press("Enter", 229)
@@ -393,14 +394,14 @@ def test_the_enter_that_ends_a_composition_does_not_send(tab, server):
     tab.call("Input.insertText", text="你好")
     tab.press("Enter", 229)  # Safari: after the composition has ended
     tab.press("Enter", 13, "\r", modifiers=8)  # Shift
-    assert server.requests == []
+    assert fake.requests == []
     assert tab.run("$('question').value") == "你好\n"
     send(tab, "你好")
-    assert len(server.requests) == 1
+    assert len(fake.requests) == 1
 
 
 @needs_browser
-def test_what_is_cleared_can_be_brought_back(tab, server):
+def test_what_is_cleared_can_be_brought_back(tab, fake):
     send(tab, "hi")
     tab.click("#clear")
     assert shown(tab, ".answer") == []
@@ -410,7 +411,7 @@ def test_what_is_cleared_can_be_brought_back(tab, server):
 
 
 @needs_browser
-def test_the_page_follows_an_answer_only_from_its_bottom(tab, server):
+def test_the_page_follows_an_answer_only_from_its_bottom(tab, fake):
     scrolled = threading.Event()
 
     def answer(_):
@@ -418,7 +419,7 @@ def test_the_page_follows_an_answer_only_from_its_bottom(tab, server):
         scrolled.wait(10)
         yield from words("more\n" * 100)
 
-    server.answer = answer
+    fake.answer = answer
     tab.write("#question", "hi")
     tab.press("Enter", 13, "\r")
     tab.until("scrollY > 1500 && document.body.scrollHeight - scrollY - innerHeight < 2")
@@ -426,3 +427,36 @@ def test_the_page_follows_an_answer_only_from_its_bottom(tab, server):
     scrolled.set()
     tab.until("!isBusy()")
     assert tab.run("[scrollY, document.body.scrollHeight > 5000]") == [5, True]
+
+
+@needs_browser
+def test_the_page_talks_to_the_server_itself(browser, server, write):
+    called = "weather\n ```python\ntool_call(city='北京')\n```"
+    server.engine.answers = [write(called), write("\n 晴"), write("\n 好")]
+    tab = browser.open(f"{server.url}/")
+    tab.until("models.length")
+    offer(tab, WEATHER)
+    send(tab, "北京?")
+    assert shown(tab, ".call tr") == ["city\t\n北京"]
+    tab.write(".call textarea", "24")
+    tab.press("Enter", 13, "\r")
+    tab.until("steps.length === 2 && !isBusy()")
+    assert shown(tab, ".answer .text")[-1] == "晴"
+    tab.run("document.querySelector('#beside').click()")
+    send(tab, "谢谢")
+    assert shown(tab, ".answer .text")[-2:] == ["好", "好"]
+    assert [generation.adapted for generation in server.engine.asked] == [True, True, True, False]
+    assert shown(tab, ".fault") == []
+
+
+@needs_browser
+def test_stop_ends_the_servers_work(browser, server, write):
+    server.engine.answers, server.engine.pause = [write("\n" + " go on" * 3000)], 0.01
+    tab = browser.open(f"{server.url}/")
+    tab.until("models.length")
+    tab.write("#question", "go")
+    tab.press("Enter", 13, "\r")
+    tab.until("document.querySelector('.answer .text')?.textContent.length > 10")
+    tab.press("Escape", 27)
+    tab.until("!isBusy()")
+    wait_until(lambda: server.engine.cancelled)
