@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,28 @@ def test_both_models_answer_at_once_and_the_tuned_one_goes_on(tab, fake):
     above, below = tab.run("[...document.querySelectorAll('.answer')].slice(-2).map((node) => node.offsetTop)")
     assert above < below
     assert tab.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+
+
+@needs_browser
+def test_results_need_not_wait_for_the_base_and_stop_ends_all(tab, fake):
+    def slow():
+        while True:
+            time.sleep(0.01)
+            yield {"content": "."}
+
+    fake.answer = lambda request: slow() if request["model"] == BASE else call(0, "f", "{}")
+    tab.click("#beside")
+    tab.write("#question", "hi")
+    tab.press("Enter", 13, "\r")
+    tab.until("document.querySelector('.send-results')")
+    tab.write(".call textarea", "1")
+    tab.press("Enter", 13, "\r")
+    tab.until("steps.length === 2 && !lead(last()).running")
+    assert [request["model"] for request in fake.requests].count(BASE) == 2
+    assert tab.run("allAnswers().map((answer) => answer.running)") == [False, True, False, True]
+    tab.click("#send")
+    tab.until("!isBusy()")
+    assert shown(tab, ".facts strong") == ["stopped", "stopped"]
 
 
 @needs_browser
