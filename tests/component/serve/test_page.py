@@ -178,6 +178,7 @@ def test_both_models_answer_at_once_and_the_tuned_one_goes_on(tab, fake):
         return words(f"{request['model']} to {request['messages'][-1]['content']}")
 
     fake.answer = answer
+    assert not tab.run("$('beside-row').hidden")
     tab.click("#beside")
     send(tab, "one")
     assert {request["model"] for request in fake.requests} == {TUNED, BASE}
