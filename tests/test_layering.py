@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {  # room: the rooms that it imports
     "score": {"data", "export", "inference", "kernel", "model", "run", "train", "trust"},
     "serve": {"chatglm", "data", "inference", "run", "trust"},
+    "chat": {"data", "inference", "run"},
     "export": {"model", "pickles", "run", "trust"},
     "verify": {"chatglm", "data", "model", "run", "settings", "train", "trust"},
     "inference": {"chat_templates", "chatglm", "data", "kernel", "model", "run", "trust"},

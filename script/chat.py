@@ -1,0 +1,80 @@
+"""Talk to a tuned model, also with functions.
+
+python script/chat.py --adapter FOLDER [--base MODEL] [--tools FILE] [--system TEXT]
+python script/chat.py --model MODEL
+
+A model calls the functions that it is offered, and asks you for their results. /help lists the commands: to retry, to
+compare with the base, to save the conversation as a row for training. Through pipes, each line is a question, the
+result of a call, or a command; answers are written to standard output, calls as lines `→ name {"argument": value}`, and
+the first fault ends the program with exit code 2.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parse_command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", metavar="FOLDER", help="such as output/x/final")
+    parser.add_argument("--model", metavar="MODEL", help="talk to this model alone, without an adapter")
+    parser.add_argument("--base", metavar="MODEL", help="folder or hub name [the folder in adapter_config.json]")
+    parser.add_argument("--base_bits", type=int, choices=(4, 16), help="bits of the base's weights [as in training]")
+    parser.add_argument("--data_format", metavar="NAME", help="how conversations become tokens [as in training]")
+    parser.add_argument("--chat_template", metavar="NAME", help="chat template instead of the adapter's or base's")
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON of functions to offer, or rows with tools")
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system message")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token [0]")
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="draw from this share alone [1]")
+    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer [512]")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the draws [others each time]")
+    cli = parser.parse_args()
+    if bool(cli.adapter) == bool(cli.model):
+        parser.error("give either --adapter or --model")
+    if cli.model and cli.base:
+        parser.error("--base needs --adapter")
+    return cli
+
+
+def main() -> None:
+    cli = parse_command_line()
+
+    from component.run.process import run_program
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+    run_program(lambda watch: chat(cli), lambda: "left; /save keeps a conversation")
+
+
+def chat(cli: argparse.Namespace) -> None:
+    from loguru import logger
+
+    from component.chat.conversation import Talk, read_tools
+    from component.chat.terminal import talk_through
+    from component.inference.engine import Engine
+    from component.inference.sampling import Sampling
+    from component.inference.session import Session
+    from component.model import bits_in_memory
+
+    sampling = Sampling(cli.max_new_tokens, cli.temperature, cli.top_p, seed=cli.seed)
+    tools = read_tools(cli.tools) if cli.tools else []
+    session = Session.prepare(
+        cli.model or cli.base,
+        cli.adapter,
+        base_bits=cli.base_bits,
+        data_format=cli.data_format,
+        chat_template=cli.chat_template,
+    )
+    talk = Talk(session, sampling)
+    talk.instruct(cli.system)
+    talk.offer(tools)
+    bits = bits_in_memory(session.base_bits, session.dtype)
+    logger.info(f"loading {session.base} in {bits} bits on {session.device}")
+    session.load()
+    session.engine = Engine(session.model, session.stop_ids, max_batch=2)  # the tuned model's conversation, the base's
+    talk_through(talk)
+
+
+if __name__ == "__main__":
+    main()
