@@ -104,7 +104,8 @@ def clear(talk: Talk, argument: str) -> str:
 def skip(talk: Talk, argument: str) -> str:
     if not talk.waiting:
         raise DataError("no call waits for a result")
-    return undo(talk, argument)
+    talk.drop()
+    return talk.way_back
 
 
 def save(talk: Talk, argument: str) -> str:

@@ -1,5 +1,6 @@
 """A talk with a model: questions, calls and their results, answers, and what is offered. Knows nothing of terminals."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.conversation import Conversation
 from ..data.fields import parse_tools
 from ..data.formats import parse_row
 from ..data.reader import load_json, read_lines, read_rows
@@ -18,7 +20,7 @@ from ..inference.stream import Piece
 from ..run.errors import DataError, Fault, unusable
 
 Message = dict[str, Any]
-TAKEN_BACK = "the question is taken back out: /retry asks it again"
+QUESTION: Message = {"role": "user", "content": "?"}  # to try whether one could be asked
 
 
 @dataclass
@@ -56,19 +58,20 @@ class Talk:
         """Offer other functions. Raises DataError, and changes nothing, where the model or the talk has no place."""
         if tools:
             self.session.require_calls()
-        self.require_prompt(self.rounds, self.system, tools)
+        self.require_prompt([*messages_of(self.rounds, self.system), QUESTION], tools)
         self.tools = tools
 
     def instruct(self, system: str) -> None:
         """Have another system message. Raises DataError, and changes nothing, where the model has no place for it."""
         require_utf8(system)
-        self.require_prompt(self.rounds, system, self.tools)
+        self.require_prompt([*messages_of(self.rounds, system), QUESTION], self.tools)
         self.system = system
 
-    def require_prompt(self, rounds: list[list[Message]], system: str, tools: list[dict]) -> None:
-        """Raise DataError where a question could not be asked after these rounds."""
-        messages = [*messages_of(rounds, system), {"role": "user", "content": "?"}]
-        self.session.prompt(self.session.conversation(messages, tools or None))
+    def require_prompt(self, messages: list[Message], tools: list[dict]) -> Conversation:
+        """Read messages as the next prompt has them. Raises DataError where they cannot be asked."""
+        conversation = self.session.conversation(messages, tools or None)
+        self.session.prompt(conversation)
+        return conversation
 
     # Questions and answers
 
@@ -122,21 +125,35 @@ class Talk:
         is_stopped = self.reply.generation.finish_reason == "cancelled"
         answer = stopped_answer(written) if is_stopped else self.reply.answer
         if cut and (answer.calls or answer.fault):
-            raise DataError(f"the answer ends within a call, {cut}; {TAKEN_BACK}")
+            raise DataError(f"the answer ends within a call, {cut}; {self.way_back}")
         if cut and not answer.text:
-            raise DataError(f"the answer ends before its text begins, {cut}; {TAKEN_BACK}")
+            raise DataError(f"the answer ends before its text begins, {cut}; {self.way_back}")
         if answer.fault:
-            raise DataError(f"the answer has a call that cannot be read; {TAKEN_BACK}")
+            raise DataError(f"the answer has a call that cannot be read; {self.way_back}")
         self.current.append(to_message(answer) | ({"loss": False} if cut else {}))
         self.waiting = list(self.current[-1].get("tool_calls", ()))
-        if self.waiting:
-            return
-        rounds = [*self.before, self.current]
         try:
-            self.require_prompt(rounds, self.system, self.tools)
+            self.require_readable()
         except DataError as error:
-            raise DataError(f"the answer cannot stay ({error}); {TAKEN_BACK}") from None
-        self.rounds, self.current = rounds, []
+            raise DataError(f"the answer cannot stay ({error}); {self.way_back}") from None
+        if not self.waiting:
+            self.rounds, self.current = [*self.before, self.current], []
+
+    def require_readable(self) -> None:
+        """Raise DataError where the talk could not go on after its last answer, or would have it as another one."""
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "?"} for call in self.waiting]
+        messages = [*messages_of([*self.before, self.current], self.system), *(results or [QUESTION])]
+        conversation = self.require_prompt(messages, self.tools)
+        if not results and conversation.turns[-2].role == "tool":
+            raise DataError("it is a text that is read as a call")
+
+    @property
+    def way_back(self) -> str:
+        """What becomes of a question whose new answer cannot stay."""
+        is_answered = len(self.before) < len(self.rounds)
+        return (
+            f"{'its earlier answer stays' if is_answered else 'the question is taken back out'}; /retry asks it again"
+        )
 
     def give(self, result: str) -> None:
         """Give the first waiting call its result."""
@@ -149,15 +166,15 @@ class Talk:
         self.current, self.waiting = [], []
 
     def undo(self) -> str:
-        """Take the last round back out, or the question that has no answer yet. Returns its question."""
-        if self.current:
-            self.drop()
-            return self.question
-        if not self.rounds:
+        """Take the last question back out, with its answer if it has one. Returns it."""
+        if not self.current and not self.rounds:
             raise DataError("there is no question to take back")
-        gone, self.rounds, self.before = self.rounds[-1], self.rounds[:-1], self.rounds[:-2]
+        question = self.question if self.current else self.rounds[-1][0]["content"]
+        self.rounds = self.before if self.current else self.rounds[:-1]
+        self.drop()
+        self.before = self.rounds[:-1]
         self.question = self.rounds[-1][0]["content"] if self.rounds else ""
-        return gone[0]["content"]
+        return question
 
     def clear(self) -> None:
         """Forget all rounds. The system message and the functions stay."""
@@ -221,14 +238,15 @@ def stopped_answer(written: list[Piece]) -> Answer:
 
 def add_line(file: Path, line: str) -> None:
     """Write a line at the end of a file, whole or not at all."""
-    with open(file, "a+b") as out:
+    with open(file, "a+b", buffering=0) as out:
         end = out.seek(0, os.SEEK_END)
         if end:
             out.seek(end - 1)
             line = line if out.read(1) == b"\n" else f"\n{line}"
+        data = f"{line}\n".encode()
         try:
-            out.write(f"{line}\n".encode())
-            out.flush()
+            if out.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(out.fileno())
         except OSError:
             out.truncate(end)

@@ -164,8 +164,8 @@ class PrivateHistory(FileHistory):
 
 
 def open_history() -> History:
-    """Lines of earlier talks, for the arrow keys: in $XDG_STATE_HOME/luciole/chat_history, or in memory alone where
-    that cannot be written."""
+    """Lines of earlier talks, for the arrow keys: in $XDG_STATE_HOME/luciole/chat_history, since the same questions are
+    asked after each training; in memory alone where that cannot be written."""
     try:
         file = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state", "luciole", "chat_history")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,8 @@ def test_undo_skip_and_clear_tell_what_is_gone(make_talk):
     talk = make_talk("one", call("Rome"), system="be brief")
     answer(talk, "1")
     answer(talk, "2")
-    assert enter(talk, "/skip") == "taken back out: 2"
+    assert enter(talk, "/skip") == "the question is taken back out; /retry asks it again"
+    assert not talk.is_due
     assert enter(talk, "/undo") == "taken back out: 1"
     assert refusal(talk, "/undo") == "there is no question to take back"
     assert enter(talk, "/clear") == "a new conversation; the system message and the functions stay"

@@ -94,8 +94,9 @@ def test_what_was_written_of_an_unreadable_call_is_shown_before_the_error(make_t
     assert "weather" in "".join(shown)
 
 
-def test_a_text_that_would_be_read_as_a_call_does_not_stay(make_talk):
-    talk = make_talk('weather\n{"city": 1', tools=TOOLS)
+@pytest.mark.parametrize("text", ['weather\n{"city": 1', 'weather\n{"city": "Rome"}'])
+def test_a_text_that_would_be_read_as_a_call_does_not_stay(make_talk, text):
+    talk = make_talk(text)
     with pytest.raises(DataError, match=r"the answer cannot stay .*; the question is taken back out"):
         ask(talk, "1")
     assert talk.rounds == []
@@ -168,7 +169,7 @@ def test_a_failed_retry_keeps_the_answer_that_was_there(make_talk):
     talk = make_talk("one", BROKEN, "other")
     ask(talk, "1")
     talk.retry()
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="its earlier answer stays; /retry asks it again"):
         write(talk)
     assert contents(talk) == ["1", "one"]
     talk.retry()
@@ -182,6 +183,16 @@ def test_undo_of_a_call_goes_back_to_before_its_question(make_talk):
     ask(talk, "2")
     assert talk.undo() == "2"
     assert (contents(talk), talk.waiting) == (["1", "one"], [])
+
+
+def test_undo_of_a_question_that_is_asked_again_takes_its_earlier_answer_too(make_talk):
+    talk = make_talk("one", "two", call("Rome"))
+    ask(talk, "1")
+    ask(talk, "2")
+    talk.retry()
+    write(talk)
+    assert talk.undo() == "2"
+    assert contents(talk) == ["1", "one"]
 
 
 def test_the_base_answers_without_a_trace(make_talk):
