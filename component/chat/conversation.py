@@ -115,8 +115,9 @@ class Talk:
     def stop(self) -> None:
         """End the answer that is being written. A signal's handler may call this at any moment, and so it leaves the
         engine alone, which then drops the answer at its next step."""
-        if self.reply and self.reply.generation.finish_reason is None:
-            self.reply.generation.finish_reason = "cancelled"
+        generation = self.reply and self.reply.generation
+        if generation and generation.finish_reason is None:
+            generation.finish_reason = "cancelled"
 
     def take(self, written: list[Piece]) -> None:
         """Make an answer part of the talk. One that was cut short stays as far as it was written, and training is told

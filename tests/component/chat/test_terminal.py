@@ -73,7 +73,7 @@ def test_quit_ends_the_pipe(make_talk):
 
 
 def test_nothing_that_a_model_writes_steers_the_terminal(make_talk):
-    talk = make_talk("a\x1b[2Jb\rc\td\u202e", call("x\\u202e").replace("weather", "we\\u001bather", 1))
+    talk = make_talk("a\x1b[2Jb\rc\td\u202e", call("x\u202e").replace("weather", "we\\u001bather", 1))
     assert piped(talk, "1", "2") == 'aU+001B[2JbU+000Dc\tdU+202E\n→ weU+001Bather {"city": "xU+202E"}\n'
 
 
