@@ -132,6 +132,20 @@ def test_an_answer_that_is_stopped_within_a_call_does_not_stay(make_talk):
     assert talk.rounds == []
 
 
+def test_what_was_held_back_when_an_answer_is_stopped_is_not_part_of_it(make_talk, monkeypatch):
+    talk = make_talk("see " + call("Rome"))
+    step = talk.session.engine.step
+
+    def step_and_stop():
+        step()
+        if len(talk.reply.generation.tokens) == len("see <tool"):
+            talk.stop()
+
+    monkeypatch.setattr(talk.session.engine, "step", step_and_stop)
+    assert ask(talk, "1") == "see"
+    assert contents(talk) == ["1", "see"]
+
+
 def test_a_stop_that_comes_too_late_changes_nothing(make_talk):
     talk = make_talk("one")
     ask(talk, "1")
