@@ -46,7 +46,7 @@ class Front:
         last = ""
         try:
             for kind, text, _ in pieces:
-                if last and (kind == "name" or (kind != last and kind != "arguments")):
+                if last and kind not in (last, "arguments"):
                     self.out.write("\n")
                 shown = harmless(f"→ {text} " if kind == "name" else text)
                 self.out.write(f"{DIM}{shown}{PLAIN}" if kind == "reasoning" else shown)

@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -135,9 +136,18 @@ class Pty:
         os.write(self.master, text.encode())
 
 
-def test_on_a_terminal_ctrl_c_stops_an_answer_and_a_signal_the_program(model_folder, tmp_path):
-    options = ("--model", model_folder("llama"), "--max_new_tokens", 1900)
-    screen = Pty(*options, XDG_STATE_HOME=str(tmp_path))
+@pytest.fixture
+def screen(model_folder, tmp_path) -> Iterator[Pty]:
+    screen = Pty("--model", model_folder("llama"), "--max_new_tokens", 1900, XDG_STATE_HOME=str(tmp_path))
+    yield screen
+    screen.process.kill()
+    screen.process.wait()
+    for end in (screen.side, screen.master):
+        with suppress(OSError):
+            os.close(end)
+
+
+def test_on_a_terminal_ctrl_c_stops_an_answer_and_a_signal_the_program(screen, tmp_path):
     screen.wait_for("/help lists commands")
     screen.wait_for(PROMPT)
     screen.write("\x1b[200~one\ntwo\x1b[201~\r")  # pasted lines are one message
@@ -163,8 +173,7 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_a_signal_the_program(model_fol
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_gone_ends_the_program(model_folder, tmp_path):
-    screen = Pty("--model", model_folder("llama"), XDG_STATE_HOME=str(tmp_path))
+def test_a_terminal_that_is_gone_ends_the_program(screen):
     screen.wait_for(PROMPT)
     os.close(screen.side)
     os.close(screen.master)
