@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
+from .messages import to_chatglm3
 from .prompt import parse_fenced_call, round_prompt, split_reply
 from .text import HALF, GrowingText
 from .versions import CACHE
@@ -94,8 +95,9 @@ class ChatMixin:
         """Answer one message.
 
         Args:
-            history: messages `{"role", "content", …}` (ChatGLM3) or pairs `(question, answer)` (ChatGLM2); not edited.
-            role: `user`, or `observation` for the result of a function.
+            history: messages as `messages.to_chatglm3` takes them (ChatGLM3; functions are offered by the `tools` of
+                a system message), or pairs `(question, answer)` (ChatGLM2); not edited.
+            role: `user`, or `observation` for the result of a function; OpenAI's `tool` says the same.
             settings: for `generate`; the official defaults are max_length 8192, sampling, top_p 0.8, temperature 0.8.
 
         Returns:
@@ -167,7 +169,8 @@ class Question:
             prompt = "\n\n" + round_prompt(len(self.history) + 1, self.query)
             ids = self.tokenizer.encode(prompt, add_special_tokens=False)[1:]  # without the dummy space
         else:
-            ids = self.tokenizer.build_single_message(self.role, "", self.query)
+            newest = to_chatglm3([*self.history, {"role": self.role, "content": self.query}])[-1]
+            ids = self.tokenizer.build_single_message(*newest)
             ids.append(self.tokenizer.get_command("<|assistant|>"))
         return self.tokenizer.prepare_for_model(
             [self.tokenizer.pad_token_id] * seen + ids,

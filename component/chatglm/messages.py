@@ -26,7 +26,8 @@ def to_chatglm3(conversation: Sequence[dict], tools: Sequence[dict] = ()) -> lis
     Args:
         conversation: messages of ChatGLM3's own (`metadata`, role `observation`, `tools` in a system message), of
             OpenAI (`tool_calls`, role `tool`, content in parts of text), or of both.
-        tools: descriptions of functions, bare or as OpenAI wraps them, for a system message before all others.
+        tools: descriptions of functions, for a system message before all others. Here and in a system message they may
+            be bare, or as OpenAI wraps them. (A training row of ChatGLM3's shows its `tools` as they stand there.)
 
     Raises:
         ValueError: a message holds something for which ChatGLM3 has no place.
@@ -34,7 +35,10 @@ def to_chatglm3(conversation: Sequence[dict], tools: Sequence[dict] = ()) -> lis
     groups: list[list[Message]] = []  # of one message, or of a call and its result
     waiting: list[tuple[str | None, list[Message]]] = []  # id and group of calls without a result
     if tools:
-        groups.append([tools_message([unwrap(tool) for tool in tools])])
+        for tool in tools:
+            if not isinstance(tool, dict):
+                raise ValueError(f"tools holds {tool!r}; expected a function or its description")
+        groups.append([tools_message(unwrap(list(tools)))])
     for i, given in enumerate(conversation):
         try:
             message, calls = read_message(given)
@@ -54,11 +58,17 @@ def to_chatglm3(conversation: Sequence[dict], tools: Sequence[dict] = ()) -> lis
     return list(chain(*groups))
 
 
-def unwrap(tool: dict) -> dict:
-    """A function's bare description, which ChatGLM3 shows, from OpenAI's `{"type": "function", "function": …}`."""
-    if not isinstance(tool, dict):
-        raise ValueError(f"tools holds {tool!r}; expected a function or its description")
-    return tool["function"] if tool.keys() == {"type", "function"} else tool
+def unwrap(tools: Any) -> Any:
+    """Functions' bare descriptions, which ChatGLM3 shows, from OpenAI's `{"type": "function", "function": …}`.
+
+    Any other JSON, which may be offered as tools too, stays as it is.
+    """
+    return [tool["function"] if is_wrapped(tool) else tool for tool in tools] if isinstance(tools, list) else tools
+
+
+def is_wrapped(tool: Any) -> bool:
+    wrapped = isinstance(tool, dict) and tool.keys() == {"type", "function"} and tool["type"] == "function"
+    return wrapped and isinstance(tool["function"], dict)
 
 
 def read_message(message: dict) -> tuple[Message, list[tuple[str | None, Message]]]:
@@ -71,7 +81,7 @@ def read_message(message: dict) -> tuple[Message, list[tuple[str | None, Message
     calls = [read_call(call) for call in message.get("tool_calls") or ()]
     content = "" if calls and message.get("content") is None else text_of(message.get("content"))
     if message.get("tools") is not None:
-        content = tools_message(message["tools"], content).content
+        content = tools_message(unwrap(message["tools"]), content).content
     return Message(role, message.get("metadata") or "", content), calls
 
 

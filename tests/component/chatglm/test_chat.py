@@ -12,6 +12,7 @@ from component.chatglm.text import GrowingText
 from tests.conftest import read_jsonl
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
+ANSWERED = {"role": "assistant", "metadata": "", "content": "noon"}
 TOOLS = [{"role": "system", "content": "Tools:", "tools": [{"name": "now"}]}]
 
 
@@ -229,3 +230,34 @@ def test_a_second_turn_with_the_cache_reads_only_the_new_message(make_model, tin
     *_, (_, after, _) = model.stream_chat(tiny_tokenizer, "b", history, past_key_values=cache, **settings)
     asked = [*history, {"role": "user", "content": "b"}]
     assert after == model.process_response(tiny_tokenizer.decode(second[:-1].tolist()), asked)[1]
+
+
+@pytest.mark.parametrize("role", ["observation", "tool"])
+def test_a_call_and_its_result_by_chat_with_and_without_the_cache(make_model, tiny_tokenizer, write, role):
+    encode = tiny_tokenizer.tokenizer.encode
+    call = [*encode("now\n```python\ntool_call(zone='UTC')\n```"), tiny_tokenizer.get_command("<|observation|>")]
+    offer = [{"role": "system", "content": "Tools:", "tools": [{"type": "function", "function": {"name": "now"}}]}]
+    model = make_model()
+    stream = model.stream_chat(tiny_tokenizer, "a", offer, return_past_key_values=True, **write(call))
+    *_, (answer, history, cache) = stream
+    assert answer == {"name": "now", "parameters": {"zone": "UTC"}}
+    prompts = []
+    forward = model.forward
+    model.forward = lambda input_ids, **rest: prompts.append(input_ids[0].tolist()) or forward(input_ids, **rest)
+    said = [*encode("\nnoon"), 2]
+    expected = ("noon", [*history, {"role": role, "content": "12"}, ANSWERED])
+    assert model.chat(tiny_tokenizer, "12", history, role, **write(said)) == expected
+    *_, last = model.stream_chat(tiny_tokenizer, "12", history, role, past_key_values=cache, **write(said))
+    assert last == expected
+    message = [
+        *tiny_tokenizer.build_single_message("observation", "", "12"),
+        tiny_tokenizer.get_command("<|assistant|>"),
+    ]
+    whole, *_ = prompts
+    assert whole == tiny_tokenizer.build_chat_input("12", history, "observation")["input_ids"][0].tolist()
+    assert whole[-len(message) :] == message
+    assert prompts[len(said)][-len(message) :] == message
+    after = [*history, {"role": role, "content": "12"}, ANSWERED]
+    official = [{**one, "role": "observation"} if one["role"] == "tool" else one for one in after]
+    prompt = tiny_tokenizer.build_chat_input("thanks", after)["input_ids"].tolist()
+    assert prompt == tiny_tokenizer.build_chat_input("thanks", official)["input_ids"].tolist()

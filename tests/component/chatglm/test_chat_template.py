@@ -169,6 +169,32 @@ def test_tools_are_shown_bare_in_a_system_message_of_their_own(tiny_tokenizer, t
     ]
 
 
+WRAPPED = {"type": "function", "function": WEATHER}
+
+
+@pytest.mark.parametrize(
+    ("tools", "shown"),
+    [
+        ([WRAPPED], [WEATHER]),
+        ([WRAPPED, "now(): the time", {"name": "f"}], [WEATHER, "now(): the time", {"name": "f"}]),
+        (WRAPPED, WRAPPED),
+        ([{"type": "function", "function": "now"}], [{"type": "function", "function": "now"}]),
+        ([{"type": "custom", "function": WEATHER}], [{"type": "custom", "function": WEATHER}]),
+        ([WRAPPED | {"note": "a"}], [WRAPPED | {"note": "a"}]),
+        ([], []),
+        ("a hammer", "a hammer"),
+    ],
+)
+def test_a_system_message_shows_openais_functions_bare_and_any_other_json_as_it_is(tiny_tokenizer, tools, shown):
+    system = {"role": "system", "content": "Tools:", "tools": tools}
+    before = json.dumps(system)
+    prompt = tiny_tokenizer.build_chat_input("a", history=[system])["input_ids"][0].tolist()
+    text = f"Tools:\n{json.dumps(shown, indent=4, ensure_ascii=False)}"
+    asked = ids_of(tiny_tokenizer, [("system", "", text), ("user", "", "a")])
+    assert prompt == [*asked, tiny_tokenizer.get_command("<|assistant|>")]
+    assert json.dumps(system) == before
+
+
 TEXT = "```python\ntool_call(city='北京', days=2)\n```"
 NOW = ("assistant", "now", "```python\ntool_call()\n```")
 CALLED = ("assistant", "weather", TEXT)
