@@ -28,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 RANK = int(os.environ.get("RANK", 0))
 
 
-def main(module: str, *arguments: str) -> None:
+def main(module: str = "", *arguments: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as under a shell, whatever started this
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
+    if module not in RECORDERS:
+        sys.exit(__doc__)
     for fault in json.loads(os.environ.get("FAULTS", "[]")):
         if fault.get("rank", RANK) == RANK:
             install(fault)

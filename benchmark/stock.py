@@ -6,7 +6,10 @@ There is a Trainer, a LoRA adapter, `resume_from_checkpoint` where there is a ch
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> None:

@@ -254,7 +254,8 @@ def check_adapter(folder: Path) -> dict:
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise ArgumentError(f"{folder}: no adapter_config.json there; give an adapter's folder, such as output/x/final")
+        fault = f"{folder}: no adapter_config.json there; give an adapter's folder, such as output/x/final"
+        raise ArgumentError(missing_folder(str(folder)) or fault)
     if (folder / MANIFEST).exists():
         try:
             verify(folder)

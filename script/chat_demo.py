@@ -10,7 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from component.run.log import configure_logging
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/chatglm3-tiny")
     parser.add_argument("--adapter", default="output/chatglm3-tiny/final")
-    parser.add_argument("--data", type=Path, default=Path("data/dummy_data_chatglm3.jsonl"))
+    parser.add_argument("--data", type=Path, default=ROOT / "data/dummy_data_chatglm3.jsonl")
     cli = parser.parse_args()
     try:
         lessons = find_lessons(cli.data)

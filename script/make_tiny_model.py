@@ -13,11 +13,14 @@ import sentencepiece
 import torch
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from component.data.formats import read_conversations
+from component.data.reader import find_files
 from component.data.render import chatglm3_messages
+from component.run.errors import Fault
 
 
 def texts_of(path: Path) -> list[str]:
@@ -67,14 +70,19 @@ def make_model(vocab_size: int, seed: int) -> ChatGLMForConditionalGeneration:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("models/chatglm3-tiny"))
-    parser.add_argument("--data", type=Path, nargs="+", default=sorted(Path("data").glob("dummy_data*.jsonl")))
+    parser.add_argument("--data", type=Path, nargs="+", default=sorted((ROOT / "data").glob("dummy_data*.jsonl")))
     parser.add_argument("--vocab_size", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     cli = parser.parse_args()
 
     logging.disable_progress_bar()
-    cli.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(cli.data, cli.output, cli.vocab_size)
+    try:
+        cli.data = find_files([str(path) for path in cli.data])
+        cli.output.mkdir(parents=True, exist_ok=True)
+        tokenizer = train_tokenizer(cli.data, cli.output, cli.vocab_size)
+    except (Fault, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))
     tokenizer.save_pretrained(cli.output)
     model = make_model(tokenizer.vocab_size, cli.seed)
     model.save_pretrained(cli.output)
