@@ -40,6 +40,7 @@ from .trust import (
     find_adapter,
     find_model_file,
     find_weights,
+    lasting_name,
     read_adapter,
     read_adapter_shapes,
     read_conversation,
@@ -256,7 +257,9 @@ def attach_lora(model: PreTrainedModel, args: QLoRAArguments) -> PeftModel:
     """
     config = lora_config(model, args)
     logger.info(f"LoRA of rank {config.r} on {', '.join(sorted(config.target_modules))}")
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    adapted.active_peft_config.base_model_name_or_path = lasting_name(model.name_or_path)  # saved with the adapter
+    return adapted
 
 
 def lora_config(model: PreTrainedModel, args: QLoRAArguments) -> LoraConfig:

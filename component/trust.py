@@ -289,15 +289,37 @@ def read_run(folder: Path) -> dict:
     return run if isinstance(run, dict) else {}
 
 
+def lasting_name(name_or_path: str) -> str:
+    """A base's name that holds wherever a program is started: a folder's absolute path, or a hub's name as it is. A
+    link keeps its own name."""
+    if not os.path.isdir(name_or_path):
+        return name_or_path
+    climbs = ".." in Path(name_or_path).parts  # which leads elsewhere after a link
+    return os.path.realpath(name_or_path) if climbs else os.path.abspath(name_or_path)
+
+
 def find_base(folder: Path, config: dict) -> str:
-    """The base that an adapter's settings name. Raises ArgumentError unless it is a folder here."""
+    """The base that an adapter's settings name, a folder.
+
+    Earlier versions wrote the name as the run had it, which may be relative to the folder that the run was started in.
+    That was one above the adapter, if the folder of this name there holds what the adapter's run records.
+
+    Raises:
+        ArgumentError: there is no such folder.
+    """
     named = config["base_model_name_or_path"]
-    if not named or ".." in Path(named).parts or not os.path.isdir(named):  # no error for a name that is too long
-        raise ArgumentError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {named!r}, which is no folder here; give "
-            "the base with --base, so that nothing but what you name is loaded"
-        )
-    return named
+    if named and ".." not in Path(named).parts:
+        recorded = read_run(folder).get("base_model")
+        starts = ("", *folder.absolute().parents) if recorded else ()
+        for base in dict.fromkeys(os.path.join(start, named) for start in starts):
+            if os.path.isfile(os.path.join(base, "config.json")) and identify_base(base) == recorded:
+                return base
+        if os.path.isdir(named):  # no error for a name that is too long
+            return named
+    raise ArgumentError(
+        f"{folder / 'adapter_config.json'}: base_model_name_or_path is {named!r}, which is no folder here; give the "
+        "base with --base, so that nothing but what you name is loaded"
+    )
 
 
 def find_adapter_weights(folder: Path) -> Path:
