@@ -52,7 +52,6 @@ def chat(cli: argparse.Namespace) -> None:
 
     from component.chat.conversation import Talk, read_tools
     from component.chat.terminal import talk_through
-    from component.inference.engine import Engine
     from component.inference.sampling import Sampling
     from component.inference.session import Session
     from component.model import bits_in_memory
@@ -71,8 +70,7 @@ def chat(cli: argparse.Namespace) -> None:
     talk.offer(tools)
     bits = bits_in_memory(session.base_bits, session.dtype)
     logger.info(f"loading {session.base} in {bits} bits on {session.device}")
-    session.load()
-    session.engine = Engine(session.model, session.stop_ids, max_batch=2)  # the tuned model's conversation, the base's
+    session.load().open_engine(max_batch=2)  # the conversation of the tuned model, and the base's
     talk_through(talk)
 
 
