@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,18 @@ OTHERS = {
     "--html output/score.html",
     "python script/score.py --adapter output/chatglm3-6b/final --data data/test.jsonl "
     "--variants trained,merged,full,requantised",
+    # tests/script/test_chat.py, tests/script/test_serve.py, tests/test_guide.py
+    "python script/chat.py --adapter output/chatglm3-tiny/final --tools data/dummy_data_chatglm3.jsonl",
+    "python script/chat.py --adapter output/chatglm3-6b/final --base models/chatglm3-6b "
+    "--tools data/functions_openai.jsonl",
+    "python script/serve.py --adapter output/chatglm3-tiny/final",
+    "python script/serve.py --adapter output/chatglm3-6b/final --base models/chatglm3-6b",
+    "python script/serve.py --adapter output/qwen2.5-7b-instruct/final --base Qwen/Qwen2.5-7B-Instruct",
+    "python script/serve.py --adapter output/qwen2.5-7b-instruct/final --base models/Qwen2.5-7B-Instruct",
+    """curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": """
+    """"chatglm3-tiny", "messages": [{"role": "user", "content": "世界上最高的山是哪座？"}]}'""",
+    """curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": """
+    """"chatglm3-6b", "messages": [{"role": "user", "content": "你好"}]}'""",
     # tests/benchmark/test_quality.py
     "python benchmark/quality.py --model models/SmolLM2-135M-Instruct --calls ../shared/data/snips "
     "--chat chatterbot_corpus/data/english --output output/quality --gpus 4 --at_once 3",
@@ -153,7 +166,7 @@ def blocks(page: str, kind: str) -> list[str]:
 
 
 # What differs between the READMEs: in the Chinese one models are folders, and are spoken to in Chinese.
-OWN_WORDS = {"bash": r" model_name_or_path=\S+", "python": r""""[^"]*"|'[^']*'|#.*"""}
+OWN_WORDS = {"bash": r" (model_name_or_path=|--base )\S+", "python": r""""[^"]*"|'[^']*'|#.*"""}
 
 
 @pytest.mark.parametrize("kind", ["bash", "python"])
@@ -169,7 +182,7 @@ def test_every_model_of_the_chinese_readme_lies_where_it_was_downloaded_to():
     downloaded = set(re.findall(r"modelscope download .*--local_dir (\S+)", page))
     used = re.findall(r'(?:model_name_or_path=|--base |base, adapter = "|verify_real.py )([^\s"`]+)', page)
     assert set(used) == downloaded == {"models/chatglm3-6b", "models/Qwen2.5-7B-Instruct"}
-    assert len(used) == 13
+    assert len(used) == 14
 
 
 def test_both_readmes_answer_the_same_questions():
@@ -263,7 +276,7 @@ def test_the_figures_of_the_readmes_are_those_of_the_code():
 
 @pytest.mark.slow
 def test_the_demo_teaches_the_model():
-    """`make demo` from a clone's files, and the READMEs' chat snippet with its adapter."""
+    """`make demo` from a clone's files, and what the READMEs and docs/serve.md do with its adapter."""
     done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
@@ -277,6 +290,36 @@ def test_the_demo_teaches_the_model():
     snippet = snippet.replace("history=[])", "history=[], do_sample=False)")
     shown = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
     assert shown.stdout.strip() == "你好！我是萤光，一只会聊天、会调用工具的小萤火虫。有什么可以帮你？"
+    check_chat()
+    check_server()
+
+
+def check_chat() -> None:
+    """The READMEs' talk with the demo's model: what is written there is what comes of it."""
+    (command,) = [c for c in commands() if "script/chat.py" in c and "tiny" in c]
+    (talk,) = [block for block in blocks("README.md", "text") if block.startswith("> ")]
+    given = [re.sub(r"^(result of \w+)?> ", "", line) for line in talk.splitlines() if re.match(r"(result.*)?> ", line)]
+    words = [sys.executable, *shlex.split(command)[1:]]
+    shown = subprocess.run(words, cwd=ROOT, input="\n".join(given), capture_output=True, text=True)
+    assert shown.stdout.splitlines() == [line for line in talk.splitlines() if not re.match(r"(result.*)?> ", line)]
+
+
+def check_server() -> None:
+    """The commands and the code that ask the demo's model over HTTP, at the port that they name."""
+    (serve,) = [c for c in commands() if "script/serve.py" in c and "tiny" in c]
+    (curl,) = [c for c in commands() if c.startswith("curl") and "tiny" in c]
+    server = subprocess.Popen([sys.executable, *shlex.split(serve)[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout.readline() == "listening at http://127.0.0.1:8000/v1\n"
+        shown = subprocess.run(["curl", "-sS", *shlex.split(curl)[1:]], capture_output=True, text=True)
+        assert "珠穆朗玛" in json.loads(shown.stdout)["choices"][0]["message"]["content"]
+        (code,) = blocks("docs/serve.md", "python")
+        shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        call = "get_current_weather {'location': '北京', 'unit': 'celsius'}"
+        assert shown.stdout.splitlines() == [call, "北京今天晴，气温24摄氏度，风力3级，适合出门走走。"], shown.stderr
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) == 130
 
 
 LESSON = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "word"}]
