@@ -55,13 +55,14 @@ class Writer:
         if self.finish_reason is None and generation.finish_reason:
             deltas += self.write(self.stream.end(generation.finish_reason))
             if self.finish_reason is None:
-                deltas += [{"content": self.held}] * bool(self.held)
                 self.end("length" if generation.finish_reason == "length" else "stop")
-        if not deltas and not self.finish_reason:
-            return []
+        if self.finish_reason and self.held:
+            deltas.append({"content": self.held})
         choices = [self.choice(delta) for delta in deltas]
         if self.finish_reason:
             choices.append(self.choice({}, self.finish_reason))
+        if not choices:
+            return []
         if self.top is not None:
             entries = self.vocabulary.logprobs(generation, self.told, self.top)
             self.told = len(generation.tokens)

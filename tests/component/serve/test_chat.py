@@ -225,6 +225,14 @@ def test_without_parallel_calls_the_answer_ends_after_the_first(server, write):
     assert [call[1] for call in kept["calls"]] == ["get_weather"] and kept["content"] == "see"
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_what_was_held_for_a_stop_is_told_at_the_end(server, write, parallel):
+    server.engine.answers = [write("\n see ST", *CALLS[1:])]
+    fields = {"tools": [WEATHER, CLOCK], "stop": "STOP", "parallel_tool_calls": parallel}
+    assert server.chat(**fields).choices[0].message.content == "see ST"
+    assert folded(server.chat(**fields, stream=True))["content"] == "see ST"
+
+
 def test_several_answers_have_seeds_of_their_own(server, write):
     server.engine.answers = [write("\n a"), write("\n b"), write("\n c")]
     answer = server.chat(n=3, seed=7, top_p=0.5, temperature=0.3, extra_body={"top_k": 4})
