@@ -78,7 +78,7 @@ GROUPS = {  # by the number of their first case
     19: "D. Data",
     30: "E. Numerics",
     35: "F. torchrun, gloo, two processes",
-    45: "G. Security",
+    41: "G. Server and security",
 }
 
 

@@ -26,11 +26,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import benchmark.serving  # noqa: F401  its cases
 from benchmark.cases import CASES, GROUPS, Case, Check
 from benchmark.lab import PRODUCT, STOCK, Lab, load_libraries
 from benchmark.runs import make_base, make_rows, write_rows
 
-LONG = (40, 1, 17, 10, 38, 35, 36, 37, 12)  # started first, so that none is left over at the end
+LONG = (41, 40, 1, 17, 10, 38, 35, 36, 37, 12)  # started first, so that none is left over at the end
 COLUMNS = ("#", "fault", "expected", "shown", "result", "plain Trainer")
 BEGIN, END = "<!-- written by benchmark/scorecard.py --device {}: -->", "<!-- end -->"  # of what --output replaces
 
@@ -70,8 +71,9 @@ def main() -> None:
     if cli.output:
         begin = BEGIN.format(cli.device)
         before, _, rest = cli.output.read_text(encoding="utf-8").partition(begin)
-        _, _, after = rest.partition(END)
-        cli.output.write_text(f"{before}{begin}\n\n{page(rows, facts)}\n\n{END}{after}", encoding="utf-8")
+        old, _, after = rest.partition(END)
+        kept = old if cli.cases else ""  # a round of all cases replaces everything
+        cli.output.write_text(f"{before}{begin}\n\n{page(rows, facts, kept)}\n\n{END}{after}", encoding="utf-8")
     sys.exit(any(cells[4].startswith("FAIL") for cells in rows.values()))
 
 
@@ -195,8 +197,21 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def page(rows: dict[int, list[str]], facts: dict) -> str:
-    """A line about the round, and a table for each group of cases."""
+def unmarkdown(text: str) -> dict[int, list[str]]:
+    """The rows of tables that `markdown` wrote, by the numbers of their cases."""
+    lines = re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE)
+    return {
+        int(number): [number, *(cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", rest))]
+        for number, rest in lines
+    }
+
+
+def page(rows: dict[int, list[str]], facts: dict, kept: str = "") -> str:
+    """A line about the round, and a table for each group of cases.
+
+    Args:
+        kept: what earlier rounds wrote; their lines stay, and their rows where the case was not tried again.
+    """
     kinds = Counter(cells[4].partition(" (")[0] for cells in rows.values())
     summary = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -204,10 +219,11 @@ def page(rows: dict[int, list[str]], facts: dict) -> str:
         f"{facts['date']}; {facts['machine']}; Python {facts['python']}, {versions}; {facts['minutes']} minutes; "
         f"`{facts['command']}`. Cases: {summary}."
     )
+    heads = [line for line in kept.partition("###")[0].strip().split("\n\n") if line and facts["command"] not in line]
     groups: dict[str, list[list[str]]] = {}
-    for number, cells in rows.items():
+    for number, cells in sorted((unmarkdown(kept) | rows).items()):
         groups.setdefault(GROUPS[max(first for first in GROUPS if first <= number)], []).append(cells)
-    return "\n\n".join([head, *(f"### {title}\n\n{markdown(group)}" for title, group in groups.items())])
+    return "\n\n".join([*heads, head, *(f"### {title}\n\n{markdown(group)}" for title, group in groups.items())])
 
 
 def describe_round(minutes: float) -> dict:

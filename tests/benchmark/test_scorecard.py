@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from benchmark import scorecard
-from benchmark.cases import FORWARD, ROTATING, SAVING, STAGES, UPDATE, Case, Check, violations_of_order
+from benchmark.cases import CASES, FORWARD, ROTATING, SAVING, STAGES, UPDATE, Case, Check, violations_of_order
 
 ROOT = Path(__file__).parents[2]
-SHORT, OTHERS = [1, 2, 13, 30], [10, 11, 16, 17, 36]  # what the others try is in tests/test_recovery.py, too
+SHORT, OTHERS = (
+    [1, 2, 13, 30, 44],
+    [10, 11, 16, 17, 36, 41, 42, 43],
+)  # what the others try is in tests/test_recovery.py, too
 VERIFIES_ALL = """if True:
     import json
     import component.run.resume as resume
@@ -89,11 +92,15 @@ def test_a_figure_sums_up_the_tries_of_a_case():
     assert scorecard.result([]) == scorecard.result([Check("c", [], {"skipped": 1})]) == "not run"
 
 
-def test_the_page_keeps_what_is_written_around_its_tables(monkeypatch, tmp_path, capsys):
+def test_the_page_keeps_what_is_around_its_tables_and_a_round_of_some_cases_the_other_rows(
+    monkeypatch, tmp_path, capsys
+):
     page = tmp_path / "page.md"
     ours, other = scorecard.BEGIN.format("cpu"), scorecard.BEGIN.format("cuda")
     after = f"\nafter\n{other}\nof a GPU\n{scorecard.END}\n"
-    page.write_text(f"before\n{ours}\nold\n{scorecard.END}{after}")
+    earlier = ["15", "twice", "alike", "0/1", "FAIL", ""], ["2", "a \\| b", "", "30/30", "pass", "|"]
+    tables = "\n\n### A\n\n".join(["a round of all", *(scorecard.markdown([cells]) for cells in earlier)])
+    page.write_text(f"before\n{ours}\n\n{tables}\n\n{scorecard.END}{after}")
     passed = {(15, scorecard.PRODUCT): [Check("a second run", [], {"adapter diff": 0.0})]}
     monkeypatch.setattr(scorecard, "try_all", lambda *_: passed)
     monkeypatch.setattr(sys, "argv", ["scorecard.py", "--cases", "15,45", "--output", str(page)])
@@ -101,9 +108,19 @@ def test_the_page_keeps_what_is_written_around_its_tables(monkeypatch, tmp_path,
         scorecard.main()
     assert stop.value.code == 0
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith(scorecard.END + after) and "old" not in text
+    assert text.startswith(f"before\n{ours}\n\na round of all\n\n") and text.endswith(scorecard.END + after)
     assert "| 15 | two fresh runs with one seed | identical | 1/1; adapter diff: 0 | pass | earlier: 0.0 |" in text
-    assert "1 pass, 1 not run" in text and "### G. Security" in text
+    assert "1 pass, 1 not run" in text and "### G. Server and security" in text
+    assert scorecard.unmarkdown(text).keys() == {2, 15, 45} and scorecard.markdown([earlier[1]]) in text
+    once = text
+    with pytest.raises(SystemExit):
+        scorecard.main()
+    assert page.read_text() == once
+    monkeypatch.setattr(sys, "argv", ["scorecard.py", "--output", str(page)])
+    monkeypatch.setattr(scorecard, "choose", lambda _: [CASES[15]])
+    with pytest.raises(SystemExit):
+        scorecard.main()
+    assert "a round of all" not in page.read_text() and scorecard.unmarkdown(page.read_text()).keys() == {15}
 
 
 def test_an_unknown_case_is_named():
