@@ -12,10 +12,8 @@ from benchmark import scorecard
 from benchmark.cases import CASES, FORWARD, ROTATING, SAVING, STAGES, UPDATE, Case, Check, violations_of_order
 
 ROOT = Path(__file__).parents[2]
-SHORT, OTHERS = (
-    [1, 2, 13, 30, 44],
-    [10, 11, 16, 17, 36, 41, 42, 43],
-)  # what the others try is in tests/test_recovery.py, too
+# What the others try is in tests/test_recovery.py and tests/component/serve, too.
+SHORT, OTHERS = [1, 2, 13, 30, 44], [10, 11, 16, 17, 36, 41, 42, 43]
 VERIFIES_ALL = """if True:
     import json
     import component.run.resume as resume
