@@ -23,7 +23,8 @@ from .guard import Guard, is_loopback
 from .worker import ENDING, Worker
 
 KEY_VARIABLE, KEY_CHARACTERS = "LUCIOLE_API_KEY", 16
-HEADER_SECONDS, KEEP_ALIVE_SECONDS, DRAIN_SECONDS = 10, 30, 10
+HEADER_SECONDS, KEEP_ALIVE_SECONDS = 10, 30
+DRAIN_SECONDS, CUT_SECONDS = 10, 0.5  # that answers may take to end, and their errors to be told
 WAITING = 64  # answers that may wait until others have ended
 SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
@@ -137,7 +138,7 @@ class Server(uvicorn.Server):
 
     async def answer(self, make_engine: Callable[[], Engine], listening: socket.socket) -> None:
         """Answer requests until `stop` is called. Raises EngineLost if the model cannot answer any more."""
-        worker = self.service.worker = Worker(make_engine, asyncio.get_running_loop(), self.leave)
+        worker = self.service.worker = Worker(make_engine, asyncio.get_running_loop(), self.cut)
         worker.start()
         try:
             await self.serve(sockets=[listening])
@@ -164,12 +165,18 @@ class Server(uvicorn.Server):
         if grace and self.service.active:
             running = counted(self.service.active, "answer")
             logger.info(f"{running} may take {grace} seconds to end; another signal ends at once")
-        loop = asyncio.get_running_loop()
-        loop.call_later(grace, self.service.worker.fail_all, ENDING)
-        loop.call_later(grace + 0.5, self.leave)
+        asyncio.get_running_loop().call_later(grace, self.cut)
+
+    def cut(self) -> None:
+        """End all answers with an error, and soon after it their connections, for which the end would wait."""
+        self.should_exit = True
+        self.service.worker.fail_all(ENDING)
+        asyncio.get_running_loop().call_later(CUT_SECONDS, self.leave)
 
     def leave(self) -> None:
-        self.should_exit = self.force_exit = True
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def serve(server: Server, make_engine: Callable[[], Engine], listening: socket.socket) -> None:

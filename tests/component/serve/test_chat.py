@@ -153,6 +153,13 @@ def test_a_conversation_with_calls_and_results_by_id_is_the_prompt_of_training(s
     assert server.engine.asked[-1].prompt == session.prompt(session.conversation(rows, tools))
 
 
+def test_strict_false_of_a_function_is_not_shown(server, write):
+    server.engine.answers = [write(CALL)]
+    server.chat(tools=[WEATHER])
+    server.chat(tools=[WEATHER | {"function": WEATHER["function"] | {"strict": False}}])
+    assert server.engine.asked[0].prompt == server.engine.asked[1].prompt
+
+
 def test_a_cut_answer_ends_with_length_also_in_a_call(server, write):
     server.engine.answers = [write("\n Hello, world!")]
     for field in ("max_tokens", "max_completion_tokens"):
