@@ -141,7 +141,9 @@ def test_slow_headers_and_bodies_are_not_waited_for(start, monkeypatch):
         kept.sendall(question)
         answer = b""
         while not answer.endswith(b"}"):
-            answer += kept.recv(1000)
+            part = kept.recv(1000)
+            assert part
+            answer += part
         assert answer.startswith(b"HTTP/1.1 200")
         time.sleep(0.4)
     kept.sendall(b"GET /hea")
