@@ -40,8 +40,8 @@ class GrowingText:
         while self.is_fast and done and BYTE(self.piece(done[-1]) or ""):
             done = done[:-1]  # tokenizers of Rust decode a run of bytes as a whole, or each byte of it to HALF
         rest = self.newest[len(done) :]
-        text = self.read(self.before, done)
-        if text and text + self.read(done, rest) == tail:  # no character has tokens on both sides
+        text = self.read(self.before, done) if rest else tail
+        if text and (not rest or text + self.read(done, rest) == tail):  # no character has tokens on both sides
             self.settled += text
             self.before, self.newest = done, rest
 

@@ -213,15 +213,19 @@ class Completion:
         facts = {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
         return facts | {"system_fingerprint": self.fingerprint}
 
-    async def choices(self) -> AsyncIterator[Choice]:
-        """What the job tells, as it comes. Raises ApiError where it fails."""
-        while (told := await self.job.events.get()) is not None:
-            if isinstance(told, ApiError):
-                raise told
-            yield told
+    async def choices(self) -> AsyncIterator[list[Choice]]:
+        """What the job tells, as it comes: each time all that is there. Raises ApiError where it fails."""
+        events, last = self.job.events, ()
+        while last is not None:
+            told = [await events.get(), *(events.get_nowait() for _ in range(events.qsize()))]
+            last = told[-1]
+            if found := [choice for choice in told if isinstance(choice, dict)]:
+                yield found
+            if isinstance(last, ApiError):
+                raise last
 
     async def whole(self) -> dict[str, Any]:
-        choices = fold([choice async for choice in self.choices()])
+        choices = fold([choice async for found in self.choices() for choice in found])
         return self.facts("chat.completion") | {"choices": choices, "usage": self.job.usage}
 
     async def stream(self) -> AsyncIterator[str]:
@@ -231,8 +235,8 @@ class Completion:
         tells_usage = bool(options and options.include_usage)
         blank = {"usage": None} if tells_usage else {}
         try:
-            async for choice in self.choices():
-                yield event(facts | {"choices": [choice]} | blank)
+            async for choices in self.choices():
+                yield "".join(event(facts | {"choices": [choice]} | blank) for choice in choices)
         except ApiError as error:
             yield event(error.body)
             return
