@@ -2,7 +2,7 @@
 
 python benchmark/scorecard.py [--cases 1,2,10] [--seeds 3] [--stock] [--json FILE] [--output docs/reliability.md]
 
-A full round takes about 15 minutes on two cores. The exit code is 1 if a case fails.
+A full round takes about 20 minutes on two cores. The exit code is 1 if a case fails.
 """
 
 import argparse

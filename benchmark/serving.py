@@ -58,13 +58,20 @@ class Server(Launch):
 @contextlib.contextmanager
 def serving(lab: Lab, name: str, *options: str, key: str = "") -> Iterator[Server]:
     """Start the server, and wait until it listens or has ended. It does not outlive the block."""
+    from component.run.process import die_with_parent
+
     adapter = lab.reference() / "final"
     log_file = lab.folder / f"{name}.log"
     command = [sys.executable, str(ROOT / "script/serve.py"), "--adapter", str(adapter), "--port", "0", *options]
     with open(log_file, "wb") as log:
-        environment = os.environ | {"LUCIOLE_API_KEY": key, "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
-            command, cwd=lab.folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command,
+            cwd=lab.folder,
+            env=os.environ | {"LUCIOLE_API_KEY": key, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=die_with_parent,
         )
     server = Server(lab.folder, log_file, log_file, process, "", 0)
     try:
@@ -267,7 +274,7 @@ async def leave(lab: Lab, server: Server, model: str) -> Check:
         await asyncio.gather(*map(one_client, range(first, min(first + at_once, count))))
     seconds, left = await idle(server, 10), server.active()
     began = time.monotonic()
-    streams = await asyncio.wait_for(asyncio.gather(*(begin_stream(server, model, LONG) for _ in range(SLOTS))), 60)
+    streams = await asyncio.wait_for(asyncio.gather(*(begin_stream(server, model, LONG) for _ in range(SLOTS))), 30)
     prompt, running = time.monotonic() - began, server.active()
     for _, writer in streams:
         writer.close()
@@ -287,7 +294,7 @@ async def overload(lab: Lab, server: Server, model: str) -> Check:
     for reader, _ in taken:
         await reader.readuntil(b"200 OK")
     more = request("POST", "/v1/chat/completions", chat(model))
-    refused = [await asyncio.to_thread(ask_once, server.port, more) for _ in range(max(2, round(20 * lab.share)))]
+    refused = [await asyncio.to_thread(ask_once, server.port, more, 10) for _ in range(max(2, round(20 * lab.share)))]
     with multiprocessing.get_context("fork").Pool(1) as pool:  # a process, which the streams here do not delay
         waits = await asyncio.to_thread(pool.apply, time_health, (server.port, max(1, 10 * lab.share)))
     full = server.active()
