@@ -243,9 +243,9 @@ async def connect(server: Server, body: bytes) -> tuple[asyncio.StreamReader, as
 
 
 async def begin_stream(server: Server, model: str, tokens: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Ask for a stream, and wait for its first text. Raises IncompleteReadError where none comes."""
+    """Ask for a stream, and wait for its first text. Raises IncompleteReadError or TimeoutError where none comes."""
     reader, writer = await connect(server, chat(model, stream=True, max_tokens=tokens))
-    await reader.readuntil(b'"delta":{"content"')
+    await asyncio.wait_for(reader.readuntil(b'"delta":{"content"'), 30)
     return reader, writer
 
 
@@ -274,7 +274,7 @@ async def leave(lab: Lab, server: Server, model: str) -> Check:
         await asyncio.gather(*map(one_client, range(first, min(first + at_once, count))))
     seconds, left = await idle(server, 10), server.active()
     began = time.monotonic()
-    streams = await asyncio.wait_for(asyncio.gather(*(begin_stream(server, model, LONG) for _ in range(SLOTS))), 30)
+    streams = await asyncio.gather(*(begin_stream(server, model, LONG) for _ in range(SLOTS)))
     prompt, running = time.monotonic() - began, server.active()
     for _, writer in streams:
         writer.close()
