@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,13 @@ from .component.data.test_beside_trl import CONTROL, PACKAGE, TEMPLATES
 from .component.data.test_chat_template import FAMILIES, QWEN25, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
-SECTION, CHINESE_SECTION = (
+SECTION, CHINESE_SECTION, SERVED, CHINESE_SERVED = (
     (ROOT / page).read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
     for page, heading in (
         ("README.md", "Teach an Instruct model your functions"),
         ("README_zh.md", "教 Instruct 模型用你的函数"),
+        ("README.md", "Chat, serve, score"),
+        ("README_zh.md", "聊天、部署、评分"),
     )
 )
 DATA_PAGE = (ROOT / "docs/data_format.md").read_text(encoding="utf-8")
@@ -125,6 +128,23 @@ def test_an_instruct_model_learns_functions_by_the_readmes_alone(tmp_path):
         assert shown.stdout.split() == " ".join(replies).split(), shown.stderr
     _, untaught = run_code(CHINESE_SECTION, names | {"PeftModel.from_pretrained(model, adapter)": "model"})
     assert untaught.returncode == 0, untaught.stderr  # its reply holds no call
+    check_server(base, output)
+
+
+def check_server(base: Path, output: Path) -> None:
+    """The READMEs' way to serve that model, and their code that asks it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    words = ["script/serve.py", "--adapter", str(output / "final"), "--base", str(base), "--port", port]
+    server = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout.readline() == f"listening at http://127.0.0.1:{port}/v1\n"
+        for section in (SERVED, CHINESE_SERVED):
+            _, shown = run_code(section, {"8000": port, "qwen2.5-7b-instruct": output.name})
+            assert """arguments='{"order": "4711"}', name='find_order'""" in shown.stdout, shown.stderr
+    finally:
+        server.terminate()
+        assert server.wait(20) == 143
 
 
 @pytest.mark.slow
