@@ -130,8 +130,8 @@ def fold(choices: Iterable[Choice]) -> list[Choice]:
             else:
                 message["tool_calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
         if choice["logprobs"]:
-            before = answer["logprobs"] or {"content": [], "refusal": None}
-            answer["logprobs"] = before | {"content": before["content"] + choice["logprobs"]["content"]}
+            answer["logprobs"] = answer["logprobs"] or {"content": [], "refusal": None}
+            answer["logprobs"]["content"] += choice["logprobs"]["content"]
         answer["finish_reason"] = choice["finish_reason"] or answer["finish_reason"]
     for answer in answers.values():
         if answer["message"].get("tool_calls"):

@@ -11,7 +11,7 @@ def model_ids(base: str, adapter: str | None) -> dict[str, bool]:
     """Ids of the models, the tuned one first, each with whether its adapter is used.
 
     The tuned one is called as its run's folder is: output/x/final is x, and output/x/checkpoint-9 is x-checkpoint-9.
-    The base is called by its folder or hub name.
+    The base is called by its folder or hub name, with `-base` behind it where only its case would tell it apart.
     """
     own = Path(base).resolve().name if Path(base).is_dir() else base
     if not adapter:
@@ -22,7 +22,7 @@ def model_ids(base: str, adapter: str | None) -> dict[str, bool]:
         tuned = folder.parent.name or tuned
     elif tuned.startswith("checkpoint-"):
         tuned = f"{folder.parent.name}-{tuned}"
-    return {tuned: True, (own if own != tuned else f"{own}-base"): False}
+    return {tuned: True, (own if own.lower() != tuned.lower() else f"{own}-base"): False}
 
 
 def fingerprints(session: Session, models: dict[str, bool]) -> dict[str, str]:
