@@ -93,7 +93,8 @@ def test_the_tuned_model_is_called_as_its_run_and_the_base_otherwise(tmp_path, m
     assert model_ids(base, "output/x/final/") == {"x": True, "tiny": False}
     assert model_ids(base, "output/x/checkpoint-9") == {"x-checkpoint-9": True, "tiny": False}
     assert model_ids(base, "output/tiny/final") == {"tiny": True, "tiny-base": False}
-    assert model_ids(base, "output/Tiny/final") == {"Tiny": True, "tiny-base": False}
+    assert model_ids(base, "someone/Tiny") == {"someone/Tiny": True, "tiny": False}
+    assert model_ids("Org/Name", "org/name") == {"org/name": True, "Org/Name-base": False}
     assert model_ids(base, "adapters/mine") == {"mine": True, "tiny": False}
     assert model_ids("org/name", "someone/adapter") == {"someone/adapter": True, "org/name": False}
     assert model_ids(base, None) == {"tiny": False}
