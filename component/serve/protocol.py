@@ -1,14 +1,17 @@
 """What a request of OpenAI's chat API may hold, and errors in its shape. Whatever cannot be done is refused by name."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..data.conversation import describe
 from ..data.reader import load_json
 from ..run.errors import DataError
 
-MESSAGES, TOOLS, ANSWERS, STOPS, TOP = 2000, 128, 16, 4, 20  # how many a request may have
+MESSAGES, PARTS, CALLS, TOOLS, ANSWERS, STOPS, TOP = 2000, 2000, 128, 128, 16, 4, 20  # how many a request may have
+CHARACTERS = 2**19  # of JSON of all tools, and of all messages of the assistant: what is parsed once more
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -62,7 +65,17 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
 
 
 class Strict(BaseModel):
+    """An object of known fields. Of many unknown ones the first is told, as each error takes its time to make."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def has_not_more_fields_than_are_known(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            unknown = next(name for name in value if name not in cls.model_fields)
+            raise PydanticCustomError("extra_forbidden", "not known", {"unknown": (unknown,)})
+        return value
 
 
 class TextPart(Strict):
@@ -84,9 +97,9 @@ class ToolCall(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=PARTS, fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=CALLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     # What official clients write into an answer that they send back.
@@ -131,6 +144,9 @@ class NamedChoice(Strict):
     function: NamedFunction
 
 
+Stop = Annotated[str, Field(min_length=1, max_length=500)]
+
+
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
@@ -144,8 +160,8 @@ class ChatRequest(Strict):
     """
 
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=MESSAGES)
-    tools: list[Tool] | None = Field(None, max_length=TOOLS)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
@@ -157,23 +173,14 @@ class ChatRequest(Strict):
     top_k: int | None = Field(None, ge=-1)  # of vLLM; -1 and 0: all
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=ANSWERS)
-    stop: Annotated[str, Field(min_length=1, max_length=500)] | list[
-        Annotated[str, Field(min_length=1, max_length=500)]
-    ] | None = None  # fmt: skip
+    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS, fail_fast=True)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=TOP)
     # They change nothing.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def has_few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > STOPS:
-            raise ValueError(f"has {len(stop)} texts; give at most {STOPS}")
-        return stop
+    metadata: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def agrees_with_itself(self) -> "ChatRequest":
@@ -237,17 +244,22 @@ def read_request(body: bytes) -> tuple[ChatRequest, dict[str, Any]]:
         if value is not None and value not in neutral:
             raise ApiError(400, f"{name} is not supported: {remedy}", name, "unsupported_parameter")
     try:
-        return ChatRequest.model_validate(row), row
+        request = ChatRequest.model_validate(row)
     except ValidationError as error:
         raise refusal(error) from None
+    answers = [message for message in row["messages"] if message["role"] == "assistant"]
+    for name, what, parsed in (("tools", "", row.get("tools")), ("messages", " of the assistant", answers)):
+        if (length := len(json.dumps(parsed, ensure_ascii=False))) > CHARACTERS:
+            reason = f"{name}{what}: {length:,} characters of JSON; give at most {CHARACTERS:,}"
+            raise ApiError(400, reason, name)
+    return request, row
 
 
 def refusal(error: ValidationError) -> ApiError:
     """The error for the first wrong field. Of a field of several types, that which fits best is told of."""
-    first = error.errors(include_url=False)[0]["loc"][:1]
-    wrong = max(
-        (one for one in error.errors(include_url=False) if one["loc"][:1] == first), key=lambda one: len(one["loc"])
-    )
+    found = [one | {"loc": place_of(one)} for one in error.errors(include_url=False)]
+    first = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
+    wrong = max(first, key=lambda one: (len(one["loc"]), one["type"] == "too_long"))
     *within, last = wrong["loc"] or ("",)
     named = [part for part in within if isinstance(part, int) or part in FIELDS]  # others are names of types
     if last in FIELDS or isinstance(last, int) or wrong["type"] == "extra_forbidden":
@@ -262,3 +274,8 @@ def refusal(error: ValidationError) -> ApiError:
     elif isinstance(wrong["input"], str | int | float | bool | None):
         message += f", got {describe(wrong['input'])}"
     return ApiError(400, f"{place}: {message}" if place else message, place or message.split()[0].rstrip(":"))
+
+
+def place_of(error: dict) -> tuple[str | int, ...]:
+    """Where an error of pydantic is, with the field that our own error of an unknown field names."""
+    return (*error["loc"], *error.get("ctx", {}).get("unknown", ()))

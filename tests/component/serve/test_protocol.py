@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from component.serve import protocol
 from component.serve.protocol import ApiError, read_request
 
 QUESTION = {"role": "user", "content": "q"}
@@ -54,7 +55,7 @@ def test_a_body_that_is_no_strict_json_is_refused(body, message):
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "max_completion_tokens differ; give one"),
         ({"seed": 2**63}, "seed", "less than"),
-        ({"stop": ["a"] * 5}, "stop", "has 5 texts; give at most 4"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4 items"),
         ({"stop": ""}, "stop", "at least 1 character"),
         ({"stop": [""]}, "stop[0]", "at least 1 character"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs true"),
@@ -111,6 +112,57 @@ def test_a_wrong_or_unsupported_field_is_refused_by_name(fields, param, message)
     error = refused(BODY | fields)
     assert error.param == param
     assert param in str(error) and message in str(error)
+
+
+MANY = 3000
+UNKNOWN = {f"x{i}": 0 for i in range(MANY)}
+
+
+def message(**fields) -> dict:
+    return {"messages": [QUESTION, QUESTION | fields]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (message(content=[{"type": "x"}] * MANY), "messages[1].content[0].type"),
+        (message(content=[{"type": "text", "text": "a"}] * MANY), "messages[1].content"),
+        (message(content=[{"type": "text", "text": "a"} | UNKNOWN]), "messages[1].content[0].x0"),
+        (message(role="assistant", tool_calls=[{}] * MANY), "messages[1].tool_calls[0].id"),
+        (message(role="assistant", tool_calls=[CALL] * MANY), "messages[1].tool_calls"),
+        (message(role="assistant", tool_calls=[CALL | {"function": UNKNOWN}]), "messages[1].tool_calls[0].function.x0"),
+        (message(annotations=[1] * MANY), "messages[1].annotations"),
+        (message(**UNKNOWN), "messages[1].x0"),
+        ({"messages": [QUESTION, *[{}] * 1000]}, "messages[1].role"),
+        (UNKNOWN, "x0"),
+        ({"tools": [{}] * 100}, "tools[0].type"),
+        ({"tools": [TOOL | UNKNOWN]}, "tools[0].x0"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": UNKNOWN}}, "tool_choice.function.x0"),
+        ({"tools": [TOOL], "tool_choice": UNKNOWN}, "tool_choice.x0"),
+        ({"stop": [1] * MANY}, "stop[0]"),
+        ({"stop": ["a"] * MANY}, "stop"),
+        ({"stream": True, "stream_options": UNKNOWN}, "stream_options.x0"),
+        ({"metadata": UNKNOWN, "n": 0}, "n"),
+    ],
+)
+def test_of_many_wrong_things_the_first_alone_is_made_an_error_of(fields, param, monkeypatch):
+    counts = []
+    told = protocol.refusal
+    monkeypatch.setattr(protocol, "refusal", lambda error: counts.append(error.error_count()) or told(error))
+    assert refused(BODY | fields).param == param
+    assert counts[0] < 10
+
+
+def test_what_is_parsed_once_more_is_not_long():
+    long = "a" * protocol.CHARACTERS
+    for fields, param in (
+        (message(role="assistant", content=long), "messages"),
+        (message(role="assistant", tool_calls=[CALL | {"function": {"name": "f", "arguments": long}}]), "messages"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": long}}]}, "tools"),
+    ):
+        error = refused(BODY | fields)
+        assert error.param == param and "characters of JSON; give at most 524,288" in str(error)
+    assert read_request(json.dumps(BODY | message(content=long)).encode())
 
 
 def test_values_that_change_nothing_are_accepted():
