@@ -80,8 +80,8 @@ def run(cli: argparse.Namespace) -> None:
         f"loading {session.base} in {bits_in_memory(session.base_bits, session.dtype)} bits on {session.device}"
     )
     make_engine = partial(session.load().open_engine, cli.max_batch, cli.max_tokens)
-    service = Service(session, models, marks, WAITING + cli.max_batch, bool(key))
-    hello = partial(print, greeting(service, cli.host, listening), flush=True)
+    service = Service(session, models, marks, WAITING + cli.max_batch)
+    hello = partial(print, greeting(models, cli.host, listening, bool(key)), flush=True)
     serve(Server(service, partial(Guard, host=cli.host, key=key), hello), make_engine, listening)
 
 

@@ -6,8 +6,8 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..run.errors import DataError
 from .answer import Choice, Vocabulary, Writer, fold
 from .guard import Gone, to_response
 from .protocol import ApiError, ChatRequest, bad_request, read_request
-from .worker import Job, Worker
+from .worker import Job, Reader, Worker
 
 PAGE = Path(__file__).with_name("page.html")
 REQUEST_SECONDS = 600
@@ -40,21 +40,19 @@ class Service:
         models: ids, with whether the adapter is used; the first is the default of the page.
         fingerprints: of the models, by id.
         most: answers that may run and wait at once.
-        needs_key: whether the page has to ask for a key.
     """
 
     session: Session
     models: dict[str, bool]
     fingerprints: dict[str, str]
     most: int
-    needs_key: bool = False
     worker: Worker = field(init=False)
     active: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self):
         self.vocabulary = Vocabulary(self.session.tokenizer)
-        self.reading = ThreadPoolExecutor(1, "prompts")  # one: a tokenizer is changed while it is used
+        self.reader = Reader()  # one: a tokenizer is changed while it is used
 
     def describe(self, model: str) -> dict[str, Any]:
         facts = {"id": model, "object": "model", "created": self.created, "owned_by": "luciole"}
@@ -66,11 +64,14 @@ class Service:
             raise ApiError(404, f"there is no model {model[:80]!r} here, but {known}", "model", "model_not_found")
 
     def take_place(self, answers: int) -> None:
-        """Count answers in, which `active -= answers` counts out. Raises ApiError when too many are there."""
+        """Count answers in, which `give_back` counts out. Raises ApiError when too many are there."""
         if self.active + answers > self.most:
             message = f"the server is busy: at most {self.most} answers run or wait; ask again soon"
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after="2")
         self.active += answers
+
+    def give_back(self, answers: int) -> None:
+        self.active -= answers
 
     # From a request to a job
 
@@ -145,19 +146,18 @@ class Service:
         places = 1
         self.take_place(1)
         try:
-            body, loop = await request.body(), asyncio.get_running_loop()
-            asked, job = await loop.run_in_executor(self.reading, self.read, body)
+            asked, job = await self.reader.do(partial(self.read, await request.body()))
             self.take_place(len(job.writers) - 1)
             places = len(job.writers)
+            job.when_over = partial(self.give_back, places)
             completion = Completion(asked, job, self.fingerprints[asked.model])
             self.worker.submit(job)
         except BaseException:
-            self.active -= places
+            self.give_back(places)
             raise
 
         def leave() -> None:
             self.worker.cancel(job)
-            self.active -= places
             usage = job.usage
             told = f"{asked.model} {usage['prompt_tokens']}+{usage['completion_tokens']} tokens"
             request.state.notes.append(told)
@@ -180,10 +180,7 @@ class Service:
         return JSONResponse({"status": "ok", "active": self.active})
 
     async def page(self, request: Request) -> Response:
-        if not PAGE.exists():
-            raise HTTPException(404)
-        data = {"models": list(self.models), "room": self.worker.room, "needs_key": self.needs_key}
-        html = fill_page(PAGE, data, PAGE_MAY)
+        html = fill_page(PAGE, {}, PAGE_MAY)  # without a key it tells nothing of what is served
         policy = re.search(r'"Content-Security-Policy" content="([^"]*)"', html)[1]
         return HTMLResponse(html, headers={"content-security-policy": f"{policy}; frame-ancestors 'none'"})
 
@@ -196,7 +193,9 @@ class Service:
             Route("/", self.page),
         ]
         handlers = {HTTPException: unknown_route, ApiError: tell, Gone: nobody_hears, Exception: tell_of_bug}
-        return Starlette(routes=routes, exception_handlers=handlers)
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return app
 
 
 @dataclass
@@ -254,8 +253,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, *connection) -> None:
         try:
-            async with asyncio.timeout(REQUEST_SECONDS + 60):  # for a client that does not read what it is sent
-                await super().__call__(*connection)
+            await super().__call__(*connection)
         finally:
             self.leave()
 

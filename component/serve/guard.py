@@ -3,9 +3,10 @@
 import asyncio
 import hmac
 import ipaddress
+import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from loguru import logger
@@ -14,10 +15,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .protocol import ApiError
-from .worker import reason_of
+from .worker import ENDING, reason_of
 
 BODY_BYTES = 4 * 2**20
 BODY_SECONDS = 20
+LARGE_BYTES, LARGE_BODIES = 2**16, 32  # so many larger bodies are read at once
+HOST = re.compile(r"([\w.-]*|\[[\da-f:.]+\])(:\d{1,5})?", re.ASCII | re.IGNORECASE)  # a name or address, and a port
 PROTECTED = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
 
 
@@ -52,6 +55,7 @@ class Guard:
     app: ASGIApp
     host: str
     key: str = ""
+    large: int = field(default=0, init=False)  # bodies that are being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,6 +74,9 @@ class Guard:
             await self.pass_on(scope, receive, tell)
         except Gone:
             status = 499
+        except asyncio.CancelledError:  # by the end of the program, and nobody awaits this
+            if not status:
+                await to_response(ENDING)(scope, receive, tell)
         except ApiError as error:
             await to_response(error)(scope, receive, tell)
         except Exception as error:
@@ -86,21 +93,20 @@ class Guard:
         self.check_origin(headers)
         if scope["path"].startswith("/v1"):
             self.check_key(headers)
+        if "transfer-encoding" in headers and "content-length" in headers:  # servers differ in which one counts
+            raise ApiError(400, "give Content-Length or Transfer-Encoding, not both", connection="close")
         if scope["method"] == "POST":
-            receive = await read_body(headers, receive)
+            receive = await self.read_body(headers, receive)
         await self.app(scope, receive, send)
 
     def check_origin(self, headers: Headers) -> None:
         host = headers.get("host", "")
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            name = ""
+        found = HOST.fullmatch(host)
+        name = found[1].strip("[]").lower() if found else ""
         is_any = not self.host or self.host in ("0.0.0.0", "::")
-        if not (is_any or is_loopback(name) or name == self.host.strip("[]").lower()):
+        if not found or not (is_any or is_loopback(name) or name == self.host.strip("[]").lower()):
             raise ApiError(403, f"this server does not answer for the Host {host[:80]!r}", code="host_not_allowed")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit_or_none(origin) != host:
+        if any(urlsplit_or_none(origin) != host for origin in headers.getlist("origin")):
             raise ApiError(403, "pages of other origins may not ask this server", code="origin_not_allowed")
 
     def check_key(self, headers: Headers) -> None:
@@ -110,6 +116,53 @@ class Guard:
             message = "the server's key is missing or wrong; send it as `Authorization: Bearer KEY`"
             raise ApiError(401, message, code="invalid_api_key", **{"www_authenticate": "Bearer"})
 
+    async def read_body(self, headers: Headers, receive: Receive) -> Receive:
+        """Read a body of JSON whole, within its limits. Returns a `receive` that gives it, then tells of the client.
+
+        Raises:
+            ApiError: it is no JSON, too large or too slow, or too many large ones are being read.
+            Gone: the client left.
+        """
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the Content-Type must be application/json")
+        length, is_large = 0, False
+        with suppress(ValueError):
+            length = int(headers.get("content-length", "0"))
+        body, more = bytearray(), True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    size = max(length, len(body))
+                    if size > BODY_BYTES:
+                        raise ApiError(413, f"the body has more than {BODY_BYTES // 2**20} MiB; send less")
+                    if size > LARGE_BYTES and not is_large:
+                        self.take_large()
+                        is_large = True
+                    if not more:
+                        break
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Gone
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise ApiError(408, f"the body took more than {BODY_SECONDS} seconds", connection="close") from None
+        finally:
+            self.large -= is_large
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def give() -> Message:
+            return whole.pop() if whole else await receive()
+
+        return give
+
+    def take_large(self) -> None:
+        """Count a large body in. Raises ApiError when too many are being read."""
+        if self.large >= LARGE_BODIES:
+            message = f"the server is busy: at most {LARGE_BODIES} large bodies are read at once; ask again soon"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after="2")
+        self.large += 1
+
 
 def urlsplit_or_none(origin: str) -> str | None:
     """The host and port of an origin, as a Host header names them; None where it is none of the web."""
@@ -117,37 +170,3 @@ def urlsplit_or_none(origin: str) -> str | None:
         parts = urlsplit(origin)
         return parts.netloc if parts.scheme in ("http", "https") else None
     return None
-
-
-async def read_body(headers: Headers, receive: Receive) -> Receive:
-    """Read a body of JSON whole, within its limits. Returns a `receive` that gives it, and then tells of the client.
-
-    Raises:
-        ApiError: it is no JSON, too large or too slow.
-        Gone: the client left.
-    """
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "the Content-Type must be application/json")
-    too_large = ApiError(413, f"the body has more than {BODY_BYTES // 2**20} MiB; send less")
-    with suppress(ValueError):
-        if int(headers.get("content-length", "0")) > BODY_BYTES:
-            raise too_large
-    body, more = bytearray(), True
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Gone
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
-                if len(body) > BODY_BYTES:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(408, f"the body took more than {BODY_SECONDS} seconds", connection="close") from None
-    whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-    async def give() -> Message:
-        return whole.pop() if whole else await receive()
-
-    return give

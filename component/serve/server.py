@@ -1,12 +1,14 @@
 """Runs the service: socket, signals, and uvicorn between them."""
 
 import asyncio
+import gc
 import logging
 import os
+import resource
 import signal
 import socket
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h11
@@ -18,12 +20,12 @@ from ..inference.engine import Engine
 from ..run.errors import ArgumentError, Fault
 from ..run.log import counted
 from ..run.process import SIGNALS, Interrupted
-from .app import PAGE, Service
+from .app import Service
 from .guard import Guard, is_loopback
 from .worker import ENDING, Worker
 
 KEY_VARIABLE, KEY_CHARACTERS = "LUCIOLE_API_KEY", 16
-HEADER_SECONDS, KEEP_ALIVE_SECONDS = 10, 30
+HEADER_SECONDS, KEEP_ALIVE_SECONDS, SEND_SECONDS = 10, 30, 30
 DRAIN_SECONDS, CUT_SECONDS = 10, 0.5  # that answers may take to end, and their errors to be told
 WAITING = 64  # answers that may wait until others have ended
 SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -39,11 +41,11 @@ def find_key(file: str | None, host: str) -> str:
     """The key that requests must bring, from a file or the environment; empty for none.
 
     Raises:
-        ArgumentError: there is none and other machines reach the host, or it is too short.
+        ArgumentError: there is none and other machines reach the host, or it is too short or can stand in no header.
     """
     place = file or f"the variable {KEY_VARIABLE}"
     try:
-        key = Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get(KEY_VARIABLE, "").strip()
+        key = Path(file).read_text(encoding="utf-8-sig").strip() if file else os.environ.get(KEY_VARIABLE, "").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"--api_key_file {file}: cannot be read ({error})") from None
     if not key and (file or not is_loopback(host)):
@@ -52,8 +54,10 @@ def find_key(file: str | None, host: str) -> str:
             f"{place} {reason}; give a key of {KEY_CHARACTERS} characters or more in a file (--api_key_file) or in "
             f"{KEY_VARIABLE}, such as that of: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
-    if key and (len(key) < KEY_CHARACTERS or len(key.split()) > 1):
-        raise ArgumentError(f"{place}: a key is one word of {KEY_CHARACTERS} characters or more; give a longer one")
+    is_word = key.isascii() and key.isprintable() and " " not in key  # others can stand in no header
+    if key and (len(key) < KEY_CHARACTERS or not is_word):
+        reason = f"a key is one word of {KEY_CHARACTERS} characters or more, all of them printable ASCII"
+        raise ArgumentError(f"{place}: {reason}; give another one")
     return key
 
 
@@ -75,12 +79,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 class PatientProtocol(H11Protocol):
     """HTTP by h11. A connection is closed if within HEADER_SECONDS a request has not all its headers, or a body that
-    was refused, and is not kept, is not yet over."""
+    was refused, and is not kept, is not yet over; and if the client takes nothing of what it is sent for SEND_SECONDS.
+    """
 
     waits: asyncio.TimerHandle | None = None
+    sends: asyncio.TimerHandle | None = None
+    unsent = 0  # bytes
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing is paused while anything is unsent
         self.watch()
 
     def data_received(self, data: bytes) -> None:
@@ -89,8 +97,24 @@ class PatientProtocol(H11Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        if self.waits:
-            self.waits.cancel()
+        for timer in (self.waits, self.sends):
+            if timer:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unsent = self.transport.get_write_buffer_size()
+        self.sends = self.loop.call_later(SEND_SECONDS, self.expect_progress)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.sends.cancel()
+
+    def expect_progress(self) -> None:
+        if self.transport.get_write_buffer_size() < self.unsent:
+            self.pause_writing()
+        else:
+            self.transport.abort()
 
     @property
     def is_waiting(self) -> bool:
@@ -140,11 +164,12 @@ class Server(uvicorn.Server):
         """Answer requests until `stop` is called. Raises EngineLost if the model cannot answer any more."""
         worker = self.service.worker = Worker(make_engine, asyncio.get_running_loop(), self.cut)
         worker.start()
+        self.service.reader.start()
         try:
             await self.serve(sockets=[listening])
         finally:
             is_lost = worker.is_over
-            self.service.reading.shutdown(wait=False, cancel_futures=True)
+            self.service.reader.close()
             await asyncio.to_thread(worker.close)
         if is_lost:
             raise EngineLost("the model cannot answer any more; start the server again")
@@ -188,6 +213,9 @@ def serve(server: Server, make_engine: Callable[[], Engine], listening: socket.s
         EngineLost: the model cannot answer any more.
     """
 
+    gc.freeze()  # what has been loaded stays: else each large body has it walked through
+    allow_files()
+
     async def run() -> None:
         for signum in SIGNALS:
             if signal.getsignal(signum) != signal.SIG_IGN:
@@ -199,18 +227,24 @@ def serve(server: Server, make_engine: Callable[[], Engine], listening: socket.s
         raise Interrupted(server.received)
 
 
-def greeting(service: Service, host: str, listening: socket.socket) -> str:
+def allow_files() -> None:
+    """Raise the limit of open files, of which each connection is one, as far as the system lets us."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # macOS calls a limit infinite, and allows less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def greeting(models: Iterable[str], host: str, listening: socket.socket, needs_key: bool) -> str:
     """What is printed when the server is ready: where it listens, its models, its page, and how to ask."""
     port = listening.getsockname()[1]
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{port}"
-    key = ' -H "Authorization: Bearer $LUCIOLE_API_KEY"' if service.needs_key else ""
-    first, *others = service.models
+    key = ' -H "Authorization: Bearer $LUCIOLE_API_KEY"' if needs_key else ""
+    first, *others = models
     body = f'{{"model": "{first}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     lines = [f"listening at {url}/v1", f"model {first}" + "".join(f"; its base is {other}" for other in others)]
-    if PAGE.exists():
-        lines.append(f"page {url}/")
+    lines.append(f"page {url}/")
     lines.append(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
-    if service.needs_key:
+    if needs_key:
         lines.append("every request to /v1 needs the key, as `Authorization: Bearer KEY`")
     return "\n".join(lines)

@@ -1,12 +1,16 @@
-"""The thread that owns the engine: it decodes the requests that are there together, and tells each what it got."""
+"""The thread that owns the engine: it decodes the requests that are there together, and tells each what it got. Beside
+it, the thread that reads requests."""
 
 import asyncio
 import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 from loguru import logger
@@ -28,6 +32,7 @@ class Job:
 
     Attributes:
         deadline: on time.monotonic's clock.
+        when_over: called in the event loop when all answers have ended, whether or not anyone hears of that.
         events: what the worker tells: choices of chunks; None when all answers have ended; an ApiError if they cannot.
     """
 
@@ -36,6 +41,7 @@ class Job:
     writers: Sequence[Writer]
     adapted: bool
     deadline: float
+    when_over: Callable[[], None] = lambda: None
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     generations: list[Generation] = field(default_factory=list)
 
@@ -204,10 +210,40 @@ class Worker(threading.Thread):
             return False
 
 
+class Reader(threading.Thread):
+    """Does one piece of work after another. The end of the program does not wait for it, as it would for a pool's."""
+
+    def __init__(self):
+        super().__init__(name="prompts", daemon=True)
+        self.orders: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
+
+    async def do(self, work: Callable[[], Any]) -> Any:
+        """The result of work, or what it raised. Work that nobody waits for any more is not begun."""
+        future: Future = Future()
+        self.orders.put((future, work))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """End the thread after what has been ordered."""
+        self.orders.put(None)
+
+    def run(self) -> None:
+        while order := self.orders.get():
+            future, work = order
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except Exception as error:
+                    future.set_exception(error)
+            del order, future, work  # while it waits
+
+
 def put_all(told: list[tuple[Job, list]]) -> None:
     for job, events in told:
         for event in events:
             job.events.put_nowait(event)
+            if not isinstance(event, dict):
+                job.when_over()
 
 
 def reason_of(error: Exception) -> str:

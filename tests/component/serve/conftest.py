@@ -75,7 +75,7 @@ class Running:
         self.listening = bind("127.0.0.1", 0)
         self.port, self.key = self.listening.getsockname()[1], key
         self.url = f"http://127.0.0.1:{self.port}"
-        self.service = Service(session, models, {model: f"fp_{model}" for model in models}, most, bool(key))
+        self.service = Service(session, models, {model: f"fp_{model}" for model in models}, most)
         ready = threading.Event()
         self.server = Server(self.service, partial(Guard, host=host, key=key), ready.set)
         self.failure = None

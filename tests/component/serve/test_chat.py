@@ -280,6 +280,26 @@ def test_logprobs_are_those_of_every_token_with_its_bytes(server, write):
     assert server.chat().choices[0].logprobs is None
 
 
+@pytest.mark.parametrize(
+    ("answer", "fields", "count"),
+    [
+        (("\n a STOP b",), {"stop": "STOP"}, ("\n a STOP",)),
+        (("\n a STOP b",), {"stop": "TO"}, ("\n a STO",)),
+        ((*CALLS, "\n b"), {"tools": [WEATHER, CLOCK], "parallel_tool_calls": False}, CALLS[:2]),
+    ],
+)
+def test_usage_and_logprobs_count_every_token_that_was_written_of_an_answer_that_was_ended(
+    server, write, answer, fields, count
+):
+    server.engine.answers = [write(*answer)]
+    whole = server.chat(logprobs=True, **fields)
+    *chunks, last = server.chat(logprobs=True, stream=True, stream_options={"include_usage": True}, **fields)
+    written = len(write(*count)) + (len(count) > 1)  # the token that begins what follows a call tells of its end
+    streamed = [entry for chunk in chunks if (told := chunk.choices[0].logprobs) for entry in told.content]
+    assert written == whole.usage.completion_tokens == len(whole.choices[0].logprobs.content)
+    assert written == last.usage.completion_tokens == len(streamed)
+
+
 def test_a_conversation_without_room_is_refused_with_both_figures(server):
     with pytest.raises(openai.BadRequestError) as refused:
         server.chat(max_tokens=10**9)
@@ -390,13 +410,8 @@ def test_tool_choice_limits_how_an_answer_begins(server, write, choice, monkeypa
     assert asked == [{"none": None, "required": ["get_weather", "clock"]}.get(str(choice), ["clock"])]
 
 
-def test_a_page_is_given_with_its_policy_as_a_header(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("component.serve.app.PAGE", tmp_path / "page.html")
-    assert server.send("/").status == 404
-    (tmp_path / "page.html").write_text(
-        '<meta http-equiv="Content-Security-Policy" content="__POLICY__"><b id="data">__DATA__</b><script>1</script>'
-    )
-    page = server.send("/")
-    assert page.status == 200 and '"models":["tuned","base"]' in page.text
+def test_the_page_is_given_with_its_policy_as_a_header_and_without_data(start):
+    page = start(key="k" * 20).send("/")
+    assert page.status == 200 and '<script type="application/json" id="data">{}</script>' in page.text
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'; frame-ancestors 'none'" in policy
