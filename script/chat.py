@@ -28,8 +28,8 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--system", default="", metavar="TEXT", help="the system message")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token [0]")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="draw from this share alone [1]")
-    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer [512]")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the draws [others each time]")
+    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="most tokens of an answer [512]")
+    parser.add_argument("--seed", type=int, metavar="N", help="draw the same each time [anew]")
     cli = parser.parse_args()
     if bool(cli.adapter) == bool(cli.model):
         parser.error("give either --adapter or --model")

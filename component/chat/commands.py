@@ -1,6 +1,7 @@
 """Lines that a person writes in a talk: questions, results of calls, and commands, each with its help."""
 
 import difflib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ def enter(talk: Talk, line: str) -> str:
         EOFError: the command is to leave.
     """
     require_utf8(line)
-    if line.startswith("/") and not line.startswith("//"):
+    if is_command(line):
         name = line.split()[0]
         return find_command(name).run(talk, line[len(name) :].strip())
     text = line[1:] if line.startswith("//") else line
@@ -40,6 +41,10 @@ def enter(talk: Talk, line: str) -> str:
     elif text.strip():
         talk.ask(text)
     return ""
+
+
+def is_command(line: str) -> bool:
+    return line.startswith("/") and not line.startswith("//")
 
 
 def find_command(name: str) -> Command:
@@ -54,7 +59,8 @@ def show_help(talk: Talk, argument: str) -> str:
     usages = {f"{name} {command.argument}".strip(): command.help for name, command in COMMANDS.items()}
     width = max(map(len, usages))
     lines = [f"{usage:{width}}  {text}" for usage, text in usages.items()]
-    return "\n".join([*lines, "Alt-Enter begins a new line. Ctrl-C stops an answer. Tab completes."])
+    lines += ["Alt-Enter begins a new line. Ctrl-C stops an answer or a command. Tab completes."]
+    return "\n".join([*lines, "A message that begins with a slash is written with two."])
 
 
 def change_tools(talk: Talk, argument: str) -> str:
@@ -62,11 +68,17 @@ def change_tools(talk: Talk, argument: str) -> str:
         talk.offer([])
     elif argument:
         talk.session.require_calls()
-        talk.offer(read_tools(Path(argument).expanduser()))
+        talk.offer(read_tools(file_named(argument)))
     if not talk.tools:
         talk.session.require_calls()
         return "no functions are offered"
     return "\n".join(["functions on offer:", *map(describe_tool, talk.tools)])
+
+
+def file_named(name: str) -> Path:
+    if "\0" in name:
+        raise ArgumentError("a file's name has no zero byte; write it anew")
+    return Path(os.path.expanduser(name))  # which leaves the ~name of nobody as it is
 
 
 def describe_tool(tool: dict) -> str:
@@ -111,7 +123,7 @@ def skip(talk: Talk, argument: str) -> str:
 def save(talk: Talk, argument: str) -> str:
     if not argument:
         raise ArgumentError("/save FILE: the file's name is missing")
-    file = Path(argument).expanduser()
+    file = file_named(argument)
     said = f"{file} has now {counted(talk.save(file), 'row')}"
     cut = sum(message.get("loss") is False for messages in talk.rounds for message in messages)
     return f"{said}; {counted(cut, 'answer')} cut short will not be learned (loss: false)" if cut else said

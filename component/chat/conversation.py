@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..data.conversation import Conversation
 from ..data.fields import parse_tools
 from ..data.formats import parse_row
-from ..data.reader import load_json, read_lines, read_rows
+from ..data.reader import SUFFIXES, load_json, read_lines, read_rows
 from ..data.tools import wrap_tools
 from ..inference.calls import Answer, to_message
 from ..inference.sampling import GREEDY, Generation, Sampling
@@ -21,6 +21,7 @@ from ..run.errors import DataError, Fault, unusable
 
 Message = dict[str, Any]
 QUESTION: Message = {"role": "user", "content": "?"}  # to try whether one could be asked
+TOOLS_LIMIT = 4 << 20  # bytes of JSON, more than the functions of any prompt
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Talk:
         current: messages of the round that has no answer yet.
         waiting: its calls that have no result yet.
         reply: the last answer, also while it is being written.
+        stopped: whether the last answer was asked to end.
     """
 
     session: Session
@@ -51,6 +53,7 @@ class Talk:
     current: list[Message] = field(default_factory=list)
     waiting: list[dict] = field(default_factory=list)
     reply: Reply | None = None
+    stopped: bool = False
 
     # What is offered
 
@@ -97,10 +100,13 @@ class Talk:
             Fault: the question cannot be asked, or its answer cannot stay. The talk is as it was before the question.
         """
         written: list[Piece] = []
-        self.reply = None
+        self.reply, self.stopped = None, False
         try:
             messages = [*messages_of(self.before, self.system), *self.current]
-            self.reply = self.session.reply(messages, self.tools or None, self.sampling, adapted)
+            reply = self.session.reply(messages, self.tools or None, self.sampling, adapted)
+            if self.stopped:  # while the prompt was written
+                raise DataError(f"stopped before the answer began; {self.way_back}")
+            self.reply = reply
             for piece in self.reply:
                 if self.reply.generation.finish_reason == "cancelled":
                     break
@@ -115,6 +121,7 @@ class Talk:
     def stop(self) -> None:
         """End the answer that is being written. A signal's handler may call this at any moment, and so it leaves the
         engine alone, which then drops the answer at its next step."""
+        self.stopped = True
         generation = self.reply and self.reply.generation
         if generation and generation.finish_reason is None:
             generation.finish_reason = "cancelled"
@@ -191,15 +198,18 @@ class Talk:
     def save(self, file: Path) -> int:
         """Add the talk to a file of rows. Returns how many it then has. Raises DataError, and adds nothing, where that
         is no such file or training would refuse the row."""
-        if not self.rounds or self.current:
-            raise DataError(f"nothing is added to {file}: the last question has no answer yet, or there is none")
+        if self.current:
+            raise DataError(f"nothing is added to {file}: the last question has no answer yet; /skip takes it back out")
+        if not self.rounds:
+            raise DataError(f"nothing is added to {file}: there is no question with an answer yet")
         if file.suffix != ".jsonl":
             raise DataError(f"{file}: rows are added to files of lines alone; let the name end with .jsonl")
         row = self.row()
         parse_row(row)
         try:
-            if file.exists() and not file.is_file():
-                raise DataError(f"{file}: is no file; choose another name")
+            require_regular(file)
+            if not file.parent.is_dir():
+                raise DataError(f"{file}: there is no folder {file.parent}; make it, or choose another")
             before = sum(1 for _ in read_lines(file)) if file.exists() else 0
             add_line(file, json.dumps(row, ensure_ascii=False))
         except OSError as error:
@@ -249,17 +259,19 @@ def add_line(file: Path, line: str) -> None:
             if out.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(out.fileno())
-        except OSError:
+        except BaseException:  # Ctrl-C, too
             out.truncate(end)
             raise
 
 
 def read_tools(file: Path) -> list[dict]:
     """Read functions, as OpenAI wraps them, from a list of them, bare or wrapped, from one function, from a row of data
-    or, in .jsonl, from the first row that has some. Raises DataError where there is none."""
+    or, in .jsonl, .parquet and their like, from the first row that has some. Raises DataError where there is none."""
+    require_regular(file)
     try:
-        with open(file, encoding="utf-8") as text:
-            value = first_with_tools(file) if file.suffix == ".jsonl" else load_json(text.read())
+        with open(file, "rb") as stream:
+            has_rows = file.suffix != ".json" and file.name.endswith(SUFFIXES)
+            value = first_with_tools(file) if has_rows else read_json(stream)
         if isinstance(value, dict):
             value = value.get("tools", [value])
         if tools := wrap_tools(parse_tools(value, "tools")):
@@ -271,6 +283,19 @@ def read_tools(file: Path) -> list[dict]:
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
     raise DataError(f"{file}: no functions with names; give a list of them, one function, or a row with tools")
+
+
+def require_regular(file: Path) -> None:
+    """Raise DataError for a folder, and for a pipe or a device, which may keep its reader for ever."""
+    if file.exists() and not file.is_file():
+        raise DataError(f"{file}: is no file but a folder, a pipe or a device; give a file")
+
+
+def read_json(stream: BinaryIO) -> Any:
+    data = stream.read(TOOLS_LIMIT + 1)
+    if len(data) > TOOLS_LIMIT:
+        raise DataError(f"is longer than {TOOLS_LIMIT >> 20} MiB; give functions alone, or rows as .jsonl")
+    return load_json(data.decode())
 
 
 def first_with_tools(file: Path) -> dict | None:

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -19,7 +19,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from ..inference.stream import Piece
 from ..run.errors import Fault
 from ..run.log import counted, harmless
-from .commands import COMMANDS, SETTINGS, enter
+from .commands import COMMANDS, SETTINGS, enter, is_command
 from .conversation import Talk, cut_reason
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -101,24 +101,48 @@ class Terminal(Front):
 
     def __init__(self, talk: Talk, out: TextIO):
         super().__init__(talk, out)
+        self.is_entering = False  # a line is being taken: a command may be at work
+        self.knows_skip = False  # the person was told of it
         keys = KeyBindings()
         keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
         self.lines: PromptSession[str] = PromptSession(
-            history=open_history(), completer=LineCompleter(), complete_while_typing=False, key_bindings=keys
+            history=open_history(self.is_question),
+            completer=LineCompleter(),
+            complete_while_typing=False,
+            key_bindings=keys,
         )
 
     def run(self) -> None:
-        """Talk until the person leaves. From here on, SIGINT stops an answer and not the program."""
-        signal.signal(signal.SIGINT, lambda signum, frame: self.talk.stop())
+        """Talk until the person leaves. From here on, SIGINT stops an answer or a command, and not the program."""
+        signal.signal(signal.SIGINT, self.interrupt)
         with suppress(EOFError):
             while True:
                 try:
-                    if said := enter(self.talk, self.read()):
+                    if said := self.enter(self.read()):
                         self.write_line(said)
                     if self.talk.is_due:
                         self.answer()
                 except Fault as error:
                     self.write_line(f"error: {error}")
+                except KeyboardInterrupt:
+                    self.write_line("stopped; the command has changed nothing")
+
+    def interrupt(self, signum: int, frame) -> None:
+        """End what is at work: a command at once, as it may be waiting for a disk, and an answer at its next step."""
+        if self.is_entering:
+            raise KeyboardInterrupt
+        self.talk.stop()
+
+    def enter(self, line: str) -> str:
+        self.is_entering = True
+        try:
+            return enter(self.talk, line)
+        finally:
+            self.is_entering = False
+
+    def is_question(self, line: str) -> bool:
+        """Whether a line is a question, and no command or result of a call."""
+        return not (self.talk.waiting or is_command(line))
 
     def read(self) -> str:
         """The next line, or several that were pasted or written with Alt-Enter. Raises EOFError for Ctrl-D."""
@@ -126,12 +150,15 @@ class Terminal(Front):
         prompt = f"result of {harmless(waiting[0]['function']['name'])}" if waiting else ""
         if len(waiting) > 1:
             prompt += f" ({counted(len(waiting) - 1, 'more call')} waiting)"
+        if waiting and not self.knows_skip:
+            self.knows_skip = True
+            self.write_line("the model waits for the result of its call: write it, or /skip to take your question back")
         while True:
             try:
                 return self.lines.prompt(f"{prompt}> ")
             except KeyboardInterrupt:
                 if not self.lines.default_buffer.text:
-                    self.write_line("Ctrl-D or /quit leaves")
+                    self.write_line(f"{'/skip leaves the call, ' if waiting else ''}Ctrl-D or /quit leaves the program")
 
     def remark(self, seconds: float, adapted: bool) -> None:
         generation = self.talk.reply.generation
@@ -156,15 +183,21 @@ class LineCompleter(Completer):
 
 
 class PrivateHistory(FileHistory):
-    """Lines of earlier talks, in a file that the user alone can read. A full disk ends no talk."""
+    """Questions of earlier talks, in a file that the user alone can read. A full disk ends no talk. Other lines are
+    remembered in this talk alone, since results of calls may be private."""
+
+    def __init__(self, file: Path, is_question: Callable[[str], bool]):
+        super().__init__(file)
+        self.is_question = is_question
 
     def store_string(self, string: str) -> None:
-        with suppress(OSError):
-            super().store_string(string)
+        if self.is_question(string):
+            with suppress(OSError):
+                super().store_string(string)
 
 
-def open_history() -> History:
-    """Lines of earlier talks, for the arrow keys: in $XDG_STATE_HOME/luciole/chat_history, since the same questions are
+def open_history(is_question: Callable[[str], bool]) -> History:
+    """Questions of earlier talks, for the arrow keys: in $XDG_STATE_HOME/luciole/chat_history, since the same ones are
     asked after each training; in memory alone where that cannot be written."""
     try:
         file = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state", "luciole", "chat_history")
@@ -175,7 +208,7 @@ def open_history() -> History:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         logger.info(f"lines are remembered until the end of this talk alone: {error}")
         return InMemoryHistory()
-    return PrivateHistory(file)
+    return PrivateHistory(file, is_question)
 
 
 def talk_through(talk: Talk) -> None:

@@ -60,6 +60,8 @@ SLASHES = "A message that begins with a slash is written with two"
         ("/", "/ is no command; /help lists them. A message that begins with a slash is written with two"),
         ("/skip", "no call waits for a result"),
         ("/save", "/save FILE: the file's name is missing"),
+        ("/save a\0b.jsonl", "a file's name has no zero byte; write it anew"),
+        ("/tools ~no.one/x.json", "~no.one/x.json: could not be read (No such file or directory)"),
         ("/set top_k 3", "top_k is no setting; expected one of temperature, top_p, max_new_tokens, seed"),
         ("/set temperature", "temperature is ''; expected a number"),
         ("/set temperature nan", "temperature must be 0 or more, got nan"),
@@ -76,8 +78,11 @@ def test_a_line_without_a_place_is_refused(make_talk, line, told):
 
 def test_help_has_a_line_for_each_command(make_talk):
     lines = enter(make_talk(), "/help").splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == list(COMMANDS)
-    assert lines[-1] == "Alt-Enter begins a new line. Ctrl-C stops an answer. Tab completes."
+    assert [line.split()[0] for line in lines[:-2]] == list(COMMANDS)
+    assert lines[-2:] == [
+        "Alt-Enter begins a new line. Ctrl-C stops an answer or a command. Tab completes.",
+        "A message that begins with a slash is written with two.",
+    ]
 
 
 def test_functions_are_offered_shown_and_taken_away(make_talk, tmp_path):
@@ -153,7 +158,8 @@ def test_save_says_how_many_rows_there_are_and_what_is_not_learned(make_talk, tm
 def test_a_talk_that_waits_for_a_result_is_not_saved(make_talk, tmp_path):
     talk = make_talk(call("Rome"))
     answer(talk, "1")
-    assert "the last question has no answer yet" in refusal(talk, f"/save {tmp_path}/x.jsonl")
+    told = refusal(talk, f"/save {tmp_path}/x.jsonl")
+    assert told.endswith("x.jsonl: the last question has no answer yet; /skip takes it back out")
     assert not (tmp_path / "x.jsonl").exists()
 
 

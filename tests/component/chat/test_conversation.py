@@ -1,13 +1,15 @@
 """Rounds of a talk: questions, calls with their results, answers, and what goes wrong without a trace in the talk."""
 
+import gzip
 import json
+import os
 
 import pytest
 
 from component.chat.conversation import Talk, read_tools
 from component.data.formats import parse_row
 from component.inference.session import Session
-from component.run.errors import DataError
+from component.run.errors import DataError, StorageError
 from tests.component.chat.conftest import TOOLS, WEATHER, call
 
 
@@ -153,6 +155,19 @@ def test_a_stop_that_comes_too_late_changes_nothing(make_talk):
     assert talk.reply.generation.finish_reason == "stop"
 
 
+def test_a_stop_while_the_prompt_is_written_ends_the_answer_before_it_begins(make_talk, monkeypatch):
+    talk = make_talk("one", "two")
+    ask(talk, "1")
+    reply = talk.session.reply
+    monkeypatch.setattr(talk.session, "reply", lambda *asked: (talk.stop(), reply(*asked))[1])
+    with pytest.raises(DataError, match=r"^stopped before the answer began; the question is taken back out"):
+        ask(talk, "2")
+    assert contents(talk) == ["1", "one"]
+    assert len(talk.session.engine.asked) == 1
+    monkeypatch.undo()
+    assert ask(talk, "2") == "two"
+
+
 def test_an_answer_that_is_cut_short_stays_and_is_not_to_be_learned(make_talk):
     talk = make_talk(("one", "length"))
     ask(talk, "1")
@@ -260,7 +275,7 @@ def test_a_saved_talk_is_a_row_of_training_with_the_same_prompt(make_talk, tmp_p
 
 def test_saving_adds_to_a_file_and_overwrites_nothing(make_talk, tmp_path):
     talk = make_talk("one")
-    with pytest.raises(DataError, match=r"nothing is added to .*x.jsonl: the last question has no answer yet"):
+    with pytest.raises(DataError, match=r"^nothing is added to .*x.jsonl: there is no question with an answer yet$"):
         talk.save(tmp_path / "x.jsonl")
     ask(talk, "1")
     (tmp_path / "x.jsonl").write_text('{"a": 1}')  # without an end of its line
@@ -270,24 +285,27 @@ def test_saving_adds_to_a_file_and_overwrites_nothing(make_talk, tmp_path):
     assert parse_row(json.loads(second)).turns[-1].content == "one"
     with pytest.raises(DataError, match=r"let the name end with .jsonl"):
         talk.save(tmp_path / "x.json")
-    with pytest.raises(DataError, match="could not be written"):
+    with pytest.raises(DataError, match=r"none/x.jsonl: there is no folder .*none; make it, or choose another$"):
         talk.save(tmp_path / "none/x.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(DataError, match="is no file"):
-        talk.save(tmp_path / "folder.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("folder.jsonl", "pipe.jsonl"):
+        with pytest.raises(DataError, match="is no file but a folder, a pipe or a device"):
+            talk.save(tmp_path / name)
 
 
-def test_a_disk_that_is_full_leaves_no_half_row(make_talk, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt("Ctrl-C")])
+def test_a_disk_that_is_full_and_ctrl_c_leave_no_half_row(make_talk, tmp_path, monkeypatch, error):
     talk = make_talk("one")
     ask(talk, "1")
     talk.save(tmp_path / "x.jsonl")
     before = (tmp_path / "x.jsonl").read_bytes()
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
+    def fail(descriptor):
+        raise error
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ValueError, match="No space left"):
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises((StorageError, KeyboardInterrupt), match=r"No space left|Ctrl-C"):
         talk.save(tmp_path / "x.jsonl")
     assert (tmp_path / "x.jsonl").read_bytes() == before
 
@@ -307,6 +325,31 @@ def test_a_disk_that_is_full_leaves_no_half_row(make_talk, tmp_path, monkeypatch
 def test_functions_are_read_in_every_shape(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     assert read_tools(tmp_path / name) == TOOLS
+    (tmp_path / f"link_{name}").symlink_to(tmp_path / name)
+    assert read_tools(tmp_path / f"link_{name}") == TOOLS
+
+
+def test_of_rows_no_more_is_read_than_the_first_with_functions(tmp_path):
+    row = json.dumps({"messages": [], "tools": [WEATHER]}).encode()
+    with open(tmp_path / "rows.jsonl", "wb") as rows:
+        rows.write(row + b"\n")
+        rows.truncate(1 << 40)  # a hole of a terabyte
+    assert read_tools(tmp_path / "rows.jsonl") == TOOLS
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b"{}\n" + row + b"\nx\n"))
+    assert read_tools(tmp_path / "rows.jsonl.gz") == TOOLS
+
+
+def test_what_could_be_read_for_ever_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "pipe")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe", "link.jsonl", "zero.json", "."):
+        with pytest.raises(DataError, match=r"is no file but a folder, a pipe or a device; give a file$"):
+            read_tools(tmp_path / name)
+    with open(tmp_path / "long.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match=r"long.json: is longer than 4 MiB; give functions alone, or rows as .jsonl$"):
+        read_tools(tmp_path / "long.json")
 
 
 @pytest.mark.parametrize(

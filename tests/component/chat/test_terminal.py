@@ -1,7 +1,9 @@
 """What is written of answers, through pipes and on a terminal, and the history of lines."""
 
 import io
+import re
 import stat
+from types import SimpleNamespace
 
 import pytest
 from prompt_toolkit.completion import CompleteEvent
@@ -10,7 +12,7 @@ from prompt_toolkit.history import InMemoryHistory
 
 from component.chat.terminal import LineCompleter, Pipes, Terminal, open_history
 from component.run.errors import ArgumentError, DataError
-from tests.component.chat.conftest import call
+from tests.component.chat.conftest import TOOLS, call
 from tests.component.chat.test_conversation import BROKEN
 
 
@@ -77,12 +79,32 @@ def test_nothing_that_a_model_writes_steers_the_terminal(make_talk):
     assert piped(talk, "1", "2") == 'aU+001B[2JbU+000Dc\tdU+202E\n→ weU+001Bather {"city": "xU+202E"}\n'
 
 
+class Lines:
+    """What a person enters. A line that is an exception is raised in the prompt, as a key does."""
+
+    def __init__(self, *lines):
+        self.lines = iter(lines)
+        self.default_buffer = SimpleNamespace(text="")
+
+    def prompt(self, text: str) -> str:
+        line = next(self.lines, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
 @pytest.fixture
 def terminal(monkeypatch, tmp_path):
+    """Makes the terminal of a talk, and what is entered on it. Signals stay as they are."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr("component.chat.terminal.PromptSession", lambda **settings: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("time.monotonic", iter(range(100)).__next__)
-    return lambda talk: Terminal(talk, io.StringIO())
+
+    def make(talk, *lines) -> Terminal:
+        monkeypatch.setattr("component.chat.terminal.PromptSession", lambda **settings: Lines(*lines))
+        return Terminal(talk, io.StringIO())
+
+    return make
 
 
 def test_a_terminal_shows_reasoning_dim_and_tokens_after_each_answer(make_talk, terminal):
@@ -108,6 +130,45 @@ def test_a_terminal_tells_of_an_answer_that_is_cut_short(make_talk, terminal):
     )
 
 
+def test_the_base_alone_is_stopped_and_the_tuned_model_then_answers(make_talk, terminal):
+    talk = make_talk("abcdef", "tuned", compares=True)
+    talk.ask("1")
+    front = terminal(talk)
+    step, engine = talk.session.engine.step, talk.session.engine
+
+    def step_and_interrupt():
+        step()
+        if len(engine.asked) == 1 and len(engine.running.tokens) == 3:
+            front.interrupt(2, None)
+
+    engine.step = step_and_interrupt
+    front.answer()
+    assert re.findall(r"^(base|tuned|.*stopped)", front.out.getvalue(), re.MULTILINE) == [
+        "base", "\x1b[2m3 tokens; 3.0 tokens/s; stopped", "tuned", "tuned"
+    ]  # fmt: skip
+    assert talk.rounds[0][1]["content"] == "tuned"
+
+
+def test_whoever_is_asked_for_a_result_is_told_once_how_to_leave_the_call(make_talk, terminal):
+    talk = make_talk(call("Rome"), call("Oslo"))
+    front = terminal(talk, KeyboardInterrupt(), "1", KeyboardInterrupt(), "24")
+    front.run()
+    shown = front.out.getvalue()
+    assert shown.startswith("Ctrl-D or /quit leaves the program\n→ weather")
+    assert shown.count("write it, or /skip to take your question back\n") == 1
+    assert shown.count("/skip leaves the call, Ctrl-D or /quit leaves the program\n") == 1
+    assert len(talk.current) == 4  # the second call was asked for its result as well
+
+
+def test_ctrl_c_ends_a_command_that_is_at_work_and_the_talk_goes_on(make_talk, terminal, monkeypatch):
+    talk = make_talk("one")
+    front = terminal(talk, "/tools x.json", "1")
+    monkeypatch.setattr("component.chat.commands.read_tools", lambda file: front.interrupt(2, None))
+    front.run()
+    assert front.out.getvalue().startswith("stopped; the command has changed nothing\none\n")
+    assert talk.tools == TOOLS
+
+
 def complete(text: str) -> list[str]:
     return [found.text for found in LineCompleter().get_completions(Document(text), CompleteEvent())]
 
@@ -120,25 +181,42 @@ def test_commands_settings_and_files_are_completed(tmp_path):
     assert complete("") == complete("hello /s") == complete("/undo x") == complete("//s") == []
 
 
+def is_kept(line: str) -> bool:
+    return True
+
+
+def test_the_history_has_questions_alone(make_talk, terminal, tmp_path):
+    talk = make_talk(call("Rome"), "warm", "cold")
+    front = terminal(talk)
+    for line in ("//why?", "/system secret", "24 at home", "and now?"):
+        history = open_history(front.is_question)
+        history.append_string(line)
+        assert history.get_strings()[-1] == line  # for the arrow keys
+        front.enter(line)
+        if talk.is_due:
+            front.answer()
+    assert list(open_history(is_kept).load_history_strings()) == ["and now?", "//why?"]
+
+
 def test_the_history_is_the_users_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    open_history().append_string("你好\nand more")
+    open_history(is_kept).append_string("你好\nand more")
     file = tmp_path / "luciole/chat_history"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     file.chmod(0o644)
-    assert list(open_history().load_history_strings()) == ["你好\nand more"]
+    assert list(open_history(is_kept).load_history_strings()) == ["你好\nand more"]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_where_no_history_can_be_kept_it_is_in_memory(monkeypatch, tmp_path, log):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    assert isinstance(open_history(), InMemoryHistory)
+    assert isinstance(open_history(is_kept), InMemoryHistory)
     assert "lines are remembered until the end of this talk alone" in "".join(log)
 
 
 def test_a_disk_that_is_full_ends_no_talk(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    history = open_history()
+    history = open_history(is_kept)
     history.filename = tmp_path  # which cannot be written to
     history.append_string("x")
