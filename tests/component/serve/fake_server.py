@@ -28,6 +28,7 @@ class FakeServer(ThreadingHTTPServer):
 
     Attributes:
         models: ids.
+        room: tokens that a conversation may have.
         key: what requests must bring, if it is not empty.
         requests: bodies of the requests for answers.
         left: set when a client has left an answer before its end.
@@ -37,7 +38,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def __init__(self, page: Callable[[], str]):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.page, self.models, self.key = page, [TUNED, BASE], ""
+        self.page, self.models, self.key, self.room = page, [TUNED, BASE], "", 8192
         self.requests: list[dict] = []
         self.left = threading.Event()
         self.answer: Callable[[dict], Any] = lambda request: words("hello")
@@ -77,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/":
             self.reply(200, self.server.page(), "text/html; charset=utf-8")
         elif self.path == "/v1/models" and self.is_let_in():
-            models = [{"id": model, "object": "model"} for model in self.server.models]
+            facts = {"object": "model", "max_model_len": self.server.room}
+            models = [{"id": model} | facts for model in self.server.models]
             self.reply(200, json.dumps({"object": "list", "data": models}))
 
     def do_POST(self) -> None:

@@ -131,6 +131,7 @@ def test_an_answer_is_streamed_with_reasoning_figures_and_settings(tab, fake):
             "model": TUNED,
             "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
             "temperature": 0.5,
+            "max_tokens": 1024,
             "seed": 7,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -139,7 +140,7 @@ def test_an_answer_is_streamed_with_reasoning_figures_and_settings(tab, fake):
     assert shown(tab, ".asked") == ["hi"]
     assert shown(tab, ".answer .text") == ["你好！"]
     assert tab.run("document.querySelector('.answer details pre').textContent") == "let me see"
-    assert re.fullmatch(r"prompt 1,234 · 13 tokens · \d\.\d s · [\d.]+ tokens/s", shown(tab, ".facts")[0])
+    assert re.fullmatch(r"prompt 1,234 · 13 tokens · \d\.\d s · [\d.]+ tokens/s\s*Copy", shown(tab, ".facts")[0])
     assert tab.run("$('question').value") == ""
     send(tab, "and?")
     assert [message["content"] for message in fake.requests[1]["messages"][1:]] == ["hi", "你好！", "and?"]
@@ -352,6 +353,8 @@ def test_the_key_is_asked_for_until_it_is_right(browser, fake):
     tab = browser.open(fake.address)
     tab.until("gate")
     assert shown(tab, "#gate-text") == ["The server asks for its key."]
+    assert TUNED not in tab.run("document.documentElement.outerHTML + document.title")
+    assert tab.run("[$('beside-row').hidden, $('send').disabled, $('log').textContent]") == [True, True, ""]
     assert tab.run("$('key').type") == "password"
     tab.write("#key", "wrong")
     tab.press("Enter", 13, "\r")
@@ -385,8 +388,15 @@ def test_functions_are_read_in_every_shape_and_their_faults_are_placed(tab, fake
         '[{"name": "a"}, {"name": "a"}]': "[1]: there are two functions named a",
         '[{"name": "a", "parameters": []}]': "[0].parameters is not a JSON Schema of an object",
         '{"conversations": []}': "JSON has no functions in tools",
+        "[" * 5000: "not valid JSON at line 1, column 5001: the text ends too early",
+        "[" * 5000 + "]" * 5000: "nested more than 100 levels deep",
+        '{"a": [1, {}, [], -2.5e3, "\\u4e2d", {"b": null} ] } x': "not valid JSON at line 1, column 53: x",
+        '{"a": [1, ]}': "not valid JSON at line 1, column 11: ]}",
+        '{"a": 1,}': "not valid JSON at line 1, column 9: }",
     }.items():
+        offer(tab, WEATHER)
         assert offer(tab, text) == fault
+        assert tab.run("offered.tools") is None
     tab.write("#question", "hi")
     tab.press("Enter", 13, "\r")
     assert (fake.requests, tab.run("document.activeElement.id")) == ([], "tools")
@@ -394,6 +404,83 @@ def test_functions_are_read_in_every_shape_and_their_faults_are_placed(tab, fake
     tab.run("$('choice').value = '= time'")
     send(tab, "hi")
     assert fake.requests[0]["tool_choice"] == {"type": "function", "function": {"name": "time"}}
+
+
+@needs_browser
+def test_whatever_goes_wrong_in_reading_functions_is_a_fault_of_the_field(tab):
+    offer(tab, WEATHER)
+    tab.run("readTools = () => { throw new RangeError('odd'); }")
+    assert offer(tab, "[]") == "cannot be read: odd"
+    assert tab.run("offered.tools") is None
+
+
+@needs_browser
+def test_an_answer_has_at_most_as_many_tokens_as_the_field_says(browser, fake):
+    fake.room = 1000
+    tab = connected(browser, fake)
+    assert tab.run("$('max_tokens').value") == "500"  # a part of what the model has room for
+    send(tab, "hi")
+    tab.write("#max_tokens", "")
+    tab.press("Backspace", 8)
+    send(tab, "hi")
+    tab.run("connect()")
+    send(tab, "hi")
+    assert [request.get("max_tokens") for request in fake.requests] == [500, None, None]
+
+
+@needs_browser
+def test_a_conversation_that_was_not_downloaded_is_not_left_without_a_word(tab):
+    leaves = "dispatchEvent(new Event('beforeunload', { cancelable: true }))"
+    assert tab.run(leaves)
+    send(tab, "hi")
+    assert not tab.run(leaves)
+    tab.run("URL.createObjectURL = () => '#'")
+    tab.click("#download")
+    assert tab.run(leaves)
+    send(tab, "again")
+    assert not tab.run(leaves)
+    tab.click("#clear")
+    assert tab.run(leaves)
+
+
+@needs_browser
+def test_an_answer_is_copied(tab):
+    tab.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    send(tab, "hi")
+    tab.click(".copy")
+    tab.until("document.querySelector('.copy').textContent === 'Copied'")
+    assert tab.run("copied") == "hello"
+
+
+@needs_browser
+def test_the_field_stays_in_its_place_when_models_are_compared(browser, fake):
+    tab = connected(browser, fake, width=1440)
+    places = "['question', 'send', 'retry'].map((id) => [$(id).getBoundingClientRect().left, $(id).offsetWidth])"
+    send(tab, "hi")
+    before = tab.run(places)
+    assert before[0][1] == 820
+    tab.click("#beside")
+    send(tab, "hi")
+    assert tab.run(places) == before
+    single, pair = tab.run("[...document.querySelectorAll('.lanes')].map((node) => node.offsetWidth)")
+    assert single == 820 < pair
+
+
+@needs_browser
+def test_a_narrow_page_is_compact(browser, fake):
+    fake.models = ["chatglm3-tiny", "chatglm3-tiny-base"]
+    tab = connected(browser, fake, width=345, height=740)  # of 360, as a bar for scrolling may take the rest
+    tab.click("#beside")
+    for button in ("language", "theme", "language", "theme"):
+        tab.click(f"#{button}")
+        places = tab.run(
+            "[...document.querySelectorAll('h1, header button')].map((node) => node.getBoundingClientRect().bottom)"
+        )
+        assert max(places) - min(places) < 8  # one row
+        heights = tab.run("[...document.querySelectorAll('#models bdi')].map((node) => node.offsetHeight)")
+        assert max(heights) < 24  # one line each
+        assert tab.run("$('composer').offsetHeight") < 0.2 * 740
+        assert tab.run("document.documentElement.scrollWidth") == 345
 
 
 @needs_browser
