@@ -140,7 +140,7 @@ def test_an_answer_is_streamed_with_reasoning_figures_and_settings(tab, fake):
     assert shown(tab, ".asked") == ["hi"]
     assert shown(tab, ".answer .text") == ["你好！"]
     assert tab.run("document.querySelector('.answer details pre').textContent") == "let me see"
-    assert re.fullmatch(r"prompt 1,234 · 13 tokens · \d\.\d s · [\d.]+ tokens/s\s*Copy", shown(tab, ".facts")[0])
+    assert re.fullmatch(r"prompt 1,234 · 13 tokens · \d\.\d s · [\d.]+ tokens/s", shown(tab, ".facts")[0])
     assert tab.run("$('question').value") == ""
     send(tab, "and?")
     assert [message["content"] for message in fake.requests[1]["messages"][1:]] == ["hi", "你好！", "and?"]
@@ -390,6 +390,8 @@ def test_functions_are_read_in_every_shape_and_their_faults_are_placed(tab, fake
         '{"conversations": []}': "JSON has no functions in tools",
         "[" * 5000: "not valid JSON at line 1, column 5001: the text ends too early",
         "[" * 5000 + "]" * 5000: "nested more than 100 levels deep",
+        "[" * 101 + "]" * 101: "nested more than 100 levels deep",
+        "[" * 100 + "]" * 100: "[0] is not a function's description",
         '{"a": [1, {}, [], -2.5e3, "\\u4e2d", {"b": null} ] } x': "not valid JSON at line 1, column 53: x",
         '{"a": [1, ]}': "not valid JSON at line 1, column 11: ]}",
         '{"a": 1,}': "not valid JSON at line 1, column 9: }",
