@@ -109,11 +109,11 @@ class Service:
         room = self.worker.room
         if length + (asked or 1) > room:
             answer = f", and {asked:,} more are asked for" if asked else ""
+            remedy = "ask for fewer" if asked and length < room else "shorten them"
             raise ApiError(
                 400,
-                f"the model has a context of {room:,} tokens; the messages have {length:,}{answer}; "
-                "shorten them, or ask for fewer",
-                "messages",
+                f"the model has a context of {room:,} tokens; the messages have {length:,}{answer}; {remedy}",
+                "messages" if remedy == "shorten them" else "max_tokens",
                 "context_length_exceeded",
             )
         temperature = request.temperature

@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..run.log import harmless
 from .protocol import ApiError
 from .worker import ENDING, reason_of
 
@@ -86,7 +87,11 @@ class Guard:
         finally:
             if scope["path"] != "/health":
                 seconds = f"{time.monotonic() - began:.2f} s"
-                logger.info(" ".join([scope["method"], scope["path"][:80], str(status or "-"), *notes, seconds]))
+                logger.info(
+                    " ".join(
+                        [scope["method"], harmless(scope["path"][:80], kept=""), str(status or "-"), *notes, seconds]
+                    )
+                )
 
     async def pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)

@@ -1,9 +1,10 @@
 """What a request of OpenAI's chat API may hold, and errors in its shape. Whatever cannot be done is refused by name."""
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..data.conversation import describe
@@ -37,8 +38,11 @@ class ApiError(Exception):
 
 def bad_request(error: DataError) -> ApiError:
     """The error for what training would refuse, whose text begins with the field."""
-    place = str(error).split(":")[0].split(" ")[0]
-    return ApiError(400, str(error), place if place.startswith(("messages", "tools", "tool_choice")) else "messages")
+    message = str(error)
+    place = message.split(":")[0].split(" ")[0]
+    if place.endswith(".arguments"):
+        message += "; mend it, or leave out this answer and the results of its calls"
+    return ApiError(400, message, place if place.startswith(("messages", "tools", "tool_choice")) else "messages")
 
 
 # Fields that are accepted where they change nothing: those values, and what to do instead of any other.
@@ -55,13 +59,27 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "modalities": ((["text"],), "ask for text"),
     "prediction": ((), "leave it out"),
     "web_search_options": (({},), "offer a function that searches, in tools"),
-    "reasoning_effort": ((), "leave it out"),
+    "reasoning_effort": ((), "leave it out; the model reasons as it was trained to"),
+    "chat_template": ((), "leave it out; prompts are those of training"),
+    "chat_template_kwargs": (({},), "leave it out; prompts are those of training"),
     "verbosity": (("medium",), "leave it out"),
     "store": ((False,), "leave it out; nothing is stored"),
     "service_tier": (("auto", "default"), "leave it out"),
     "best_of": ((1,), "use n"),
     "echo": ((False,), "leave it out"),
 }
+
+
+def otherwise(words: str) -> WrapValidator:
+    """Validation whose refusal is told in these words."""
+
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(words) from None
+
+    return WrapValidator(check)
 
 
 class Strict(BaseModel):
@@ -79,7 +97,7 @@ class Strict(BaseModel):
 
 
 class TextPart(Strict):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], otherwise("parts of text alone are read, no pictures, sound or files")]
     text: str
 
 
@@ -124,14 +142,21 @@ class FunctionTool(BaseModel):
     """A function. It is shown to the model as it was written, with whatever else it holds."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    name: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^\S+$")]
+    name: Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=128, pattern=r"^\S+$"),
+        otherwise("a function's name has 1 to 128 characters and no white space"),
+    ]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: Annotated[
+        Literal[False] | None,
+        otherwise("arguments are not held to a schema; leave strict out (OpenAI's agents SDK: strict_mode=False)"),
+    ] = None
 
 
 class Tool(Strict):
-    type: Literal["function"]
+    type: Annotated[Literal["function"], otherwise("functions alone can be offered")]
     function: FunctionTool
 
 
@@ -140,7 +165,7 @@ class NamedFunction(Strict):
 
 
 class NamedChoice(Strict):
-    type: Literal["function"]
+    type: Annotated[Literal["function"], otherwise("none, auto, required or one function can be chosen")]
     function: NamedFunction
 
 
@@ -160,7 +185,7 @@ class ChatRequest(Strict):
     """
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES, fail_fast=True)]
+    messages: Annotated[list[Message], Field(max_length=MESSAGES, fail_fast=True)]
     tools: Annotated[list[Tool], Field(max_length=TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -180,12 +205,15 @@ class ChatRequest(Strict):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     metadata: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def agrees_with_itself(self) -> "ChatRequest":
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one")
+        if not self.messages:
+            raise ValueError("messages is empty; give a question")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs true")
         if self.stream_options and not self.stream:
@@ -273,7 +301,10 @@ def refusal(error: ValidationError) -> ApiError:
         message = "this field is missing"
     elif isinstance(wrong["input"], str | int | float | bool | None):
         message += f", got {describe(wrong['input'])}"
-    return ApiError(400, f"{place}: {message}" if place else message, place or message.split()[0].rstrip(":"))
+    field = message.split()[0].rstrip(":")
+    if field in FIELDS and isinstance(wrong["input"], dict):  # the text of a whole object begins with its field
+        return ApiError(400, f"{place}.{message}".strip("."), f"{place}.{field}".strip("."))
+    return ApiError(400, f"{place}: {message}" if place else message, place or field)
 
 
 def place_of(error: dict) -> tuple[str | int, ...]:

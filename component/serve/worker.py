@@ -17,7 +17,7 @@ from loguru import logger
 
 from ..inference.engine import Engine
 from ..inference.sampling import Generation, Sampling
-from ..run.errors import ArgumentError
+from ..run.errors import ArgumentError, DataError
 from ..run.log import counted
 from .answer import Writer
 from .protocol import ApiError
@@ -173,6 +173,8 @@ class Worker(threading.Thread):
         """Do something for a request. An error ends it alone."""
         try:
             act(job)
+        except DataError as error:  # the engine was made anew, with less room
+            self.end(job, ApiError(400, str(error), "messages"))
         except Exception as error:
             logger.error(f"an answer could not be told: {reason_of(error)}")
             self.end(job, ApiError(500, "the answer could not be told; the server's log says why"))

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from component.run.errors import DataError
 from component.serve import protocol
-from component.serve.protocol import ApiError, read_request
+from component.serve.protocol import ApiError, bad_request, read_request
 
 QUESTION = {"role": "user", "content": "q"}
 BODY = {"model": "m", "messages": [QUESTION]}
@@ -61,32 +62,36 @@ def test_a_body_that_is_no_strict_json_is_refused(body, message):
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream true"),
-        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": []}, "messages", "is empty; give a question"),
         ({"messages": [QUESTION] * 2001}, "messages", "at most 2000 items"),
         ({"messages": [{"role": "usr", "content": "q"}]}, "messages[0].role", "'system', 'developer'"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "valid string"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]},
             "messages[0].content[0].type",
-            "should be 'text'",
+            "parts of text alone are read, no pictures",
         ),
-        ({"messages": [QUESTION | {"name": "Ann"}]}, "messages[0]", "name has no place in the model's prompt"),
+        ({"messages": [QUESTION | {"name": "Ann"}]}, "messages[0].name", "has no place in the model's prompt"),
         ({"messages": [QUESTION | {"weight": 1}]}, "messages[0].weight", "not known"),
-        ({"messages": [QUESTION | {"tool_calls": [CALL]}]}, "messages[0]", "tool_calls belongs to a message of"),
-        ({"messages": answered({"role": "tool", "content": "1"})}, "messages[2]", "tool_call_id is missing"),
+        (
+            {"messages": [QUESTION | {"tool_calls": [CALL]}]},
+            "messages[0].tool_calls",
+            "tool_calls belongs to a message of",
+        ),
+        ({"messages": answered({"role": "tool", "content": "1"})}, "messages[2].tool_call_id", "is missing"),
         (
             {"messages": answered({"role": "tool", "tool_call_id": "a", "name": "g", "content": "1"})},
             "messages[2].name",
             "is 'g', and the call is one of 'f'",
         ),
-        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type", "should be 'function'"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type", "functions alone can be offered"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "missing"),
         ({"tools": [TOOL, TOOL]}, "tools", "has the function 'f' twice"),
         ({"tools": [TOOL] * 129}, "tools", "at most 128"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
             "tools[0].function.strict",
-            "False",
+            "leave strict out",
         ),
         ({"tool_choice": "required"}, "tool_choice", "tools offers no function"),
         (
@@ -97,9 +102,10 @@ def test_a_body_that_is_no_strict_json_is_refused(body, message):
         (
             {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
             "tool_choice.type",
-            "'function', got \"allowed_tools\"",
+            "one function can be chosen",
         ),
-        ({"chat_template": "{{ 1 }}"}, "chat_template", "this field is not known"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template", "prompts are those of training"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "prompts are those of training"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported: leave it out"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported: ask for the form"),
         ({"functions": [{"name": "f"}]}, "functions", "not supported: use tools"),
@@ -199,3 +205,9 @@ def test_an_answer_comes_back_as_the_client_has_it():
     message |= {"function_call": None, "tool_calls": [CALL | {"index": 0}], "reasoning_content": "why"}
     request, _ = read_request(json.dumps(BODY | {"messages": answered(message)}).encode())
     assert request.messages[2].tool_calls[0].function.name == "f"
+
+
+def test_an_answer_of_the_models_own_that_cannot_be_read_again_is_refused_with_the_way_on():
+    error = bad_request(DataError("messages[1].tool_calls[0].function.arguments: column 2: not JSON"))
+    assert error.param == "messages[1].tool_calls[0].function.arguments"
+    assert str(error).endswith("not JSON; mend it, or leave out this answer and the results of its calls")
