@@ -52,6 +52,11 @@ def test_pages_of_other_origins_are_refused(server, origin):
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]
 
 
+def test_a_path_cannot_forge_a_line_of_the_log(server, log):
+    assert server.send("/%0a2026%20INFO%1b[31m").status == 404
+    assert "GET /U+000A2026 INFOU+001B[31m 404" in log[-1]
+
+
 def test_an_odd_host_is_refused_also_where_any_is_taken(start):
     server = start(key=KEY, host="0.0.0.0")
     for host in ODD_HOSTS:
