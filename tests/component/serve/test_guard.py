@@ -268,7 +268,7 @@ def test_slow_headers_and_bodies_are_not_waited_for(start, monkeypatch):
             assert part
             answer += part
         assert answer.startswith(b"HTTP/1.1 200")
-        time.sleep(0.4)
+        time.sleep(0.25)
     kept.sendall(b"GET /hea")
     assert kept.recv(1000).startswith(b"HTTP/1.1 408")
     kept.close()
