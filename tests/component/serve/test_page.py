@@ -470,7 +470,7 @@ def test_the_field_stays_in_its_place_when_models_are_compared(browser, fake):
 
 @needs_browser
 def test_a_narrow_page_is_compact(browser, fake):
-    fake.models = ["chatglm3-tiny", "chatglm3-tiny-base"]
+    fake.models = ["chatglm3-6b-weather", "chatglm3-6b-with-a-name-base"]
     tab = connected(browser, fake, width=345, height=740)  # of 360, as a bar for scrolling may take the rest
     tab.click("#beside")
     for button in ("language", "theme", "language", "theme"):
