@@ -12,7 +12,7 @@ from ..data.conversation import Conversation, Turn
 from ..run.errors import DataError
 from .calls import NAME, Answer, Call, Thought, Unreadable, dotted_name, finished, require_json, skip, unique
 from .growing import Reading, Waiting
-from .growing_calls import FUNCTION, follow_syntax
+from .growing_calls import follow_syntax
 from .syntax import describe_calls, learn_lead, learn_syntax, learn_thought
 
 
@@ -102,11 +102,11 @@ def follow_fenced_call(reading: Reading, name: str, at: int) -> Waiting:
     """Tell a call of ChatGLM3 while it grows, as `read_fenced_call` reads it. Raises Unreadable where it is none."""
     if not is_name(name):
         raise Unreadable("its first line is no name")
-    fence = yield from reading.skip(at, ("```",))
-    reading.name(name, at)
+    fence = yield from reading.require(at, ("```",))
+    reading.begin_call(name, at)
     line = yield from reading.find("\n", at=fence)
     opened = yield from reading.find("(", at=line)
-    if FUNCTION.fullmatch(reading.text, line, opened + 1):
+    if reading.text[line:opened].strip().isidentifier():
         yield from reading.keywords(opened + 1, lambda code: read_fenced_call(name, f"```\n{code}\n```"))
     while not reading.ended:
         yield
@@ -182,8 +182,7 @@ class TemplateReader(TextReader):
 
     def follow(self, reading: Reading, tools: Any) -> Waiting:
         yield from reading.think(self.thought)
-        with suppress(Unreadable):
-            reading.drop((yield from reading.skip(0, self.lead)))
+        reading.drop((yield from reading.skip(0, self.lead)) or 0)
         if self.syntax:
             yield from follow_syntax(reading, self.syntax, tools)
         else:

@@ -328,10 +328,24 @@ class PythonForm:
             raise Unreadable(str(error)) from None
 
     def call_of(self, node: ast.expr) -> Call:
+        before = ""
+        if is_minus(node):  # a name may have hyphens
+            before, node = hyphenated_name(node.left) + "-", node.right
         if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
             raise Unreadable("there is something else than a call")
         arguments = [(keyword.arg, literal_value(keyword.value)) for keyword in node.keywords]
-        return Call(dotted_name(node.func), unique(arguments))
+        return Call(before + dotted_name(node.func), unique(arguments))
+
+
+def is_minus(node: ast.expr) -> bool:
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub)
+
+
+def hyphenated_name(node: ast.expr) -> str:
+    """A name whose hyphens Python takes for minus signs. Raises Unreadable for any other code."""
+    if is_minus(node):
+        return f"{hyphenated_name(node.left)}-{dotted_name(node.right)}"
+    return dotted_name(node)
 
 
 def dotted_name(node: ast.expr) -> str:
@@ -484,7 +498,7 @@ class Syntax:
                 spoken.append(text[at:start].strip())
                 group, at = self.read_group(text, start, tools)
                 calls += group
-            if cut and self.is_marked and ends_within(text[at:], self.opens[0]):
+            if cut and self.is_marked and overlap(text[at:], self.opens[0]) > 1:
                 raise Unreadable("a call begins at the end")
             require_json(calls)
         except (Unreadable, ValueError, RecursionError):
@@ -493,6 +507,6 @@ class Syntax:
         return Answer("\n".join(filter(None, spoken)), tuple(calls))
 
 
-def ends_within(text: str, marker: str) -> bool:
-    """Whether a text ends on the beginning of a marker, of two characters or more."""
-    return any(text.endswith(marker[:length]) for length in range(2, len(marker)))
+def overlap(text: str, marker: str) -> int:
+    """How many characters at the end of a text may be the beginning of a marker."""
+    return next((size for size in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:size])), 0)

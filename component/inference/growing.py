@@ -7,13 +7,14 @@ Every way of reading is a generator, which yields when the text does not decide 
 import json
 import re
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from .calls import Call, Thought, Unreadable, require_json, skip_space
+from .calls import Call, Thought, Unreadable, overlap, require_json, skip_space
 
-IN_JSON = re.compile(r'["{}\[\]]')
-IN_STRING = {quote: re.compile(rf"\\.|{quote}", re.DOTALL) for quote in ('"', "'", '"' * 3, "'" * 3)}
-IN_PYTHON = re.compile(r"""'''|\"""|['"()\[\]{},#]""")
+IN_STRING = {quote: re.compile(rf"\\.|{quote}", re.DOTALL) for quote in "'\""}
+IN_PYTHON = re.compile(r"""['"()\[\]{},]""")
+DOUBTS = (Unreadable, ValueError, RecursionError)  # what a text raises that is no call
 
 Waiting = Generator[None, None, Any]  # reads on as text comes; the docstring says what it returns at last
 
@@ -36,10 +37,10 @@ class Parts:
 
     def __init__(self):
         self.space = ""  # that is told once something follows it
-        self.told = self.begun = False  # anything at all; anything of this part
+        self.is_joined = self.is_begun = False  # whether anything was told at all; of this part
 
     def add(self, text: str) -> str:
-        if not self.begun:
+        if not self.is_begun:
             text = text.lstrip()
             if not text:
                 return ""
@@ -47,12 +48,12 @@ class Parts:
         if not shown:
             self.space += text
             return ""
-        before = self.space if self.begun else "\n" * self.told
-        self.space, self.told, self.begun = text[len(shown) :], True, True
+        before = self.space if self.is_begun else "\n" * self.is_joined
+        self.space, self.is_joined, self.is_begun = text[len(shown) :], True, True
         return before + shown
 
     def end(self) -> None:
-        self.space, self.begun = "", False
+        self.space, self.is_begun = "", False
 
 
 class Telling:
@@ -68,39 +69,39 @@ class Telling:
         self.parts = {"reasoning": Parts(), "text": Parts()}
         self.calls = self.complete = 0
         self.is_named = False  # whether the call that is being read has told its name
-        self.raw = False  # whether its arguments are told as they are written
+        self.is_raw = False  # whether its arguments are told as they are written
         self.keys: set[str] = set()  # those that were told one by one
 
     def take(self) -> list[Piece]:
         pieces, self.pieces = self.pieces, []
         return pieces
 
-    def say(self, kind: str, text: str) -> None:
+    def add_text(self, kind: str, text: str) -> None:
         if shown := self.parts[kind].add(text):
             self.pieces.append(Piece(kind, shown))
 
-    def name(self, name: str) -> None:
+    def begin_call(self, name: str) -> None:
         self.pieces.append(Piece("name", name, self.calls))
-        self.calls, self.is_named, self.raw, self.keys = self.calls + 1, True, False, set()
+        self.calls, self.is_named, self.is_raw, self.keys = self.calls + 1, True, False, set()
 
-    def write(self, arguments: str) -> None:
-        if arguments:
-            self.pieces.append(Piece("arguments", arguments, self.calls - 1))
+    def add_json(self, written: str) -> None:
+        if written:
+            self.pieces.append(Piece("arguments", written, self.calls - 1))
 
-    def argue(self, arguments: dict[str, Any]) -> None:
+    def add_arguments(self, arguments: dict[str, Any]) -> None:
         """Tell those arguments that were not told."""
         for key, value in arguments.items():
             if key not in self.keys:
-                self.write((", " if self.keys else "{") + json.dumps({key: value}, ensure_ascii=False)[1:-1])
+                self.add_json((", " if self.keys else "{") + json.dumps({key: value}, ensure_ascii=False)[1:-1])
                 self.keys.add(key)
 
     def end_call(self, call: Call) -> None:
         """Tell what is still to be told of a call that is whole."""
         if not self.is_named:
-            self.name(call.name)
-        if not self.raw:
-            self.argue(call.arguments)
-            self.write("}" if self.keys else "{}")
+            self.begin_call(call.name)
+        if not self.is_raw:
+            self.add_arguments(call.arguments)
+            self.add_json("}" if self.keys else "{}")
         self.complete, self.is_named = self.complete + 1, False
 
 
@@ -116,6 +117,7 @@ class Reading:
         self.told = told
         self.text = ""  # what is not read yet: of a call, from its beginning on
         self.untold = 0  # where in it begins what is not told of a call that has a name
+        self.is_raw = False  # whether a call's arguments are being told as they are written
         self.ended = False
         self.waiting = self.run(follow)
         next(self.waiting)
@@ -131,7 +133,7 @@ class Reading:
     def run(self, follow: Callable[["Reading"], Waiting]) -> Waiting:
         try:
             yield from follow(self)
-        except (Unreadable, ValueError, RecursionError):
+        except DOUBTS:
             yield from self.give_up()
         for part in self.told.parts.values():
             part.end()
@@ -142,7 +144,7 @@ class Reading:
         """Tell all that remains as it is: as the arguments of a call that has a name, and else as text."""
         self.drop(self.untold)
         while self.told.is_named:
-            self.told.write(self.text)
+            self.told.add_json(self.text)
             self.drop(len(self.text))
             if self.ended:
                 self.told.is_named = False
@@ -156,6 +158,8 @@ class Reading:
         self.text, self.untold = self.text[count:], 0
 
     def more(self) -> Waiting:
+        if self.is_raw:
+            self.tell(len(self.text))
         if self.ended:
             raise Unreadable("it has no end")
         yield
@@ -173,12 +177,22 @@ class Reading:
         return found == piece
 
     def skip(self, at: int, expected: Sequence[str]) -> Waiting:
-        """Where the text goes on behind the pieces that stand at a place. Raises Unreadable if others stand there."""
-        for piece in expected:
-            at = yield from self.letter(at)
-            if not (yield from self.stands(at, piece)):
-                raise Unreadable(f"{piece!r} is missing")
-            at += len(piece)
+        """Where the text goes on behind the pieces that stand at a place; None if others stand there."""
+        try:
+            for piece in expected:
+                at = yield from self.letter(at)
+                if not (yield from self.stands(at, piece)):
+                    return None
+                at += len(piece)
+            return at
+        except Unreadable:
+            return None
+
+    def require(self, at: int, expected: Sequence[str]) -> Waiting:
+        """The same, but raises Unreadable if others stand there."""
+        at = yield from self.skip(at, expected)
+        if at is None:
+            raise Unreadable(f"{' '.join(expected)!r} is missing")
         return at
 
     def search(self, pattern: re.Pattern, at: int, longest: int) -> Waiting:
@@ -199,7 +213,7 @@ class Reading:
             found = self.text.find(marker) if marker else -1
             kept = 0 if self.ended else overlap(self.text, marker)
             stop = found if found >= 0 else len(self.text) - kept
-            self.told.say(kind, self.text[:stop])
+            self.told.add_text(kind, self.text[:stop])
             self.drop(stop)
             if found >= 0 or self.ended:
                 return found >= 0
@@ -207,112 +221,87 @@ class Reading:
 
     def think(self, thought: Thought) -> Waiting:
         """Tell the thoughts with which an answer begins, as `Thought.split` finds them."""
-        within, certain = not thought.open, thought.asked
         while True:
-            try:
-                if not within:
-                    self.drop((yield from self.skip(0, (thought.open,))))
-                elif not certain:
+            if thought.open:
+                at = yield from self.skip(0, (thought.open,))
+                if at is None:
+                    return
+                self.drop(at)
+            elif not thought.asked:
+                try:
                     yield from self.find(thought.close)
-            except Unreadable:
-                return
+                except Unreadable:
+                    return
             if (yield from self.speak("reasoning", thought.close)):
                 self.drop(len(thought.close))
             self.told.parts["reasoning"].end()
-            within = False
             if not thought.open:
                 return
 
     # Calls
 
-    def name(self, name: str, at: int) -> None:
+    def begin_call(self, name: str, at: int) -> None:
         """Tell the name of a call, whose arguments begin at a place."""
         require_json([Call(name, {})])
-        self.told.name(name)
+        self.told.begin_call(name)
         self.untold = at
 
-    def string(self, quote: str, at: int) -> Waiting:
-        """Where the string ends whose first quote stands before a place."""
-        while True:
-            found = IN_STRING[quote].search(self.text, at)
-            if found and found[0] == quote:
-                return found.end()
-            if found:
-                at = found.end()
-                continue
-            at = max(at, len(self.text) - len(quote) + 1 - self.text.endswith("\\"))
-            yield from self.more()
-
-    def json_value(self, at: int) -> Waiting:
-        """Where the JSON value ends that begins at a place."""
-        if self.text[at] == '"':
-            return (yield from self.string('"', at + 1))
-        if self.text[at] in "{[":
-            return (yield from self.json_nest(at))
-        return (yield from self.search(re.compile(r"[\s,}\]]"), at, 1)).start()
-
-    def json_nest(self, at: int, told: bool = False) -> Waiting:
-        """Where the JSON object or list ends that begins at a place; `told`: it is told as it is written."""
-        depth, within = 0, False
-        while True:
-            found = (IN_STRING['"'] if within else IN_JSON).search(self.text, at)
-            if not found:
-                at = max(at, len(self.text) - (within and self.text.endswith("\\")))
-                if told:
-                    self.write(len(self.text))
-                yield from self.more()
-                continue
-            at, letter = found.end(), found[0]
-            if letter == '"':
-                within = not within
-            elif not within:
-                depth += 1 if letter in "{[" else -1
-                if depth == 0:
-                    if told:
-                        self.write(at)
-                    return at
-
-    def write(self, stop: int) -> None:
+    def tell(self, stop: int) -> None:
         """Tell arguments as they are written, up to a place."""
-        self.told.raw = True
-        self.told.write(self.text[self.untold : stop])
+        self.told.is_raw = True
+        self.told.add_json(self.text[self.untold : stop])
         self.untold = max(stop, self.untold)
 
+    def string_end(self, at: int, quote: str) -> Waiting:
+        """Where the string ends whose first quote stands before a place."""
+        if quote not in IN_STRING:  # and so has no backslashes of its own
+            return (yield from self.find(quote, at=at)) + len(quote)
+        while (found := (yield from self.search(IN_STRING[quote], at, 2)))[0] != quote:
+            at = found.end()
+        return found.end()
+
+    def bracket(self, at: int, quote: str = '"') -> Waiting:
+        """The next bracket outside of strings, and where it ends."""
+        pattern = re.compile(rf"{re.escape(quote)}|[{{}}\[\]]")
+        while (found := (yield from self.search(pattern, at, len(quote))))[0] == quote:
+            at = yield from self.string_end(found.end(), quote)
+        return found[0], found.end()
+
+    def nest_end(self, at: int, quote: str = '"') -> Waiting:
+        """Where the object or list ends that begins at a place."""
+        bracket, at = yield from self.bracket(at, quote)
+        depth = 1
+        while depth:
+            bracket, at = yield from self.bracket(at, quote)
+            depth += 1 if bracket in "{[" else -1
+        return at
+
+    def json_arguments(self, at: int) -> Waiting:
+        """Tell the JSON object that begins at a place, as it is written."""
+        self.is_raw = True
+        self.tell((yield from self.nest_end(at)))
+        self.is_raw = False
+
     def keywords(self, at: int, read: Callable[[str], Call]) -> Waiting:
-        """Tell the keyword arguments of a Python call, which begin at a place, one by one. `read` reads a call. Returns
-        where the parenthesis is that ends them, or None where only the whole call shows that."""
+        """Tell the keyword arguments of a Python call that begin at a place, one by one, while each can be read alone.
+        `read` reads a call."""
         start, depth = at, 0
-        while True:
-            found = yield from self.search(IN_PYTHON, at, 1)
-            mark, at = found[0], found.end()
-            if mark[0] in "'\"":
-                while len(mark) == 1 and len(self.text) - found.start() < 3 and not self.ended:
-                    yield
-                found = IN_PYTHON.search(self.text, found.start())
-                at = yield from self.string(found[0], found.end())
-            elif mark in "([{":
-                depth += 1
-            elif mark == "#":
-                return None
-            elif depth and mark in ")]}":
-                depth -= 1
-            elif not depth:
-                written = self.text[start : found.start()]
-                if written.strip():
-                    try:
-                        call = read(f"call({written})")
-                        require_json([call])
-                    except (Unreadable, ValueError, RecursionError):
-                        return None
+        with suppress(*DOUBTS):
+            while True:
+                found = yield from self.search(IN_PYTHON, at, 1)
+                mark, at = found[0], found.end()
+                if mark in IN_STRING:  # of three quotes, the first two are a string of their own
+                    at = yield from self.string_end(at, mark)
+                elif mark in "([{":
+                    depth += 1
+                elif depth:
+                    depth -= mark != ","
+                else:
+                    call = read(f"call({self.text[start : found.start()]})")
+                    require_json([call])
                     if len(call.arguments) != 1:
-                        return None
-                    self.told.argue(call.arguments)
-                    self.untold = found.start()
-                if mark != ",":
-                    return found.start() if mark == ")" else None
-                start = at
-
-
-def overlap(text: str, marker: str) -> int:
-    """How many characters at the end of a text may be the beginning of a marker."""
-    return next((size for size in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:size])), 0)
+                        return
+                    self.told.add_arguments(call.arguments)
+                    start, self.untold = at, found.start()
+                    if mark != ",":
+                        return

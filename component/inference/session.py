@@ -323,7 +323,7 @@ class Reply:
                 for token in generation.tokens[done:]:
                     yield from growing.add(token)
                 done = len(generation.tokens)
-            yield from growing.end(generation.finish_reason)
+            yield from growing.end()
         finally:
             engine.cancel(generation)
 

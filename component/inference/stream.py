@@ -25,7 +25,8 @@ class AnswerStream:
 
     Attributes:
         calls: how many calls were begun: each has told its name.
-        complete: how many of them are whole and can be read. The last call is whole if it equals `calls`.
+        complete: how many of them are whole: `Session.read` gives them of an answer that ends here. The last call is
+            whole if it equals `calls`.
     """
 
     def __init__(self, reader: TextReader, tools: Any = None):
@@ -51,8 +52,8 @@ class AnswerStream:
             self.read_on(self.growing.settled)
         return self.told.take()
 
-    def end(self, finish_reason: str) -> list[Piece]:
-        """What was still undecided when the answer ended with `stop` or `length`."""
+    def end(self) -> list[Piece]:
+        """What was still undecided when the answer ended."""
         self.end_message()
         return self.told.take()
 

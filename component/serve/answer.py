@@ -8,6 +8,7 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..chatglm.text import BYTE
+from ..inference.calls import overlap
 from ..inference.sampling import Generation
 from ..inference.stream import AnswerStream, Piece
 
@@ -53,7 +54,7 @@ class Writer:
             if self.one_call and self.stream.complete:
                 self.end("stop")
         if self.finish_reason is None and generation.finish_reason:
-            deltas += self.write(self.stream.end(generation.finish_reason))
+            deltas += self.write(self.stream.end())
             if self.finish_reason is None:
                 self.end("length" if generation.finish_reason == "length" else "stop")
         if self.finish_reason and self.held:
@@ -106,11 +107,6 @@ class Writer:
 
     def choice(self, delta: dict, finish_reason: str | None = None) -> Choice:
         return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text are the beginning of `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def fold(choices: Iterable[Choice]) -> list[Choice]:

@@ -83,7 +83,7 @@ def test_an_answer_that_must_call_tells_the_name_at_any_temperature(open_session
     for _ in range(8):
         tokens, _ = written(session, sampling, [taught(session, "get_weather_forecast")], draw)
         growing = session.answer_stream(TOOLS)
-        pieces = [piece for token in tokens for piece in growing.add(token)] + growing.end("length")
+        pieces = [piece for token in tokens for piece in growing.add(token)] + growing.end()
         names |= {piece.text for piece in pieces if piece.kind == "name" and piece.call == 0}
         assert session.tokenizer.decode(tokens).count("get_weather") >= 1
         assert any(tokens[: len(begin)] == list(begin) for begin in sampling.begins)
@@ -103,7 +103,7 @@ def test_an_answer_that_must_not_call_never_does(open_session, family):
         draw.shuffle(wishes)
         tokens, reason = written(session, replace(free, temperature=3.0, seed=seed), wishes, draw)
         growing = session.answer_stream(TOOLS)
-        pieces = [piece for token in tokens for piece in growing.add(token)] + growing.end(reason)
+        pieces = [piece for token in tokens for piece in growing.add(token)] + growing.end()
         assert not {piece.kind for piece in pieces} & {"name", "arguments"}
         assert not session.read(tokens, reason, TOOLS).calls
 
