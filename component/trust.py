@@ -301,8 +301,9 @@ def lasting_name(name_or_path: str) -> str:
 def find_base(folder: Path, config: dict) -> str:
     """The base that an adapter's settings name, a folder.
 
-    Earlier versions wrote the name as the run had it, which may be relative to the folder that the run was started in.
-    That was one above the adapter, if the folder of this name there holds what the adapter's run records.
+    The name may be relative to the folder that the run was started in, as earlier versions wrote it, and a project's
+    folder may have been moved. So the name, or the last parts of it, are also looked for above the adapter, and taken
+    where the folder there holds what the adapter's run records.
 
     Raises:
         ArgumentError: there is no such folder.
@@ -310,8 +311,9 @@ def find_base(folder: Path, config: dict) -> str:
     named = config["base_model_name_or_path"]
     if named and ".." not in Path(named).parts:
         recorded = read_run(folder).get("base_model")
-        starts = ("", *folder.absolute().parents) if recorded else ()
-        for base in dict.fromkeys(os.path.join(start, named) for start in starts):
+        tails = [os.path.join(*Path(named).parts[-parts:]) for parts in (2, 1)] if os.path.isabs(named) else [named]
+        above = [os.path.join(start, tail) for tail in tails for start in folder.absolute().parents]
+        for base in dict.fromkeys([named, *above] if recorded else ()):
             if os.path.isfile(os.path.join(base, "config.json")) and identify_base(base) == recorded:
                 return base
         if os.path.isdir(named):  # no error for a name that is too long

@@ -135,6 +135,24 @@ def test_an_earlier_adapter_finds_its_base_above_itself_by_what_its_run_records(
         Session.prepare(adapter=final)
 
 
+def test_an_adapter_finds_its_base_in_a_project_that_was_moved(relative, tmp_path, monkeypatch):
+    moved = tmp_path / "moved"
+    monkeypatch.chdir(tmp_path)
+    relative.parents[1].rename(moved)
+    (moved / "output/models").mkdir()
+    shutil.copytree(moved / "models/base", moved / "output/models/chatglm3")
+    config = moved / "output/models/chatglm3/config.json"
+    config.write_text(config.read_text() + " ")
+    assert Session.prepare(adapter=moved / "output/x/final").base == str(moved / "models/chatglm3")
+    (moved / "models/chatglm3").rename(moved / "chatglm3")
+    (moved / "chatglm3").unlink()
+    (moved / "models/base").rename(moved / "chatglm3")
+    assert Session.prepare(adapter="moved/output/x/final").base == str(moved / "chatglm3")
+    shutil.copy(config, moved / "chatglm3/config.json")
+    with pytest.raises(ArgumentError, match="which is no folder here; give the base with --base"):
+        Session.prepare(adapter="moved/output/x/final")
+
+
 def test_a_folder_gets_a_name_that_holds_anywhere_and_a_hubs_model_keeps_its_own(tmp_path, monkeypatch):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "c").mkdir()
