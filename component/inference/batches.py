@@ -53,6 +53,11 @@ class Batches:
             return
         yield self.batch, self.forward(ids)
 
+    def release(self) -> None:
+        """Let go of the batch, once all its conversations have ended."""
+        if not self.is_busy:
+            self.batch, self.cache, self.mask = [], None, None
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits, (batch, vocab), of what comes after ids (batch, length)."""
         inputs = {"input_ids": ids, "attention_mask": self.mask, CACHE: self.cache, "use_cache": True}

@@ -111,6 +111,7 @@ class Engine:
                     for generation, choice in zip(generations, choose(logits, generations), strict=True):
                         self.take(generation, *choice)
                 advanced += generations
+        self.running.release()
         return advanced
 
     def take(self, generation: Generation, token: int, logprobs: Logprobs | None) -> None:
@@ -137,3 +138,4 @@ class Engine:
             generation.finish_reason = "cancelled"
         if generation in self.waiting:
             self.waiting.remove(generation)
+        self.running.release()

@@ -21,7 +21,8 @@ class Slot:
 
     number: int
     tokens: list[int] = field(default_factory=list)
-    generation: Generation | None = None
+    generation: Generation | None = None  # while it runs
+    adapted: bool = True
     used: int = 0  # the step at which it was last needed
 
     @property
@@ -32,7 +33,7 @@ class Slot:
 
     def shared(self, generation: Generation) -> int:
         """How many tokens of a prompt are here; never all of them, since the last one's logits are needed."""
-        if self.generation is None or self.generation.adapted != generation.adapted:
+        if self.adapted != generation.adapted:
             return 0
         return min(common_prefix(self.tokens, generation.prompt), len(generation.prompt) - 1)
 
@@ -67,7 +68,7 @@ class Slots:
         self.steps += 1
         for slot in self.busy:
             slot.used = self.steps
-        self.busy = [slot for slot in self.busy if slot.generation.finish_reason is None]
+        self.release()
         if waiting:
             self.admit(waiting)
         left, reading, writing = self.chunk, [], []
@@ -83,6 +84,13 @@ class Slots:
                 mine = [(slot, ids) for slot, ids in new if slot.generation.adapted == adapted]
                 if mine:
                     yield self.compute(mine, adapted)
+
+    def release(self) -> None:
+        """Let go of the conversations that have ended. Their keys and values stay."""
+        for slot in self.busy:
+            if slot.generation.finish_reason is not None:
+                slot.generation = None
+        self.busy = [slot for slot in self.busy if slot.generation]
 
     def compute(self, new: list[tuple[Slot, list[int]]], adapted: bool) -> tuple[list[Generation], torch.Tensor]:
         """Compute tokens of some conversations. Those that lack others before their next token give no logits."""
@@ -116,6 +124,7 @@ class Slots:
             if slot is not source:
                 self.decoder.copy(source.number, slot.number, shared)
             slot.tokens, slot.generation, generation.cached = generation.prompt[:shared], generation, shared
+            slot.adapted = generation.adapted
             self.busy.append(slot)
             read_now.append(generation)
         waiting.extendleft(reversed(held))

@@ -25,6 +25,7 @@ from .projection import Projection
 PARTS = ("qkv", "out", "gate_up", "down")  # of a layer, as Layer.projections
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # bytes that a container may take
 SHARE = 0.85  # of the free memory, which weights and cache may take; the rest is a forward's
+ROWS = 64  # of the head: a card multiplies by a number of rows that is no multiple of 8 up to three times slower
 UNLIMITED = 8192  # tokens of a conversation where a model does not limit them
 SHORTEST = 2048  # tokens of a conversation, below which there are rather fewer conversations at once
 
@@ -166,7 +167,9 @@ class Decoder:
         limit = min(limit, getattr(model.config, "sliding_window", None) or limit)  # beyond it a model forgets
         tuned, base = (find_layers(model, capacity or limit, adapted) for adapted in (True, False))
         self.layers = {True: tuned, False: base}  # by whether the adapter is in them
-        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings().weight[:vocab]
+        self.embed, head = model.get_input_embeddings(), model.get_output_embeddings().weight
+        self.vocab = min(vocab or len(head), len(head))
+        self.head = head[: -(-self.vocab // ROWS) * ROWS]
         self.norm, self.eps = norm_of(final_norm(model))
         free, frozen, size = SHARE * free_memory(self.device), frozen_bytes(tuned), self.head.element_size()
         freezes, four_bits = frozen < free / 2, has_4_bits(tuned[0].qkv)
@@ -219,7 +222,7 @@ class Decoder:
         last = hidden[places.ends[1:] - 1]
         if self.norm is not None:
             last, _ = self.layers[adapted][0].ops.rms_norm(last, self.norm, self.eps)
-        return last @ self.head.t()
+        return (last @ self.head.t())[:, : self.vocab]
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, tokens: int) -> None:

@@ -15,7 +15,7 @@ from component.inference import slots
 from component.inference.engine import Engine
 from component.inference.sampling import Sampling
 from component.kernel import decoder, plain
-from component.kernel.decoder import FlashCache, Graph, PlainCache, fit_cache
+from component.kernel.decoder import FlashCache, Graph, Part, PlainCache, fit_cache
 from component.kernel.projection import Projection
 from component.model import find_linear_names
 from component.run.errors import ArgumentError, DataError
@@ -191,13 +191,13 @@ def test_a_conversation_goes_on_where_it_is_and_the_oldest_is_overwritten(comput
     first, second, third = make_prompts((9, 8, 7))
     engine = Engine(model, (), max_batch=2, max_tokens=64)
     one, two = engine.run([first, second], Sampling(max_new_tokens=3))
-    places = [slot.generation for slot in engine.running.slots]
-    assert places == [one, two]
+    places = engine.running.slots
+    assert [slot.tokens for slot in places] == [first + one.tokens[:2], second + two.tokens[:2]]
     (more,) = engine.run([[*second, *two.tokens, 9, 9]], Sampling(max_new_tokens=3))
     assert more.cached == len(second) + 2, "the last token of an answer is never read"
-    assert [slot.generation for slot in engine.running.slots] == [one, more]
+    assert [slot.tokens for slot in places] == [first + one.tokens[:2], more.prompt + more.tokens[:2]]
     engine.run([third], Sampling(max_new_tokens=1))
-    assert [slot.generation.prompt for slot in engine.running.slots] == [third, more.prompt]
+    assert [slot.tokens for slot in places] == [third, more.prompt + more.tokens[:2]]
 
 
 def test_a_long_prompt_is_read_in_chunks_while_others_are_answered(computed, monkeypatch):
@@ -247,10 +247,31 @@ def test_tokens_without_a_piece_are_never_chosen():
     assert max(token for one in bound for token in one.tokens) < 40
 
 
+def test_the_head_has_rows_that_a_card_multiplies_well():
+    for vocab, rows in ((33, 64), (65, 97)):  # the model has 97
+        made = Engine(make_model("llama").eval(), (), max_tokens=48, vocab=vocab).running.decoder
+        assert len(made.head) == rows
+        assert made([Part(0, 0, [1, 2])]).shape == (1, vocab)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_answer_that_has_ended_or_was_left_is_not_held(fused):
+    engine = Engine(make_model("llama").eval() if fused else make_unfused(GPTNeoXConfig), (), max_tokens=48)
+    ended = [weakref.ref(generation) for generation in engine.run(make_prompts((9, 4)), Sampling(3, logprobs=5))]
+    left = engine.submit([9, 8], Sampling(3))
+    engine.step()
+    engine.cancel(left)
+    ended.append(weakref.ref(left))
+    del left
+    assert [one() for one in ended] == [None] * 3
+
+
 def test_a_seed_draws_the_same_answer_beside_any_others():
     model = make_model("glm").eval()
     prompts = make_prompts((9, 4, 17, 6))
     ways = [Sampling(12, temperature=1.5, seed=3), TWELVE, Sampling(12, 0.7, 0.9, 20, seed=3), Sampling(12, 2.0)]
+    ways.append(Sampling(12, temperature=1.5, seed=-3))
+    prompts.append(prompts[0])
 
     def run(asked):
         engine = Engine(model, STOPS, max_batch=3, max_tokens=48)
@@ -260,6 +281,7 @@ def test_a_seed_draws_the_same_answer_beside_any_others():
         return dict(zip(asked, answers(generations), strict=True))
 
     together = run([0, 1, 2, 3])
+    assert together[0] != run([4])[4], "a seed with another sign"
     for number in (0, 1, 2):
         assert run([number])[number] == together[number]
     assert together[0] != answer_by_generate(model, prompts[0])
