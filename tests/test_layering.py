@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = {  # room: the rooms that it imports
     "score": {"data", "export", "inference", "kernel", "model", "run", "train", "trust"},
-    "serve": {"chatglm", "data", "inference", "run", "trust"},
+    "serve": {"data", "inference", "run", "trust"},
     "chat": {"data", "inference", "run"},
     "export": {"model", "pickles", "run", "trust"},
     "verify": {"chatglm", "data", "model", "run", "settings", "train", "trust"},

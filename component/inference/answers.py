@@ -14,6 +14,7 @@ from .calls import NAME, Answer, Call, Thought, Unreadable, dotted_name, finishe
 from .growing import Reading, Waiting
 from .growing_calls import follow_syntax
 from .syntax import describe_calls, learn_lead, learn_syntax, learn_thought
+from .token_bytes import TokenBytes
 
 
 class TextReader:
@@ -28,7 +29,7 @@ class TextReader:
     parting: int | None = None
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.bytes = tokenizer, TokenBytes(tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -15,23 +15,23 @@ class Unwritten:
     """A text that an answer must not have, whatever tokens would write it.
 
     Args:
-        texts: the text of every token, by its id.
+        vocabulary: the bytes of every token, by its id; a token may be a part of a character.
     """
 
-    def __init__(self, texts: Sequence[str], text: str):
-        self.texts, self.text = texts, text
-        self.always = frozenset(token for token, one in enumerate(texts) if text in one)
-        self.after: dict[str, frozenset[int]] = {}  # beginnings of it, and the tokens that would then complete it
+    def __init__(self, vocabulary: Sequence[bytes], text: str):
+        self.vocabulary, self.text = vocabulary, (text := text.encode())
+        self.always = frozenset(token for token, one in enumerate(vocabulary) if text in one)
+        self.after: dict[bytes, frozenset[int]] = {}  # beginnings of it, and the tokens that would then complete it
         for size in range(1, len(text)):
-            ends = frozenset(token for token, one in enumerate(texts) if one.startswith(text[size:]))
+            ends = frozenset(token for token, one in enumerate(vocabulary) if one.startswith(text[size:]))
             if ends:
                 self.after[text[:size]] = ends
 
     def next_to(self, tokens: Sequence[int]) -> frozenset[int]:
         """Tokens that must not come next."""
-        tail = ""
+        tail = b""
         for token in reversed(tokens):
-            tail = self.texts[token] + tail
+            tail = self.vocabulary[token] + tail
             if len(tail) >= len(self.text):
                 break
         return self.always.union(*(ends for begun, ends in self.after.items() if tail.endswith(begun)))
@@ -133,7 +133,8 @@ class Generation:
     logprobs: list[Logprobs] = field(default_factory=list)
 
     def __post_init__(self):
-        self.draws = random.Random(self.sampling.seed)
+        seed = self.sampling.seed
+        self.draws = random.Random(None if seed is None else str(seed))  # a number's sign would not count
 
 
 def choose(logits: torch.Tensor, generations: list[Generation]) -> list[tuple[int, Logprobs | None]]:

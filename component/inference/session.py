@@ -1,9 +1,9 @@
 """A model with or without its adapter, the prompts that it gets, and the reading of its answers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..trust import check_adapter, find_adapter, find_base, identify_base, read_
 from .answers import ChatGLM3Reader, TemplateReader, TextReader
 from .calls import Answer
 from .engine import Engine
-from .limits import call_begins, size_of, without_calls
+from .limits import Limits
 from .sampling import GREEDY, Generation, Sampling
 from .stream import AnswerStream, Piece
 
@@ -237,9 +237,13 @@ class Session:
             ArgumentError: as Engine does.
         """
         self.__dict__.pop("engine", None)  # else its memory is taken while the other one is made
-        vocab = max(size_of(self.tokenizer), *(token + 1 for token in self.stop_ids))
+        vocab = max(len(self.reader.bytes), *(token + 1 for token in self.stop_ids))
         self.engine = Engine(self.model, self.stop_ids, max_batch=max_batch, max_tokens=max_tokens, vocab=vocab)
         return self.engine
+
+    @cached_property
+    def limits(self) -> Limits:
+        return Limits(partial(learned_tokens, self.render, self.tokenizer), self.reader)
 
     def must_call(self, sampling: Sampling, names: Sequence[str], tools: Any) -> Sampling:
         """What makes an answer begin with a call of one of these functions, as training would write it.
@@ -248,7 +252,7 @@ class Session:
             DataError: a function is not offered, or answers of this model have no calls.
         """
         self.require_calls()
-        return replace(sampling, begins=call_begins(self.learned, self.reader, names, tools))
+        return replace(sampling, begins=self.limits.calling(names, tools))
 
     def must_not_call(self, sampling: Sampling, tools: Any) -> Sampling:
         """What makes an answer have no call.
@@ -256,16 +260,14 @@ class Session:
         Raises:
             DataError: the model's format has no mark by which that could be told.
         """
-        return without_calls(sampling, self.learned, self.reader)
-
-    def learned(self, turns: Sequence[Turn], tools: Any) -> list[int]:
-        """The tokens of a row's answer that training teaches, its end too."""
-        sample = self.render(Conversation(tuple(turns), tools), self.tokenizer)
-        start = sample.target_mask.index(1)
-        stop = next(
-            (i for i, flag in enumerate(sample.target_mask[start:], start) if not flag), len(sample.target_mask)
+        limits = self.limits.without_calls
+        return replace(
+            sampling,
+            begins=limits.begins,
+            banned=sampling.banned | limits.banned,
+            not_first=sampling.not_first | limits.not_first,
+            unwritten=sampling.unwritten + limits.unwritten,
         )
-        return sample.input_ids[start:stop]
 
     def ask(self, messages: list[dict], tools: Any = None, sampling: Sampling = GREEDY, adapted: bool = True) -> Answer:
         """Answer messages as `conversation` takes them. Early rounds for which the context has no room are left out.
@@ -330,6 +332,14 @@ class Reply:
     @property
     def answer(self) -> Answer:
         return self.session.read(self.generation.tokens, self.generation.finish_reason or "length", self.tools)
+
+
+def learned_tokens(render: Callable, tokenizer, turns: Sequence[Turn], tools: Any) -> list[int]:
+    """The tokens of a row's answer that training teaches, its end too."""
+    sample = render(Conversation(tuple(turns), tools), tokenizer)
+    mask = [*sample.target_mask, 0]
+    start = mask.index(1)
+    return sample.input_ids[start : mask.index(0, start)]
 
 
 def is_own(message: dict) -> bool:

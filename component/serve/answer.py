@@ -2,15 +2,12 @@
 
 import uuid
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-from ..chatglm.text import BYTE
 from ..inference.calls import overlap
 from ..inference.sampling import Generation
 from ..inference.stream import AnswerStream, Piece
+from ..inference.token_bytes import TokenBytes
 
 Choice = dict[str, Any]  # what one chunk of a stream tells of one answer
 
@@ -135,25 +132,8 @@ def fold(choices: Iterable[Choice]) -> list[Choice]:
     return [answers[index] for index in sorted(answers)]
 
 
-class Vocabulary:
-    """The bytes of a tokenizer's tokens."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    @cached_property
-    def letters(self) -> dict[str, int]:
-        """The byte of each letter, where pieces are written in letters for bytes; else empty."""
-        decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
-        return {letter: byte for byte, letter in bytes_to_unicode().items()} if "ByteLevel" in str(decoder) else {}
-
-    def bytes_of(self, token: int) -> bytes:
-        piece = self.tokenizer.convert_ids_to_tokens(token) or ""
-        if BYTE(piece):
-            return bytes([int(piece[3:5], 16)])
-        if self.letters and all(letter in self.letters for letter in piece):
-            return bytes(self.letters[letter] for letter in piece)
-        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+class Vocabulary(TokenBytes):
+    """Tokens as OpenAI's logprobs name them."""
 
     def entry(self, token: int, logprob: float) -> dict:
         raw = self.bytes_of(token)

@@ -5,14 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from component.data.conversation import Turn
 from component.inference.calls import Call
 from component.inference.engine import Engine
-from component.inference.limits import size_of
 from component.inference.sampling import GREEDY, Generation, Sampling, Unwritten, choose
 from component.inference.session import Session
+from component.inference.token_bytes import TokenBytes
 from component.run.errors import ArgumentError, DataError
 from tests.component.inference.conftest import make_prompts
 from tests.component.inference.test_engine import make_unfused
@@ -42,7 +44,7 @@ def taught(session, name: str, arguments: str = '{"city": "北京"}') -> list[in
 def written(session, sampling: Sampling, wishes: list[list[int]], draw=None, length=80) -> tuple[list[int], str]:
     """The tokens of an answer, and how it ended, by a model that would follow the first of its wishes that it can, and
     which is else at a loss."""
-    generation, vocab = Generation([1], sampling), size_of(session.tokenizer)
+    generation, vocab = Generation([1], sampling), len(session.reader.bytes)
     noise = torch.Generator().manual_seed(draw.randrange(1 << 30) if draw else 0)
     while len(generation.tokens) < length:
         logits = torch.randn(1, vocab, generator=noise)
@@ -63,7 +65,7 @@ def test_an_answer_that_must_call_a_function_calls_it(open_session, family, name
     session = open_session(family)
     arguments = "{}" if name == "clock" else '{"city": "北京"}'
     others = [taught(session, other) for other in ("get_weather", "get_weather_forecast") if other != name]
-    text = session.learned((Turn("user", "q1"), Turn("assistant", "a1", learned=True)), TOOLS)
+    text = session.limits.learned((Turn("user", "q1"), Turn("assistant", "a1", learned=True)), TOOLS)
     wishes = [text, *others, taught(session, name, arguments)]
     sampling = session.must_call(GREEDY, [name], TOOLS)
     answer = session.read(*written(session, sampling, wishes, length=999), TOOLS)
@@ -126,13 +128,24 @@ def test_a_marker_is_not_written_whatever_its_tokens_are(open_session):
 
 
 def test_tokens_that_hold_complete_or_continue_a_text_are_told():
-    texts = ["<to", "ol>", "x<tool>y", "l>", "o", "", "tool>!", "ool>"]
+    texts = [b"<to", b"ol>", b"x<tool>y", b"l>", b"o", b"", b"tool>!", b"ool>"]
     unwritten = Unwritten(texts, "<tool>")
     assert unwritten.next_to([]) == {2}
     assert unwritten.next_to([0]) == {2, 1}
     assert unwritten.next_to([0, 5]) == {2, 1}, "a token without text"
     assert unwritten.next_to([0, 4]) == {2, 3}
     assert unwritten.next_to([0, 4, 4]) == {2}
+
+
+def test_a_marker_is_not_written_from_parts_of_its_characters():
+    letters = bytes_to_unicode()
+    model = models.BPE({letters[byte]: byte for byte in range(256)}, [])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(["<｜a▁b｜>"])
+    every, marker = TokenBytes(tokenizer).every, "<｜a▁b｜>"
+    unwritten, ids = Unwritten(every, marker), list(marker.encode())
+    assert [set(unwritten.next_to(ids[:k])) for k in (0, 5, len(ids) - 1)] == [{256}, {256}, {256, ord(">")}]
 
 
 def test_what_cannot_be_called_is_refused(open_session):
@@ -149,6 +162,44 @@ def test_what_cannot_be_called_is_refused(open_session):
     with pytest.raises(DataError, match=r"^data_format chatglm2: the format has no calls"):
         plain.must_call(GREEDY, ["clock"], TOOLS)
     assert plain.must_not_call(GREEDY, TOOLS) == GREEDY
+
+
+@pytest.mark.parametrize("family", ["chatglm3", "glm4", "ready chatglm3"])
+@pytest.mark.parametrize("name", ["f'(`", "$f", "🙂", "two words", "天气", "get-weather", "a" * 64])
+def test_a_function_is_called_by_a_name_that_is_read_back_and_any_other_is_refused(open_session, family, name):
+    session, tools = open_session(family), [{"name": name, "parameters": {}}]
+    if name in ("天气", "get-weather", "a" * 64):
+        (begin,) = session.must_call(GREEDY, [name], tools).begins
+        assert session.tokenizer.decode(begin).count(name) == 1
+    else:
+        with pytest.raises(
+            DataError, match=r"cannot be made to call .*: this model's format cannot call a function of"
+        ):
+            session.must_call(GREEDY, [name], tools)
+
+
+def test_a_beginning_goes_as_far_as_all_calls_are_alike(open_session):
+    session = open_session("chatglm3")
+    (begin,) = session.must_call(GREEDY, ["get_weather"], TOOLS).begins
+    assert session.tokenizer.decode(begin) == "get_weather\n ```python\ntool_call("
+    session = open_session("qwen3.5")  # where training refuses this name without arguments, but not with them
+    (begin,) = session.must_call(GREEDY, ["get_weather"], TOOLS).begins
+    assert session.tokenizer.decode(begin).endswith("<function=get_weather>")
+
+
+def test_what_functions_need_is_found_once_and_without_the_others(open_session, monkeypatch):
+    session, tools = open_session("qwen2.5"), [WEATHER | {"name": f"function_{i}"} for i in range(32)]
+    names, asked, learned = [tool["name"] for tool in tools], [], session.limits.learned
+    monkeypatch.setattr(session.limits, "learned", lambda *args: asked.append(len(args[1])) or learned(*args))
+    begins = session.must_call(GREEDY, names, tools).begins
+    assert len(begins) == 32
+    assert sorted(asked)[-2:] == [1, 32]
+    assert len(asked) <= 2 + 4 * 32
+    assert session.must_call(GREEDY, names, tools).begins == begins
+    session.must_call(GREEDY, names[:2], tools[1::-1])
+    assert sorted(asked)[-3:] == [1, 2, 32], "other functions, which change nothing"
+    first = session.must_not_call(GREEDY, tools)
+    assert session.must_not_call(Sampling(9), None).unwritten[0] is first.unwritten[0]
 
 
 # The choice of tokens
