@@ -101,7 +101,7 @@ def test_an_answer_that_must_not_call_never_does(open_session, family):
     assert session.read(*written(session, GREEDY, wishes, length=999), TOOLS).calls
     free = session.must_not_call(GREEDY, TOOLS)
     assert not session.read(*written(session, free, wishes), TOOLS).calls
-    for seed in range(20):
+    for seed in range(8):
         draw.shuffle(wishes)
         tokens, reason = written(session, replace(free, temperature=3.0, seed=seed), wishes, draw)
         growing = session.answer_stream(TOOLS)
@@ -135,6 +135,31 @@ def test_tokens_that_hold_complete_or_continue_a_text_are_told():
     assert unwritten.next_to([0, 5]) == {2, 1}, "a token without text"
     assert unwritten.next_to([0, 4]) == {2, 3}
     assert unwritten.next_to([0, 4, 4]) == {2}
+
+
+def test_only_the_end_of_an_answer_is_looked_at_for_a_text_that_it_must_not_have():
+    class Seen(list):
+        count = 0
+
+        def __getitem__(self, place):
+            self.count += 1
+            return super().__getitem__(place)
+
+    unwritten = Unwritten(seen := Seen([b"a", b"<tool", b">"]), "<tool>")
+    assert unwritten.next_to([0] * 500 + [1]) == {2}
+    assert seen.count == 2
+
+
+def test_without_a_marker_before_calls_the_joint_and_a_thought_are_not_written(open_session):
+    texts = {
+        family: [one.text for one in open_session(family).must_not_call(GREEDY, TOOLS).unwritten]
+        for family in ("ready chatglm3", "llama3.1", "qwen3")
+    }
+    assert texts == {
+        "ready chatglm3": [b"<|assistant|>", b"<think>"],
+        "llama3.1": [b"<think>"],
+        "qwen3": [b"<tool_call>"],
+    }
 
 
 def test_a_marker_is_not_written_from_parts_of_its_characters():
@@ -230,6 +255,11 @@ def test_probabilities_of_a_limited_answer_are_those_of_the_model():
     expected = torch.tensor([9.0, 5.0, 3.0]).log_softmax(-1)
     assert logprobs.chosen == pytest.approx(expected[2].item())
     assert logprobs.top == ((0, pytest.approx(expected[0].item())),)
+
+
+def test_a_limit_may_name_tokens_that_the_model_does_not_have():
+    assert chosen([9.0, 5.0, 3.0], Sampling(banned=frozenset({0, 3})))[0] == 1
+    assert chosen([9.0, 5.0, 3.0], Sampling(begins=((3,), (2,))))[0] == 2
 
 
 def test_a_choice_without_limits_copies_no_logits(monkeypatch):
