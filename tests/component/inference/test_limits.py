@@ -257,6 +257,16 @@ def test_probabilities_of_a_limited_answer_are_those_of_the_model():
     assert logprobs.top == ((0, pytest.approx(expected[0].item())),)
 
 
+def test_an_answer_without_a_call_has_one_message_and_begins_with_no_space_before_a_brace(open_session):
+    session = open_session("chatglm3")
+    assert session.must_not_call(GREEDY, TOOLS).banned == {session.reader.parting}
+    session = open_session("llama3.1")
+    refused, every = session.must_not_call(GREEDY, TOOLS).not_first, session.reader.bytes.every
+    blank, brace, letter = ({i for i, one in enumerate(every) if one.strip() == text} for text in (b"", b"{", b"a"))
+    assert blank | brace <= refused
+    assert blank and letter and not letter & refused
+
+
 def test_a_limit_may_name_tokens_that_the_model_does_not_have():
     assert chosen([9.0, 5.0, 3.0], Sampling(banned=frozenset({0, 3})))[0] == 1
     assert chosen([9.0, 5.0, 3.0], Sampling(begins=((3,), (2,))))[0] == 2
