@@ -24,8 +24,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmark.common import table
-
 COLUMNS = ("model", "streams", "prompt", "answer", "tok/s", "first p50 s", "first p99 s", "health p99 ms")
 WARM_UP = 8  # tokens of an answer
 WORDS = [chr(code) for code in range(ord("一"), ord("一") + 2000)]  # about a token each, in most vocabularies
@@ -43,6 +41,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256, help="tokens of an answer, at most [256]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
     cli = parser.parse_args()
+
+    from benchmark.common import table  # loads torch, which --help need not wait for
+
     try:
         results = asyncio.run(measure_all(cli))
     except (OSError, Refused) as error:

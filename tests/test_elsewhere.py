@@ -23,13 +23,13 @@ STARTED = [program for program in PROGRAMS if "__main__" in program.read_text(en
 SLOW = {"chat_demo", "make_tiny_model", "generate", "plain_peft", "preprocessing", "quality", "stock"}
 REFUSALS = {
     ("script/chat_demo.py",): "no folder output/chatglm3-tiny/final in {here}",
-    ("script/make_tiny_model.py", "--data", "a.jsonl"): "a.jsonl: no such file in {here}",
     ("script/convert_data_format.py", "--input", "a.jsonl", "--output", "b.jsonl"): "a.jsonl: no such file in {here}",
+}
+SLOW_REFUSALS = {
+    ("script/make_tiny_model.py", "--data", "a.jsonl"): "a.jsonl: no such file in {here}",
     ("train_qlora.py", "--train_args_file", str(ROOT / "train_args/qlora/chatglm3-tiny-sft-qlora.json")): (
         "train_file: no file 'data/dummy_data_chatglm3.jsonl' in {here}"
     ),
-}
-SLOW_REFUSALS = {
     ("script/inspect_data.py", "--data", "a.jsonl", "--model", "models/a"): "train_file: no file 'a.jsonl' in {here}",
     ("script/merge_lora.py", "--adapter", "models/a", "--output", "b"): "no folder models/a in {here}",
     (

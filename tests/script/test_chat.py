@@ -89,6 +89,7 @@ def program(*options) -> list[str]:
     return [sys.executable, str(ROOT / "script/chat.py"), *map(str, options)]
 
 
+@pytest.mark.slow
 def test_a_pipe_has_the_answers_on_standard_output_alone_and_an_exit_code(model_folder, tmp_path):
     options = ("--model", model_folder("llama"), "--max_new_tokens", 4)
     lines = f"你好\n/save {tmp_path}/x.jsonl\n/compare\n"
