@@ -212,7 +212,7 @@ def test_a_client_that_does_not_read_is_given_up(start, write, monkeypatch, stre
     wait_until(lambda: server.engine.asked)
     wait_until(lambda: not server.server.server_state.connections)
     wait_until(lambda: bool(server.engine.cancelled) == stream)
-    assert server.service.active == 0
+    wait_until(lambda: server.service.active == 0)
     connection.close()
 
 
