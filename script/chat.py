@@ -15,15 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from component.inference.options import add_model_options, check_model_options, prepare_session
+
 
 def parse_command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", metavar="FOLDER", help="such as output/x/final")
-    parser.add_argument("--model", metavar="MODEL", help="talk to this model alone, without an adapter")
-    parser.add_argument("--base", metavar="MODEL", help="folder or hub name [the folder in adapter_config.json]")
-    parser.add_argument("--base_bits", type=int, choices=(4, 16), help="bits of the base's weights [as in training]")
-    parser.add_argument("--data_format", metavar="NAME", help="how conversations become tokens [as in training]")
-    parser.add_argument("--chat_template", metavar="NAME", help="chat template instead of the adapter's or base's")
+    add_model_options(parser, "talk to")
     parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON of functions to offer, or rows with tools")
     parser.add_argument("--system", default="", metavar="TEXT", help="the system message")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token [0]")
@@ -31,10 +28,7 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="most tokens of an answer [512]")
     parser.add_argument("--seed", type=int, metavar="N", help="draw the same each time [anew]")
     cli = parser.parse_args()
-    if bool(cli.adapter) == bool(cli.model):
-        parser.error("give either --adapter or --model")
-    if cli.model and cli.base:
-        parser.error("--base needs --adapter")
+    check_model_options(parser, cli)
     return cli
 
 
@@ -53,18 +47,11 @@ def chat(cli: argparse.Namespace) -> None:
     from component.chat.conversation import Talk, read_tools
     from component.chat.terminal import talk_through
     from component.inference.sampling import Sampling
-    from component.inference.session import Session
     from component.model import bits_in_memory
 
     sampling = Sampling(cli.max_new_tokens, cli.temperature, cli.top_p, seed=cli.seed)
     tools = read_tools(cli.tools) if cli.tools else []
-    session = Session.prepare(
-        cli.model or cli.base,
-        cli.adapter,
-        base_bits=cli.base_bits,
-        data_format=cli.data_format,
-        chat_template=cli.chat_template,
-    )
+    session = prepare_session(cli)
     talk = Talk(session, sampling)
     talk.instruct(cli.system)
     talk.offer(tools)

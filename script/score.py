@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from component.inference.options import add_model_options, check_model_options, positive, prepare_session
+
 VARIANTS = ("trained", "merged", "full", "requantised")
 
 
@@ -26,22 +28,10 @@ def list_of_variants(text: str) -> list[str]:
     return names
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
 def parse_command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", metavar="FOLDER", help="such as output/x/final")
-    parser.add_argument("--model", metavar="MODEL", help="score this model alone, without an adapter")
+    add_model_options(parser, "score")
     parser.add_argument("--data", required=True, metavar="FILE", help="a file, folder or glob of rows with the answers")
-    parser.add_argument("--base", metavar="MODEL", help="folder or hub name [the folder in adapter_config.json]")
-    parser.add_argument("--base_bits", type=int, choices=(4, 16), help="bits of the base's weights [as in training]")
-    parser.add_argument("--data_format", metavar="NAME", help="how conversations become tokens [as in training]")
-    parser.add_argument("--chat_template", metavar="NAME", help="chat template instead of the adapter's or base's")
     parser.add_argument("--variants", type=list_of_variants, default=["trained"], metavar="NAMES", help=(
         "comma-separated columns beside the base: trained (as it was trained), merged (into the values of training), "
         "full (merged into the full-precision base), requantised (both merges rounded again to 8 and 4 bits) [trained]"
@@ -56,10 +46,9 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and every question")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of every wrong answer")
     cli = parser.parse_args()
-    if bool(cli.adapter) == bool(cli.model):
-        parser.error("give either --adapter or --model")
-    if cli.model and (cli.base or cli.variants != ["trained"]):
-        parser.error("--base and --variants need --adapter")
+    check_model_options(parser, cli)
+    if cli.model and cli.variants != ["trained"]:
+        parser.error("--variants needs --adapter")
     if cli.json and cli.html and cli.json.resolve() == cli.html.resolve():
         parser.error("--json and --html name the same file")
     return cli
@@ -79,7 +68,6 @@ def score(cli: argparse.Namespace) -> None:
     from loguru import logger
 
     from component.data.reader import find_files
-    from component.inference.session import Session
     from component.model import bits_in_memory
     from component.score.figures import Note
     from component.score.measure import KEEP, check_variants, find_trained, prepare_task, read_kept, score_models
@@ -92,13 +80,7 @@ def score(cli: argparse.Namespace) -> None:
     rows = read_scored_rows(cli.data, limit=cli.limit)
     kept = read_kept(Path(cli.keep) if cli.keep else KEEP, by_language=not cli.keep)
     train_rows = read_scored_rows(cli.train_file) if cli.train_file else None
-    session = Session.prepare(
-        cli.model or cli.base,
-        cli.adapter,
-        base_bits=cli.base_bits,
-        data_format=cli.data_format,
-        chat_template=cli.chat_template,
-    )
+    session = prepare_session(cli)
     check_variants(session, cli.variants)
     task = prepare_task(session, rows, kept, cli.max_new_tokens)
     trained, notes = find_trained(session.adapter, cli.data, rows, train_rows)

@@ -13,22 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+from component.inference.options import add_model_options, check_model_options, positive, prepare_session
 
 
 def parse_command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", metavar="FOLDER", help="such as output/x/final")
-    parser.add_argument("--model", metavar="MODEL", help="serve this model alone, without an adapter")
-    parser.add_argument("--base", metavar="MODEL", help="folder or hub name [the folder in adapter_config.json]")
-    parser.add_argument("--base_bits", type=int, choices=(4, 16), help="bits of the base's weights [as in training]")
-    parser.add_argument("--data_format", metavar="NAME", help="how conversations become tokens [as in training]")
-    parser.add_argument("--chat_template", metavar="NAME", help="chat template instead of the adapter's or base's")
+    add_model_options(parser, "serve")
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen at [127.0.0.1]")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen at; 0 for any [8000]")
     parser.add_argument("--api_key_file", metavar="FILE", help="the key that requests must bring")
@@ -37,10 +27,7 @@ def parse_command_line() -> argparse.Namespace:
         "--max_tokens", type=positive, metavar="N", help="of a conversation with its answer [what the model can]"
     )
     cli = parser.parse_args()
-    if bool(cli.adapter) == bool(cli.model):
-        parser.error("give either --adapter or --model")
-    if cli.model and cli.base:
-        parser.error("--base needs --adapter")
+    check_model_options(parser, cli)
     return cli
 
 
@@ -58,7 +45,6 @@ def run(cli: argparse.Namespace) -> None:
 
     from loguru import logger
 
-    from component.inference.session import Session
     from component.model import bits_in_memory
     from component.serve.app import Service
     from component.serve.guard import Guard
@@ -67,13 +53,7 @@ def run(cli: argparse.Namespace) -> None:
 
     key = find_key(cli.api_key_file, cli.host)
     listening = bind(cli.host, cli.port)
-    session = Session.prepare(
-        cli.model or cli.base,
-        cli.adapter,
-        base_bits=cli.base_bits,
-        data_format=cli.data_format,
-        chat_template=cli.chat_template,
-    )
+    session = prepare_session(cli)
     models = model_ids(session.base, cli.adapter)
     marks = fingerprints(session, models)
     logger.info(

@@ -329,7 +329,7 @@ def test_a_merge_that_is_refused_is_told_before_weights_are_loaded(trained, refu
     [
         ((), "give either --adapter or --model"),
         (("--adapter", "a", "--model", "b"), "give either --adapter or --model"),
-        (("--model", "b", "--variants", "full"), "--base and --variants need --adapter"),
+        (("--model", "b", "--variants", "full"), "--variants needs --adapter"),
         (("--adapter", "a", "--variants", "fool"), "'fool' is none of trained, merged, full, requantised"),
         (("--adapter", "a", "--limit", "0"), "0 is not positive"),
         (("--adapter", "a", "--json", "b", "--html", "./b"), "--json and --html name the same file"),
