@@ -143,6 +143,7 @@ def test_a_published_folder_works_or_is_refused_with_advice(layout, command, com
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_hubs_bin_shards_train_and_merge_in_processes_of_their_own(published, tmp_path):
     """From the hub's cache, offline; and nothing registers ChatGLM but the program that needs it."""
     cache, commit = tmp_path / "hub/models--THUDM--chatglm2-6b", "a" * 40

@@ -51,9 +51,9 @@ def poison(trainer: LoRATrainer) -> None:
     ("n", "owner", "name"),
     [
         (5, PackedForward, "__call__"),
-        (30, LoRATrainer, "summed_loss"),
+        pytest.param(30, LoRATrainer, "summed_loss", marks=pytest.mark.slow),
         (1, Checkpoints, "write"),
-        (7, LoRATrainer, "forward_and_backward"),
+        pytest.param(7, LoRATrainer, "forward_and_backward", marks=pytest.mark.slow),
         (1, LoRATrainer, "save_final"),
         (4, RunFolder, "begin"),
     ],
@@ -327,8 +327,14 @@ def test_each_signal_has_its_exit_code_and_a_checkpoint_of_the_very_step(stopped
         {"train_sampling_strategy": "group_by_length"},
         pytest.param({"packing": False}, marks=pytest.mark.slow),
         {"dataloader_num_workers": 2},
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 3},
-        {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "logging_strategy": "epoch"},
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 3},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "logging_strategy": "epoch"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"max_steps": -1, "num_train_epochs": 3, "logging_strategy": "epoch"}, marks=pytest.mark.slow),
         {"streaming": True},
     ],

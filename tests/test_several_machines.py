@@ -205,6 +205,7 @@ def test_two_machines_end_with_the_adapter_of_one_with_two_processes(start, alon
 
 
 @needs_root
+@pytest.mark.slow
 def test_an_output_folder_that_is_not_shared_is_told_on_both_machines(start, tmp_path):
     machines = start(1), start(2, sees={tmp_path / "output": tmp_path / "empty"})
     folder = tmp_path / "output/run"
@@ -214,6 +215,7 @@ def test_an_output_folder_that_is_not_shared_is_told_on_both_machines(start, tmp
     assert not list((tmp_path / "empty").iterdir())
 
 
+@pytest.mark.slow
 def test_a_machine_that_dies_ends_the_other_and_both_go_on_as_if_nothing_had_been(start, alone, tmp_path):
     first, second = start(1), start(2)
     first.wait_for("step 8/24")

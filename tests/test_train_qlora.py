@@ -123,6 +123,7 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(job, tmp_path, b
     assert done.stderr.count("an update is 4 samples: 2 processes x 2 x 1 (per_device_train_batch_size x") == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_begin_from_an_adapter_as_one_process_does(job, tmp_path):
     first = job("first", learning_rate=0.05)
     settings = {"adapter_name_or_path": str(first / "final"), "optim": "sgd"}
@@ -282,6 +283,7 @@ def test_rows_too_few_for_a_batch_end_before_the_model_loads(job, capsys, monkey
         assert fault in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_two_ranks_is_shown_once(job, tmp_path):
     job(dry_run=True, gradient_accumulation_steps=3)
     shown = run_on_two_ranks(tmp_path, json.loads((tmp_path / "run.json").read_text()), "train_qlora.py", "--dry_run")

@@ -13,7 +13,7 @@ from benchmark.cases import CASES, FORWARD, ROTATING, SAVING, STAGES, UPDATE, Ca
 
 ROOT = Path(__file__).parents[2]
 # What the others try is in tests/test_recovery.py and tests/component/serve, too.
-SHORT, OTHERS = [1, 2, 13, 30], [10, 11, 16, 17, 36, 41, 42, 43, 44]
+SHORT, OTHERS = [2, 13], [1, 30, 10, 11, 16, 17, 36, 41, 42, 43, 44]
 VERIFIES_ALL = """if True:
     import json
     import component.run.resume as resume
@@ -46,6 +46,7 @@ def test_a_few_tries_of_each_case_are_as_expected(tmp_path, cases):
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_product_that_takes_damaged_checkpoints_fails():
     done = run("--cases", "2", "--share", "0.1", program=("-c", VERIFIES_ALL))
     assert done.returncode == 1

@@ -191,6 +191,7 @@ def test_each_published_model_has_its_settings_and_its_steps(verification, layou
             check.check_call()
 
 
+@pytest.mark.slow
 def test_a_chatglm2_trains_and_chats_in_its_own_format(verification, monkeypatch):
     """Its data has no function, so there is one lesson."""
     monkeypatch.setattr(facts, "LARGEST_LOSS", 7.0)  # random weights with a vocabulary of some 400 are below

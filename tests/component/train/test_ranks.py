@@ -171,6 +171,7 @@ def test_two_processes_that_were_stopped_draw_the_dropouts_of_a_whole_run(job, t
     assert largest_difference(tmp_path / "whole", tmp_path / "stopped") == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_another_number_of_processes_does_what_was_due(job, tmp_path):
     """From the last step of an epoch, whose loss is not logged yet and whose evaluation is still to come."""
     settings = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "epoch", "logging_steps": 2, "max_steps": 6}
