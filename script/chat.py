@@ -42,12 +42,9 @@ def main() -> None:
 
 
 def chat(cli: argparse.Namespace) -> None:
-    from loguru import logger
-
     from component.chat.conversation import Talk, read_tools
     from component.chat.terminal import talk_through
     from component.inference.sampling import Sampling
-    from component.model import bits_in_memory
 
     sampling = Sampling(cli.max_new_tokens, cli.temperature, cli.top_p, seed=cli.seed)
     tools = read_tools(cli.tools) if cli.tools else []
@@ -55,8 +52,6 @@ def chat(cli: argparse.Namespace) -> None:
     talk = Talk(session, sampling)
     talk.instruct(cli.system)
     talk.offer(tools)
-    bits = bits_in_memory(session.base_bits, session.dtype)
-    logger.info(f"loading {session.base} in {bits} bits on {session.device}")
     session.load().open_engine(max_batch=2)  # the conversation of the tuned model, and the base's
     talk_through(talk)
 

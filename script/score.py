@@ -65,10 +65,7 @@ def main() -> None:
 
 
 def score(cli: argparse.Namespace) -> None:
-    from loguru import logger
-
     from component.data.reader import find_files
-    from component.model import bits_in_memory
     from component.score.figures import Note
     from component.score.measure import KEEP, check_variants, find_trained, prepare_task, read_kept, score_models
     from component.score.questions import read_scored_rows
@@ -86,8 +83,6 @@ def score(cli: argparse.Namespace) -> None:
     trained, notes = find_trained(session.adapter, cli.data, rows, train_rows)
     if cli.train_file and trained is None:
         notes.append(Note(UNUSED))
-    bits = bits_in_memory(session.base_bits, session.dtype)
-    logger.info(f"loading {session.base} in {bits} bits on {session.device}")
     result = score_models(session.load(), task, cli.data, cli.variants, cli.batch, trained, notes)
     print(table(result))
     cli.if_stopped = "stopped; --json and --html are whole or absent"

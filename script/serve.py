@@ -43,9 +43,6 @@ def main() -> None:
 def run(cli: argparse.Namespace) -> None:
     from functools import partial
 
-    from loguru import logger
-
-    from component.model import bits_in_memory
     from component.serve.app import Service
     from component.serve.guard import Guard
     from component.serve.names import fingerprints, model_ids
@@ -56,9 +53,6 @@ def run(cli: argparse.Namespace) -> None:
     session = prepare_session(cli)
     models = model_ids(session.base, cli.adapter)
     marks = fingerprints(session, models)
-    logger.info(
-        f"loading {session.base} in {bits_in_memory(session.base_bits, session.dtype)} bits on {session.device}"
-    )
     make_engine = partial(session.load().open_engine, cli.max_batch, cli.max_tokens)
     service = Service(session, models, marks, WAITING + cli.max_batch)
     hello = partial(print, greeting(models, cli.host, listening, bool(key)), flush=True)

@@ -19,6 +19,7 @@ from ..data.prepare import check_tokenizer, require_rows
 from ..model import (
     BITS,
     adopt_conversation,
+    bits_in_memory,
     check_fits,
     check_same_base,
     load_adapter,
@@ -134,6 +135,8 @@ class Session:
 
     def load(self) -> "Session":
         """Load the weights of the model, and those of its adapter. Returns this session."""
+        bits = bits_in_memory(self.base_bits, self.dtype)
+        logger.info(f"loading {self.base} in {bits} bits on {self.device}")
         model = load_base(self.base, self.base_bits, self.dtype, self.device)
         self.model = (load_adapter(model, self.adapter) if self.adapter else model).eval()
         return self

@@ -87,11 +87,8 @@ class Guard:
         finally:
             if scope["path"] != "/health":
                 seconds = f"{time.monotonic() - began:.2f} s"
-                logger.info(
-                    " ".join(
-                        [scope["method"], harmless(scope["path"][:80], kept=""), str(status or "-"), *notes, seconds]
-                    )
-                )
+                path = harmless(scope["path"][:80], kept="")  # a newline in it would begin a line of the log
+                logger.info(" ".join([scope["method"], path, str(status or "-"), *notes, seconds]))
 
     async def pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)

@@ -220,3 +220,4 @@ def test_a_disk_that_is_full_ends_no_talk(monkeypatch, tmp_path):
     history = open_history(is_kept)
     history.filename = tmp_path  # which cannot be written to
     history.append_string("x")
+    assert history.get_strings() == ["x"]
