@@ -10,7 +10,6 @@ docs/quality.md compares the two.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,21 +34,22 @@ def main() -> None:
     from component.run.process import run_program
 
     run_program(
-        lambda watch: merge_or_tell(cli),
+        lambda watch: merge(cli),
         lambda: f"stopped; {cli.output} {'is there' if cli.output.exists() else 'was not made'}",
     )
 
 
-def merge_or_tell(cli: argparse.Namespace) -> None:
-    """Merge, and raise StorageError for what cannot be read or written."""
-    from safetensors import SafetensorError
+def merge(cli: argparse.Namespace) -> None:
+    from component.export.merge import describe_rounding, save_merged
+    from component.export.output import check_room, make_output
+    from component.model import sketch_base
 
-    from component.run.errors import StorageError
-
-    try:
-        merge(cli, check_merge(cli))
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{cli.output}: could not be written ({error}); nothing was left there") from error
+    plan = check_merge(cli)
+    check_room(cli.output, sketch_base(plan.base, plan.dtype).num_parameters() * plan.dtype.itemsize)
+    roundings = []
+    make_output(cli.output, lambda folder: roundings.append(save_merged(plan, folder, cli.max_shard_size)))
+    for rounding in roundings:  # none if another process has made the folder meanwhile
+        print(describe_rounding(plan, rounding))
     print(f"merged model: {cli.output}")
 
 
@@ -58,47 +58,15 @@ def check_merge(cli: argparse.Namespace) -> "MergePlan":
     from loguru import logger
 
     from component.export.merge import plan_merge
+    from component.export.output import check_output
     from component.run.errors import ArgumentError
 
-    if cli.output.exists() or cli.output.is_symlink():
-        raise ArgumentError(f"--output {cli.output}: exists; choose another name, or remove it")
-    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", cli.max_shard_size):
-        raise ArgumentError(f"--max_shard_size {cli.max_shard_size!r}: expected a size such as 500MB or 5GB")
+    check_output(cli.output, cli.max_shard_size)
     if cli.from_4bit and cli.into == "full":
         raise ArgumentError("--from_4bit is an older name of --into trained, and --into is full; give one of them")
     if cli.from_4bit:
         logger.info("--from_4bit is called --into trained now")
     return plan_merge(cli.adapter, cli.base, "trained" if cli.from_4bit else cli.into, cli.dtype)
-
-
-def check_room(output: Path, size: int) -> None:
-    """Raise StorageError unless a folder of `size` bytes can be made."""
-    import os
-    import shutil
-
-    from component.run.errors import StorageError
-    from component.run.folder import show_size
-
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise StorageError(f"--output {output}: nothing can be written in {above}; choose another folder")
-    if (free := shutil.disk_usage(above).free) < size:
-        raise StorageError(
-            f"--output {output}: the merged weights need {show_size(size)}, and {show_size(free)} are free in {above}; "
-            "make room, or choose another folder"
-        )
-
-
-def merge(cli: argparse.Namespace, plan: "MergePlan") -> None:
-    from component.export.merge import describe_rounding, save_merged
-    from component.model import sketch_base
-    from component.run.files import make_once
-
-    check_room(cli.output, sketch_base(plan.base, plan.dtype).num_parameters() * plan.dtype.itemsize)
-    roundings = []
-    make_once(cli.output, lambda folder: roundings.append(save_merged(plan, folder, cli.max_shard_size)))
-    for rounding in roundings:  # none if another process has made the folder meanwhile
-        print(describe_rounding(plan, rounding))
 
 
 if __name__ == "__main__":

@@ -441,7 +441,7 @@ def test_a_merge_looks_at_its_output_before_it_loads(chatglm_merge, tmp_path, ca
     free = shutil.disk_usage(tmp_path)._replace(free=100_000)
     for folder, message in (
         (tmp_path / "file/merged", f"nothing can be written in {tmp_path}/file"),
-        (tmp_path / "new/merged", "the merged weights need 0."),
+        (tmp_path / "new/merged", "what is written needs 0."),
     ):
         with pytest.raises(SystemExit) as stop:
             merge(*options[:2], "--output", folder, "--dtype", "float32")
