@@ -336,7 +336,7 @@ def test_each_signal_has_its_exit_code_and_a_checkpoint_of_the_very_step(stopped
             marks=pytest.mark.slow,
         ),
         pytest.param({"max_steps": -1, "num_train_epochs": 3, "logging_strategy": "epoch"}, marks=pytest.mark.slow),
-        {"streaming": True},
+        pytest.param({"streaming": True}, marks=pytest.mark.slow),
     ],
     ids=[
         "length grouping",

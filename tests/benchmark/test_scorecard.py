@@ -13,7 +13,7 @@ from benchmark.cases import CASES, FORWARD, ROTATING, SAVING, STAGES, UPDATE, Ca
 
 ROOT = Path(__file__).parents[2]
 # What the others try is in tests/test_recovery.py and tests/component/serve, too.
-SHORT, OTHERS = [2, 13], [1, 30, 10, 11, 16, 17, 36, 41, 42, 43, 44]
+SHORT, OTHERS = [13], [1, 2, 30, 10, 11, 16, 17, 36, 41, 42, 43, 44]
 VERIFIES_ALL = """if True:
     import json
     import component.run.resume as resume
