@@ -13,7 +13,7 @@ ROOMS = {  # room: the rooms that it imports
     "score": {"data", "export", "inference", "kernel", "model", "run", "train", "trust"},
     "serve": {"data", "inference", "run", "trust"},
     "chat": {"data", "inference", "run"},
-    "export": {"model", "pickles", "run", "trust"},
+    "export": {"chatglm", "model", "pickles", "run", "trust"},
     "verify": {"chatglm", "data", "model", "run", "settings", "train", "trust"},
     "inference": {"chat_templates", "chatglm", "data", "kernel", "model", "run", "trust"},
     "train": {"data", "kernel", "run", "settings", "trust"},
