@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from loguru import logger
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -382,9 +382,9 @@ def check_same_base(folder: Path, its_base: str | None, name_or_path: str, base:
 
 
 def warn_of_format(folder: Path, prompts: dict[str, str], run: dict) -> None:
-    """Warn if an adapter's own run wrote its prompts otherwise."""
+    """Warn if an adapter's own run wrote its prompts otherwise, as far as it records how."""
     theirs = run.get("format")
-    if not isinstance(theirs, dict) or theirs == prompts:
+    if not isinstance(theirs, dict) or theirs == {key: prompts.get(key) for key in theirs}:
         return
     differs = f"data_format {theirs.get('name')!r}, and this run has {prompts['name']!r}"
     if theirs.get("name") == prompts["name"]:
@@ -396,12 +396,17 @@ def warn_of_format(folder: Path, prompts: dict[str, str], run: dict) -> None:
 
 
 def begin_from_adapter(model: PeftModel, name_or_path: str) -> None:
-    """Give a new adapter the weights of a trained one, which `check_beginning` has found to fit.
+    """Give a new adapter the weights of a trained one, which `check_beginning` has found to fit. Raises ArgumentError
+    as `read_finite_adapter` does."""
+    set_peft_model_state_dict(model, read_finite_adapter(find_adapter(name_or_path)))
+
+
+def read_finite_adapter(folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors by name.
 
     Raises:
-        ArgumentError: a weight is not finite, or of a type that adapters are not trained in.
+        ArgumentError: one of them is not finite, or of a type that adapters are not trained in.
     """
-    folder = find_adapter(name_or_path)
     weights = read_adapter(folder)
     for name, weight in weights.items():
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -410,7 +415,7 @@ def begin_from_adapter(model: PeftModel, name_or_path: str) -> None:
             )
     if bad := [name for name, weight in weights.items() if not weight.float().isfinite().all()]:
         raise ArgumentError(f"{folder}: {bad[0]} and {len(bad) - 1} others are not finite; take an earlier checkpoint")
-    set_peft_model_state_dict(model, weights)
+    return weights
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -440,14 +445,23 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
 
 def check_fits(folder: Path, name_or_path: str) -> None:
-    """Raise ArgumentError unless each of an adapter's tensors has a layer of its shape in a base. No weight is read."""
-    layers = dict(sketch_base(name_or_path).named_modules())
-    for name, shape in read_adapter_shapes(folder).items():
-        place, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-        weight = getattr(layers.get(place), "weight", None)
-        axis = {"A.weight": 1, "B.weight": 0}.get(part)  # the other one is the rank
-        if weight is None or (axis is not None and (len(shape) != 2 or shape[axis] != weight.shape[axis])):
+    """Raise ArgumentError unless an adapter's tensors are those that its settings ask for beside a base, each of its
+    shape. No weight is read."""
+    wanted, config = {}, LoraConfig.from_pretrained(folder)
+    config.base_model_name_or_path = None  # else peft warns of another name
+    with torch.device("meta"), suppress(ValueError):  # peft raises it where the base has none of the layers
+        adapted = get_peft_model(sketch_base(name_or_path), config)
+        sketch = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        wanted = {name: list(weight.shape) for name, weight in sketch.items()}
+    shapes = read_adapter_shapes(folder)
+    for name, shape in shapes.items():
+        if wanted.get(name) != shape:
             raise ArgumentError(f"{folder}: {name} of shape {shape} has no place in {name_or_path!r}; give its base")
+    if missing := wanted.keys() - shapes.keys():
+        raise ArgumentError(
+            f"{folder}: {min(missing)} is missing, and target_modules in adapter_config.json asks for it; fetch or "
+            "train the adapter again"
+        )
 
 
 def adopt_conversation(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

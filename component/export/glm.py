@@ -5,20 +5,22 @@ ChatGLM after it.
 """
 
 import json
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..chatglm import ChatGLMConfig
 from ..run.errors import ArgumentError
 from ..trust import find_model_file, read_model_json
-from .merge import name_of
+from .merge import FILE_DTYPES, name_of
 from .weights import ChatGLMWeights
 
 INDEX = "model.safetensors.index.json"
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 LAYOUT = {  # values of config.json that no published ChatGLM2/3 lacks
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -84,11 +86,11 @@ def special_tokens(config: ChatGLMConfig, stops: list[int]) -> dict:
 
 
 def write_glm(weights: ChatGLMWeights, folder: Path, stops: list[int], max_shard_size: str = "2GB") -> None:
-    """Write weights and configuration as a folder of `GlmForCausalLM` into an empty folder, one file at a time.
+    """Write weights and configuration as a folder of `GlmForCausalLM` into an empty folder, one weight at a time.
 
     Args:
         stops: ids at which generation ends.
-        max_shard_size: of one file of weights, at most, such as "2GB". So much host memory is needed, too.
+        max_shard_size: of one file of weights, at most, such as "2GB".
 
     Raises:
         ArgumentError: the layout is none of GLM's, or a weight is refused (ChatGLMWeights.read).
@@ -99,24 +101,51 @@ def write_glm(weights: ChatGLMWeights, folder: Path, stops: list[int], max_shard
     write_json(folder / "config.json", glm_config(config, stops) | {"dtype": dtype, "torch_dtype": dtype})
     write_json(folder / "generation_config.json", generation_config(weights.base) | special_tokens(config, stops))
 
-    shapes: dict[str, Tensor] = {}
-    sources: dict[str, str] = {}
+    sketch: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}  # the official names of GLM's weights
     for name, shape in weights.shapes.items():
         parts = to_glm(name, torch.empty(shape, dtype=weights.dtype, device="meta"), config)
-        shapes |= parts
+        sketch |= parts
         sources |= dict.fromkeys(parts, name)
     plan = split_torch_state_dict_into_shards(
-        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        sketch, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     for file, names in plan.filename_to_tensors.items():
-        shard: dict[str, Tensor] = {}
-        for source in dict.fromkeys(sources[name] for name in names):
-            parts = to_glm(source, weights.read(source), config)
-            shard |= {name: part.contiguous() for name, part in parts.items() if name in names}
-        save_file(shard, folder / file, {"format": "pt"})
-        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read it
+        write_shard(folder / file, {name: sketch[name] for name in names}, read_parts(weights, names, sources))
     if plan.is_sharded:
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def read_parts(weights: ChatGLMWeights, names: list[str], sources: dict[str, str]) -> Iterator[Tensor]:
+    """Read the weights of some of GLM's names, in their order."""
+    for source, group in groupby(names, sources.get):
+        parts = to_glm(source, weights.read(source), weights.config)
+        yield from (parts[name] for name in group)
+
+
+def write_shard(file: Path, sketch: dict[str, Tensor], tensors: Iterable[Tensor]) -> None:
+    """Write a safetensors file (https://github.com/huggingface/safetensors#format) whose tensors are never in memory
+    together, as safetensors' own writer needs them.
+
+    Args:
+        sketch: tensors on the meta device, by name.
+        tensors: the same with their values, in this order.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sketch.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[name_of(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # so that the values are aligned
+    with open(file, "wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for tensor in tensors:
+            out.write(tensor.contiguous().view(torch.uint8).numpy())
 
 
 def to_glm(name: str, tensor: Tensor, config: ChatGLMConfig) -> dict[str, Tensor]:

@@ -234,25 +234,26 @@ def merge(plan: MergePlan, device: torch.device | str = "cpu") -> tuple[PreTrain
     updates = {}
     for name, layer in adapted.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            try:
-                updates[name.removeprefix("base_model.model.")] = add_update(layer, plan.dtype)
-            except ValueError as error:
-                raise ArgumentError(f"--adapter {plan.adapter}: {error}") from error
+            updates[name.removeprefix("base_model.model.")] = add_update(layer, plan)
     model = adapted.unload()
     convert(model, plan.values_dtype, plan.dtype)
     return model, Rounding({name: (rounded[name], update) for name, update in updates.items() if name in rounded})
 
 
 def round_base(model: PreTrainedModel, plan: MergePlan) -> dict[str, float]:
-    """Frobenius norms of what rounding to 4 bits changes, by layer. For a merge into the values of training, the layers
-    are rounded."""
+    """Round the layers as `round_weight` does, and return the norms by layer."""
     norms = {}
     for name, layer in quantised_layers(model).items():
-        rounded = round_to_nf4(layer.weight.to(plan.compute_dtype))
-        norms[name] = torch.linalg.vector_norm(layer.weight.float() - rounded.float()).item()
-        if plan.into == "trained":
-            layer.weight.data = rounded
+        layer.weight.data, norms[name] = round_weight(layer.weight.data, plan)
     return norms
+
+
+def round_weight(weight: Tensor, plan: MergePlan) -> tuple[Tensor, float]:
+    """The matrix of the base that an adapter is merged into, rounded for a merge into the values of training, and the
+    Frobenius norm of what rounding to 4 bits changes."""
+    rounded = round_to_nf4(weight.to(plan.compute_dtype))
+    norm = torch.linalg.vector_norm(weight - rounded.float()).item()
+    return (rounded if plan.into == "trained" else weight), norm
 
 
 def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -261,13 +262,17 @@ def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in find_linear_layers(model).items() if type(layer) is nn.Linear}
 
 
-def add_update(layer: BaseTunerLayer, dtype: torch.dtype) -> float:
-    """Merge the adapter of one layer in float32, round the sum to `dtype`, and return the norm of the update."""
+def add_update(layer: BaseTunerLayer, plan: MergePlan) -> float:
+    """Merge the adapter of one layer in float32, round the sum to the result's dtype, and return the norm of the
+    update. Raises ArgumentError where the sum is not finite."""
     weight = layer.get_base_layer().weight
     weight.data = before = weight.data.float()
-    layer.merge(safe_merge=True)
+    try:
+        layer.merge(safe_merge=True)
+    except ValueError as error:
+        raise ArgumentError(f"--adapter {plan.adapter}: {error}") from error
     update = torch.linalg.vector_norm(weight - before).item()
-    weight.data = weight.to(dtype)
+    weight.data = weight.to(plan.dtype)
     return update
 
 
@@ -277,11 +282,20 @@ def convert(model: PreTrainedModel, before: torch.dtype, dtype: torch.dtype) -> 
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.dtype == before:
             tensor.data = tensor.to(dtype)
-        if tensor.dtype == dtype and not tensor.isfinite().all():
-            raise ArgumentError(
-                f"--dtype {name_of(dtype)}: {name} has a value that is not finite in it (the largest is "
-                f"{torch.finfo(dtype).max:,.0f}); give --dtype bfloat16"
-            )
+        if tensor.dtype == dtype:
+            require_finite(name, tensor)
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raise ArgumentError for a weight of the result that is not finite."""
+    if weight.isfinite().all():
+        return
+    if weight.dtype == torch.float16:
+        raise ArgumentError(
+            f"--dtype float16: {name} has a value that is not finite in it (the largest is "
+            f"{torch.finfo(weight.dtype).max:,.0f}); give --dtype bfloat16"
+        )
+    raise ArgumentError(f"{name}: the base has a value there that is not finite; fetch it again")
 
 
 def round_to_nf4(weight: Tensor) -> Tensor:

@@ -1,19 +1,21 @@
 """The weights of a ChatGLM2/3 model one at a time, with an adapter merged into them: host memory for one is enough."""
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..chatglm import ChatGLMConfig
-from ..model import check_fits, from_pretrained, sketch_base
+from ..model import check_fits, from_pretrained, read_finite_adapter, sketch_base
 from ..pickles import open_pickle
 from ..run.errors import ArgumentError
-from ..trust import check_adapter, find_weights, read_adapter, read_shapes
-from .merge import MergePlan, Rounding, add_update, name_of, quantised_layers, round_to_nf4
+from ..trust import check_adapter, find_weights, read_shapes
+from .merge import MergePlan, Rounding, add_update, quantised_layers, require_finite, round_weight
 
 
 class ChatGLMWeights:
@@ -35,7 +37,7 @@ class ChatGLMWeights:
         Raises:
             ArgumentError: the base is no ChatGLM, lacks weights or is saved quantised, or the adapter does not fit it.
         """
-        self.base, self.dtype, self.plan = base, dtype, plan
+        self.base, self.dtype, self.plan = base, dtype, plan and replace(plan, dtype=dtype)
         self.config = from_pretrained(AutoConfig, base)
         if not isinstance(self.config, ChatGLMConfig):
             raise ArgumentError(f"{base}: its model_type is {self.config.model_type!r}, and not ChatGLM2's or 3's")
@@ -43,18 +45,18 @@ class ChatGLMWeights:
             raise ArgumentError(
                 f"{base}: it is saved quantised; merge it first (script/merge_lora.py), or give the full checkpoint"
             )
-        sketch = sketch_base(base)
-        self.shapes = {name: tuple(weight.shape) for name, weight in sketch.state_dict().items()}
-        self.quantised = quantised_layers(sketch).keys()
+        self.sketch = sketch_base(base)
+        self.shapes = {name: tuple(weight.shape) for name, weight in self.sketch.state_dict().items()}
+        self.quantised = quantised_layers(self.sketch).keys()
         self.files = self.find_files()
-        self.adapter: dict[str, Tensor] = {}
+        self.adapter: dict[str, dict[str, Tensor]] = {}  # of each layer, its parts, such as lora_A.weight
         if plan:
-            check_fits(plan.adapter, base)
             settings = check_adapter(plan.adapter)
+            check_fits(plan.adapter, base)
             self.lora = {key: settings[key] for key in ("r", "lora_alpha", "use_rslora", "use_dora")}
-            self.adapter = {
-                name.removeprefix("base_model.model."): part for name, part in read_adapter(plan.adapter).items()
-            }
+            for name, value in read_finite_adapter(plan.adapter).items():
+                layer, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+                self.adapter.setdefault(layer, {})[f"lora_{part}"] = value
         self.norms: dict[str, tuple[float, float]] = {}
 
     def find_files(self) -> dict[str, Path]:
@@ -79,11 +81,7 @@ class ChatGLMWeights:
         if self.plan:
             weight = self.merge(name, weight.to(self.plan.values_dtype))
         weight = weight.to(self.dtype)
-        if not weight.isfinite().all():
-            raise ArgumentError(
-                f"--dtype {name_of(self.dtype)}: {name} has a value that is not finite in it (the largest is "
-                f"{torch.finfo(self.dtype).max:,.0f}); give --dtype bfloat16"
-            )
+        require_finite(name, weight)
         return weight
 
     def read_from_file(self, name: str) -> Tensor:
@@ -96,30 +94,28 @@ class ChatGLMWeights:
     def merge(self, name: str, weight: Tensor) -> Tensor:
         """A weight with the adapter's update, as component.export.merge.merge computes it."""
         layer, _, part = name.rpartition(".")
-        rounding = None
-        if part == "weight" and layer in self.quantised and self.plan.rounds:
-            rounded = round_to_nf4(weight.to(self.plan.compute_dtype))
-            rounding = torch.linalg.vector_norm(weight.float() - rounded.float()).item()
-            weight = rounded if self.plan.into == "trained" else weight
-        parts = {
-            key[len(layer) + 1 :]: value for key, value in self.adapter.items() if key.startswith(f"{layer}.lora_")
-        }
-        if part != "weight" or not parts:
+        if part != "weight":
             return weight
-        adapted = self.adapted_layer(weight, parts)
-        update = add_update(adapted, self.dtype)
+        rounding = None
+        if layer in self.quantised and self.plan.rounds:
+            weight, rounding = round_weight(weight, self.plan)
+        if layer not in self.adapter:
+            return weight
+        adapted = self.adapted_layer(layer, weight)
+        update = add_update(adapted, self.plan)
         if rounding is not None:
             self.norms[layer] = rounding, update
         return adapted.get_base_layer().weight.data
 
-    def adapted_layer(self, weight: Tensor, parts: dict[str, Tensor]) -> nn.Module:
-        """peft's layer of a weight and of an adapter's parts, such as `lora_A.weight`."""
+    def adapted_layer(self, layer: str, weight: Tensor) -> nn.Module:
+        """peft's layer over a weight, with the adapter's parts in float32."""
         holder = nn.Module()
-        holder.layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+        holder.layer = deepcopy(self.sketch.get_submodule(layer))
         holder.layer.weight = nn.Parameter(weight, requires_grad=False)
         inject_adapter_in_model(LoraConfig(**self.lora, target_modules=["layer"]), holder)
-        for key, value in parts.items():
-            holder.layer.get_parameter(key.replace(".weight", ".default.weight")).data = value.float()
+        holder.float()
+        parts = {f"layer.{part}": value for part, value in self.adapter[layer].items()}
+        set_peft_model_state_dict(holder, parts)
         return holder.layer
 
     @property

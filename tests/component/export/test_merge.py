@@ -122,14 +122,14 @@ def test_one_layer_at_a_time_is_in_float32(model_folder, adapter_folder, monkeyp
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     wide = []
 
-    def watched(layer, dtype):
+    def watched(layer, plan):
         def count(*_):
             wide.append(sum(one.weight.dtype == torch.float32 for one in linear))
 
         linear = [one for name, one in models[0].named_modules() if isinstance(one, nn.Linear) and "lora" not in name]
         original = layer.merge
         monkeypatch.setattr(layer, "merge", lambda **options: (count(), original(**options)))
-        return add_update(layer, dtype)
+        return add_update(layer, plan)
 
     models = []
     monkeypatch.setattr(merge, "add_update", watched)
