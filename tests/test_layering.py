@@ -14,6 +14,7 @@ ROOMS = {  # room: the rooms that it imports
     "serve": {"data", "inference", "run", "trust"},
     "chat": {"data", "inference", "run"},
     "export": {"chatglm", "model", "pickles", "run", "trust"},
+    "export": {"chat_templates", "chatglm", "model", "pickles", "run", "trust"},
     "verify": {"chatglm", "data", "model", "run", "settings", "train", "trust"},
     "inference": {"chat_templates", "chatglm", "data", "kernel", "model", "run", "trust"},
     "train": {"data", "kernel", "run", "settings", "trust"},
