@@ -120,6 +120,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             kwargs[name] = kwargs.get(name) or token
             refuse_other_token(name, kwargs[name])
         kwargs["pad_token"] = kwargs.get("pad_token") or "<unk>"
+        # A tokenizer.json beside it, which transformers reads for added tokens, has control tokens and `<sop>` as such.
+        added = kwargs.get("added_tokens_decoder", {}).items()
+        kwargs["added_tokens_decoder"] = {i: token for i, token in added if i >= self.tokenizer.n_words}
         kwargs.pop("auto_map", None)  # it names the official remote code, which a saved copy must not ask for
         config = Path(vocab_file).with_name("config.json")
         recorded = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}

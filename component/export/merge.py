@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..chatglm import ChatGLMTokenizer
 from ..model import (
     DTYPES,
     adopt_conversation,
@@ -43,6 +44,7 @@ from ..trust import (
     read_model_json,
     read_run,
 )
+from .tokenizer import write_tokenizer_json
 
 INTO = ("trained", "full")
 DEFAULT_INTO = "trained"  # for an adapter that records how its base was rounded; docs/quality.md has the evidence
@@ -370,9 +372,32 @@ def save_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Rounding:
     vars(model.config).pop("auto_map", None)  # the base's Python is not copied, and must not be asked for
     end_at_eos(model, tokenizer)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
+    if isinstance(tokenizer, ChatGLMTokenizer):
+        save_for_others(tokenizer, folder)
+    else:
+        tokenizer.save_pretrained(folder)
     (folder / RECORD).write_text(json.dumps(plan.record(), indent=1) + "\n", encoding="utf-8")
     return rounding
+
+
+def save_for_others(tokenizer: ChatGLMTokenizer, folder: Path) -> None:
+    """Save a merged ChatGLM's tokenizer so that programs without this one read the same ids, and its configuration with
+    what vLLM and SGLang look for. Here, tokenizer.json and the chat template beside it are not used.
+
+    transformers 5 makes a tokenizer of its own from tokenizer.model, with other ids, unless there is a tokenizer.json.
+    """
+    if tokenizer.chat_template:
+        logger.info("the base's chat template is not copied: ChatGLM's own takes its place")
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    try:
+        write_tokenizer_json(tokenizer, folder)
+    except ArgumentError as error:
+        logger.warning(f"no tokenizer.json is written, and only this program reads the tokenizer rightly: {error}")
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config = {"original_rope": True} | config | {"architectures": ["ChatGLMModel"]}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def into_words(plan: MergePlan) -> str:
