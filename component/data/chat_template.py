@@ -3,6 +3,8 @@
 import functools
 import re
 from bisect import bisect_right
+from contextlib import suppress
+from dataclasses import replace
 
 from ..chat_templates import control_tokens
 from ..run.errors import DataError
@@ -24,7 +26,7 @@ def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSamp
             answer.
     """
     pattern, control_ids = control_of(tokenizer)
-    chat = Chat(conversation, tokenizer, pattern)
+    chat = open_chat(conversation, tokenizer, pattern)
     ids, spans = encode_shielded(chat.text, tokenizer)
     starts = [start for start, _ in spans]
     mask = [0] * len(ids)
@@ -50,6 +52,18 @@ def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSamp
         first = bisect_right([end for _, end in spans], chat.beginning(i, starts))
         mask[first : end + 1] = [1] * (end + 1 - first)
     return TokenizedSample(ids, mask)
+
+
+def open_chat(conversation: Conversation, tokenizer, control: re.Pattern) -> Chat:
+    """The conversation as the template writes it: with one call in a message, if it writes the same for those that were
+    made together. (ChatGLM3's does, whose results stand between them.)"""
+    chat = Chat(conversation, tokenizer, control)
+    apart = replace(conversation, turns=tuple(replace(turn, joined=False) for turn in conversation.turns))
+    if apart != conversation:
+        with suppress(DataError):
+            other = Chat(apart, tokenizer, control)
+            return other if other.text == chat.text else chat
+    return chat
 
 
 @functools.lru_cache(maxsize=8)

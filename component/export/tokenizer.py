@@ -41,7 +41,9 @@ def write_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path) -> None:
       strangers should remove these words from them.
     - `sop` and `eop` are called `<sop>` and `<eop>`, and `decode` shows `</s>` and `<unk>`, as transformers does.
     - `skip_special_tokens` removes the role tokens too, so that messages run together.
-    - Bytes that are no UTF-8 are decoded to one replacement character each.
+    - `decode` keeps the space that opens the text behind an added token, and shows bytes that are no UTF-8 as one
+      replacement character each.
+    - With a Unigram model, such as the demo's, a run of spaces may be cut otherwise, where several ways have one score.
 
     Raises:
         ArgumentError: a text would get other ids, as its SentencePiece model has settings that ChatGLM's has not.
