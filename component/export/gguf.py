@@ -1,0 +1,284 @@
+"""A ChatGLM2/3 model, or an adapter of one, as GGUF: the file of llama.cpp, Ollama and LM Studio.
+
+The tensors' names and shapes are those of llama.cpp's architecture `chatglm`. Its tokenizer is told SentencePiece's
+scores and gives the ids of ours.
+"""
+
+import math
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFType, GGUFWriter, Keys, LlamaFileType, TokenType
+from gguf.quants import quantize
+from loguru import logger
+from torch import Tensor
+
+from ..chatglm import ChatGLMConfig, ChatGLMTokenizer
+from ..run.errors import ArgumentError
+from ..run.files import replacing
+from ..trust import check_adapter, read_adapter
+from .tokenizer import export_template
+from .weights import ChatGLMWeights
+
+ARCHITECTURE = "chatglm"
+KINDS = {  # the type of every matrix, and llama.cpp's name for a file of them
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+LARGEST = {GGMLQuantizationType.F16: 65504, GGMLQuantizationType.Q8_0: 127 * 65504}  # its scales are float16
+MODULES = {
+    "transformer.embedding.word_embeddings": "token_embd",
+    "transformer.encoder.final_layernorm": "output_norm",
+    "transformer.output_layer": "output",
+    "input_layernorm": "attn_norm",
+    "self_attention.query_key_value": "attn_qkv",
+    "self_attention.dense": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}
+# llama.cpp finds a control token wherever its text stands in a chat: "sop" in "philosophy", "<s>" in HTML.
+RENAMED = {"sop": "<sop>", "eop": "<eop>", "<s>": "<bos>", "</s>": "<eos>"}
+MODELFILE = '''# For Ollama: ollama create NAME --file Modelfile
+# The template writes a chat's tokens as training did, a system prompt's too. It does not offer functions: Ollama cannot
+# write them and their calls token for token. Serve those with llama-server or script/serve.py.
+FROM ./{model}
+TEMPLATE """{template}"""
+'''
+OLLAMA = {  # ChatGLM2 counts its rounds: `$rounds` has a character for each
+    2: '[gMASK]<sop>{{ $rounds := "" }}{{ range .Messages }}'
+    '{{ if eq .Role "user" }}{{ $rounds = printf "%s." $rounds }}'
+    "[Round {{ len $rounds }}]\n\n问：{{ .Content }}\n\n答："
+    '{{ else if eq .Role "assistant" }}{{ .Content }}\n\n{{ end }}{{ end }}',
+    3: '[gMASK]<sop>{{ range .Messages }}<|{{ if eq .Role "tool" }}observation{{ else }}{{ .Role }}{{ end }}|>\n'
+    "{{ if .Content }} {{ .Content }}{{ end }}{{ end }}<|assistant|>",
+}
+STOPS = {2: ("</s>",), 3: ("</s>", "<|user|>", "<|observation|>")}
+
+
+def write_gguf(weights: ChatGLMWeights, tokenizer: ChatGLMTokenizer, file: Path, kind: str) -> None:
+    """Write a model as one GGUF file, whole or not at all. One weight at a time is in memory.
+
+    Args:
+        weights: opened in float32, so that every value is rounded once.
+        kind: of the matrices, one of KINDS; vectors are always float32. A matrix whose rows are no multiple of 32 is
+            float16 in a file of q8_0, as llama.cpp writes it.
+
+    Raises:
+        ArgumentError: llama.cpp lacks the model's layout or tokenizer, there is no such kind, or a value is too large.
+    """
+    matrices, file_type = find_kind(kind)
+    config = weights.config
+    check_shape(config)
+    writer = GGUFWriter(None, ARCHITECTURE)
+    writer.add_type(GGUFType.MODEL)
+    writer.add_name(Path(weights.base).name)
+    writer.add_file_type(file_type)
+    add_shape(writer, config)
+    add_tokenizer(writer, tokenizer, config.padded_vocab_size)
+    types = {name: type_of(shape, matrices) for name, shape in weights.shapes.items()}
+    if wide := [name for name, found in types.items() if len(weights.shapes[name]) > 1 and found != matrices]:
+        logger.warning(
+            f"--type {kind}: rows of {len(wide)} matrices are no multiple of 32, so they stay float16: {wide[0]} …"
+        )
+    shapes = {tensor_name(name): (shape, types[name]) for name, shape in weights.shapes.items()}
+    tensors = (encode(arrange(weights.read(name), config, name), types[name], name) for name in weights.shapes)
+    write(writer, file, shapes, tensors)
+
+
+def write_gguf_adapter(adapter: Path, config: ChatGLMConfig, file: Path) -> None:
+    """Write an adapter as GGUF, in float32, for `llama-server --lora` on the base's own GGUF.
+
+    Args:
+        adapter: its folder.
+        config: its base's.
+
+    Raises:
+        ArgumentError: the adapter cannot be read, it is DoRA, which llama.cpp lacks, or llama.cpp lacks its base's
+            layout.
+    """
+    settings = check_adapter(adapter)
+    if settings["use_dora"]:
+        raise ArgumentError(
+            f"{adapter / 'adapter_config.json'}: use_dora is true, and llama.cpp has no DoRA; merge it into its base "
+            "with --to gguf"
+        )
+    check_shape(config)
+    alpha = settings["lora_alpha"] * (math.sqrt(settings["r"]) if settings["use_rslora"] else 1)
+    parts = {name.removeprefix("base_model.model."): part for name, part in read_adapter(adapter).items()}
+    writer = GGUFWriter(None, ARCHITECTURE)
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)  # llama.cpp divides it by the rank
+    shapes, tensors = {}, []
+    for name, part in parts.items():
+        layer, _, matrix = name.removesuffix(".weight").rpartition(".lora_")
+        rows = arrange(part, config, f"{layer}.weight") if matrix == "B" else part
+        shapes[f"{tensor_name(f'{layer}.weight')}.lora_{matrix.lower()}"] = part.shape, GGMLQuantizationType.F32
+        tensors.append(encode(rows, GGMLQuantizationType.F32, name))
+    write(writer, file, shapes, tensors)
+
+
+def write_modelfile(folder: Path, gguf_name: str, tokenizer: ChatGLMTokenizer) -> None:
+    """Write the Modelfile with which Ollama runs a GGUF file beside it."""
+    version = tokenizer.chatglm_version
+    stops = "".join(f'PARAMETER stop "{stop}"\n' for stop in STOPS[version])
+    text = MODELFILE.format(model=gguf_name, template=OLLAMA[version]) + stops
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def converter_command(folder: str | Path, file: str | Path, kind: str) -> str:
+    """The command of llama.cpp's converter for the merged model of another family."""
+    find_kind(kind)
+    return shlex.join(["python", "convert_hf_to_gguf.py", str(folder), "--outfile", str(file), "--outtype", kind])
+
+
+def find_kind(kind: str) -> tuple[GGMLQuantizationType, LlamaFileType]:
+    if kind not in KINDS:
+        raise ArgumentError(f"--type {kind}: expected one of {', '.join(KINDS)}")
+    return KINDS[kind]
+
+
+def check_shape(config: ChatGLMConfig) -> None:
+    """Refuse a layout that llama.cpp's `chatglm` does not have."""
+    width = config.num_attention_heads * config.kv_channels
+    if width != config.hidden_size:
+        raise ArgumentError(
+            f"num_attention_heads × kv_channels is {width}, and hidden_size {config.hidden_size}: llama.cpp's chatglm "
+            "has heads as wide as the model together; export with --to glm"
+        )
+    if config.kv_channels % 4:
+        raise ArgumentError(
+            f"kv_channels is {config.kv_channels}: llama.cpp rotates half of a head in pairs, and so needs a multiple "
+            "of 4; export with --to glm"
+        )
+
+
+def add_shape(writer: GGUFWriter, config: ChatGLMConfig) -> None:
+    writer.add_context_length(config.seq_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.ffn_hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.kv_channels)
+    writer.add_value_length(config.kv_channels)
+    writer.add_layer_norm_rms_eps(config.layernorm_epsilon)
+    writer.add_rope_dimension_count(config.kv_channels // 2)
+    writer.add_rope_freq_base(10000 * config.rope_ratio)
+    writer.add_vocab_size(config.padded_vocab_size)
+
+
+def add_tokenizer(writer: GGUFWriter, tokenizer: ChatGLMTokenizer, rows: int) -> None:
+    """Tell llama.cpp the tokenizer of a model whose embedding has `rows` rows."""
+    pieces = tokenizer.tokenizer
+    last = max(pieces.index_special_tokens)
+    if last >= rows:
+        raise ArgumentError(
+            f"the tokenizer's token {pieces.index_special_tokens[last]!r} has the id {last}, and config.json's "
+            f"padded_vocab_size is {rows}; give the tokenizer of this model"
+        )
+    texts, scores, types = zip(*tokens(tokenizer, rows), strict=True)
+    writer.add_tokenizer_model(find_tokenizer_model(scores))
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(texts)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(pieces.bos_id)
+    writer.add_eos_token_id(pieces.eos_id)
+    writer.add_unk_token_id(pieces.sp_model.unk_id())
+    writer.add_pad_token_id(pieces.pad_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(True)
+    writer.add_remove_extra_whitespaces(False)
+    if tokenizer.chatglm_version == 3:
+        writer.add_eot_token_id(tokenizer.get_command("<|user|>"))
+        writer.add_eom_token_id(tokenizer.get_command("<|observation|>"))
+    writer.add_chat_template(export_template(tokenizer.chatglm_version))
+
+
+def find_tokenizer_model(scores: Iterable[float]) -> str:
+    """llama.cpp's name for SentencePiece's BPE, whose scores are ranks, or for its unigram model."""
+    if all(float(score).is_integer() for score in scores):
+        return "llama"
+    logger.warning(
+        "tokenizer.model: it is a unigram model, not BPE as ChatGLM's own: llama.cpp reads characters that it has no "
+        "piece for as <unk>, not as bytes"
+    )
+    return "t5"
+
+
+def tokens(tokenizer: ChatGLMTokenizer, rows: int) -> Iterator[tuple[str, float, TokenType]]:
+    """Text, score and type of every id below `rows`."""
+    pieces = tokenizer.tokenizer.sp_model
+    kinds = {TokenType.UNKNOWN: pieces.is_unknown, TokenType.CONTROL: pieces.is_control, TokenType.BYTE: pieces.is_byte}
+    for i in range(pieces.get_piece_size()):
+        kind = next((kind for kind, holds in kinds.items() if holds(i)), TokenType.NORMAL)
+        piece = pieces.id_to_piece(i)
+        yield RENAMED.get(piece, piece) if kind == TokenType.CONTROL else piece, pieces.get_score(i), kind
+    for i in range(pieces.get_piece_size(), rows):
+        token = tokenizer.tokenizer.index_special_tokens.get(i)
+        if token is None:
+            yield f"[PAD{i}]", 0.0, TokenType.UNUSED
+        elif i < tokenizer.vocab_size:
+            yield RENAMED.get(token, token), 0.0, TokenType.CONTROL
+        else:
+            yield token, 0.0, TokenType.USER_DEFINED
+
+
+def tensor_name(name: str) -> str:
+    """llama.cpp's name of an official weight or bias."""
+    block, module, part = re.fullmatch(r"(?:transformer\.encoder\.layers\.(\d+)\.)?(.*)\.(weight|bias)", name).groups()
+    return f"{f'blk.{block}.' if block else ''}{MODULES[module]}.{part}"
+
+
+def arrange(rows: Tensor, config: ChatGLMConfig, name: str) -> Tensor:
+    """The rows of a weight or bias as llama.cpp has them: all queries, all keys, all values. Without multi-query
+    attention, the official ones are query, key and value of one head after another."""
+    if config.multi_query_attention or ".query_key_value." not in name:
+        return rows
+    return rows.unflatten(0, (config.num_attention_heads, 3, config.kv_channels)).transpose(0, 1).flatten(0, 2)
+
+
+def type_of(shape: tuple[int, ...], matrices: GGMLQuantizationType) -> GGMLQuantizationType:
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    block, _ = GGML_QUANT_SIZES[matrices]
+    return GGMLQuantizationType.F16 if shape[-1] % block else matrices
+
+
+def encode(tensor: Tensor, found: GGMLQuantizationType, name: str) -> np.ndarray:
+    values = tensor.float().contiguous().numpy()
+    largest = np.abs(values).max()
+    if largest > LARGEST.get(found, math.inf):
+        raise ArgumentError(
+            f"--type: {name} has a value of {largest:,.0f}, and the largest of {found.name} is {LARGEST[found]:,}; "
+            "give --type bf16 or f32"
+        )
+    return quantize(values, found)
+
+
+def write(
+    writer: GGUFWriter,
+    file: Path,
+    shapes: dict[str, tuple[tuple[int, ...], GGMLQuantizationType]],
+    tensors: Iterable[np.ndarray],
+) -> None:
+    """Write a file's head, then its tensors in the order of `shapes`, one at a time."""
+    for name, (shape, found) in shapes.items():
+        block, size = GGML_QUANT_SIZES[found]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, found)
+    with replacing(file) as whole:
+        writer.write_header_to_file(Path(whole.name))
+        try:
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in tensors:
+                writer.write_tensor_data(tensor)
+        finally:
+            writer.close()
