@@ -34,8 +34,8 @@ def answers(gguf: Path, requests: list[tuple[str, dict]], lora: Path | None = No
 
 
 def encoding(text: str, special: bool = False) -> tuple[str, dict]:
-    """Asks for the ids of a text; `special`, whether control tokens are found in it, as in a prompt."""
-    return "/tokenize", {"content": text, "parse_special": special}
+    """Asks for the ids of a text; `special`, whether control tokens are found in it, as in a chat's prompt."""
+    return "/tokenize", {"content": text, "parse_special": special, "add_special": True}
 
 
 def continuation(prompt: list[int], length: int) -> tuple[str, dict]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFType, GGUFWriter, Keys, LlamaFileType, TokenType
 from gguf.quants import quantize
 from loguru import logger
@@ -20,6 +21,7 @@ from ..chatglm import ChatGLMConfig, ChatGLMTokenizer
 from ..run.errors import ArgumentError
 from ..run.files import replacing
 from ..trust import check_adapter, read_adapter
+from .glm import check_layout
 from .tokenizer import export_template
 from .weights import ChatGLMWeights
 
@@ -146,16 +148,18 @@ def find_kind(kind: str) -> tuple[GGMLQuantizationType, LlamaFileType]:
 
 def check_shape(config: ChatGLMConfig) -> None:
     """Refuse a layout that llama.cpp's `chatglm` does not have."""
-    width = config.num_attention_heads * config.kv_channels
-    if width != config.hidden_size:
+    check_layout(config)
+    file = Path(config.name_or_path, "config.json")
+    heads, width = config.num_attention_heads, config.kv_channels
+    if heads * width != config.hidden_size:
         raise ArgumentError(
-            f"num_attention_heads × kv_channels is {width}, and hidden_size {config.hidden_size}: llama.cpp's chatglm "
-            "has heads as wide as the model together; export with --to glm"
+            f"{file}: {heads} heads (num_attention_heads) of {width} (kv_channels) are not as wide as hidden_size, "
+            f"{config.hidden_size}, which llama.cpp's chatglm needs; use --to glm"
         )
-    if config.kv_channels % 4:
+    if width % 4:
         raise ArgumentError(
-            f"kv_channels is {config.kv_channels}: llama.cpp rotates half of a head in pairs, and so needs a multiple "
-            "of 4; export with --to glm"
+            f"{file}: kv_channels is {width}, and llama.cpp's chatglm needs a multiple of 4, since it turns half of a "
+            "head in pairs; use --to glm"
         )
 
 
@@ -194,6 +198,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: ChatGLMTokenizer, rows: int) ->
     writer.add_unk_token_id(pieces.sp_model.unk_id())
     writer.add_pad_token_id(pieces.pad_id)
     writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
     writer.add_add_space_prefix(True)
     writer.add_remove_extra_whitespaces(False)
     if tokenizer.chatglm_version == 3:
@@ -253,14 +258,14 @@ def type_of(shape: tuple[int, ...], matrices: GGMLQuantizationType) -> GGMLQuant
 
 
 def encode(tensor: Tensor, found: GGMLQuantizationType, name: str) -> np.ndarray:
-    values = tensor.float().contiguous().numpy()
-    largest = np.abs(values).max()
+    values = tensor.float()
+    largest = max(map(abs, torch.aminmax(values)))
     if largest > LARGEST.get(found, math.inf):
         raise ArgumentError(
             f"--type: {name} has a value of {largest:,.0f}, and the largest of {found.name} is {LARGEST[found]:,}; "
             "give --type bf16 or f32"
         )
-    return quantize(values, found)
+    return quantize(values.contiguous().numpy(), found)
 
 
 def write(
