@@ -22,7 +22,7 @@ from ..run.errors import ArgumentError
 from ..run.files import replacing
 from ..trust import check_adapter, read_adapter
 from .glm import check_layout
-from .tokenizer import export_template
+from .tokenizer import NAMES, export_template
 from .weights import ChatGLMWeights
 
 ARCHITECTURE = "chatglm"
@@ -44,11 +44,11 @@ MODULES = {
     "mlp.dense_h_to_4h": "ffn_up",
     "mlp.dense_4h_to_h": "ffn_down",
 }
-# llama.cpp finds a control token wherever its text stands in a chat: "sop" in "philosophy", "<s>" in HTML.
-RENAMED = {"sop": "<sop>", "eop": "<eop>", "<s>": "<bos>", "</s>": "<eos>"}
+# llama.cpp finds a control token wherever its text stands in a chat. These are words of other languages, HTML too.
+RENAMED = NAMES | {"<s>": "<bos>", "</s>": "<eos>"}
 MODELFILE = '''# For Ollama: ollama create NAME --file Modelfile
-# The template writes a chat's tokens as training did, a system prompt's too. It does not offer functions: Ollama cannot
-# write them and their calls token for token. Serve those with llama-server or script/serve.py.
+# The template gives a chat the tokens of training. It offers no functions: Ollama cannot write them, and their calls,
+# token for token. Serve those with llama-server or script/serve.py.
 FROM ./{model}
 TEMPLATE """{template}"""
 '''
@@ -56,11 +56,11 @@ OLLAMA = {  # ChatGLM2 counts its rounds: `$rounds` has a character for each
     2: '[gMASK]<sop>{{ $rounds := "" }}{{ range .Messages }}'
     '{{ if eq .Role "user" }}{{ $rounds = printf "%s." $rounds }}'
     "[Round {{ len $rounds }}]\n\n问：{{ .Content }}\n\n答："
-    '{{ else if eq .Role "assistant" }}{{ .Content }}\n\n{{ end }}{{ end }}',
+    '{{ else if eq .Role "assistant" }}{{ if .Content }} {{ .Content }}{{ end }}<eos>{{ end }}{{ end }}',
     3: '[gMASK]<sop>{{ range .Messages }}<|{{ if eq .Role "tool" }}observation{{ else }}{{ .Role }}{{ end }}|>\n'
     "{{ if .Content }} {{ .Content }}{{ end }}{{ end }}<|assistant|>",
 }
-STOPS = {2: ("</s>",), 3: ("</s>", "<|user|>", "<|observation|>")}
+STOPS = {2: (), 3: ("<|user|>", "<|observation|>")}  # beside EOS
 
 
 def write_gguf(weights: ChatGLMWeights, tokenizer: ChatGLMTokenizer, file: Path, kind: str) -> None:
@@ -204,7 +204,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: ChatGLMTokenizer, rows: int) ->
     if tokenizer.chatglm_version == 3:
         writer.add_eot_token_id(tokenizer.get_command("<|user|>"))
         writer.add_eom_token_id(tokenizer.get_command("<|observation|>"))
-    writer.add_chat_template(export_template(tokenizer.chatglm_version))
+    writer.add_chat_template(export_template(tokenizer.chatglm_version).replace("</s>", RENAMED["</s>"]))
 
 
 def find_tokenizer_model(scores: Iterable[float]) -> str:
