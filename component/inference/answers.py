@@ -1,16 +1,23 @@
 """Turns the tokens of an answer into an Answer, with one class for each way in which formats write calls."""
 
-import ast
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ..chatglm.prompt import parse_fenced_call, split_reply
 from ..data.conversation import Conversation, Turn
 from ..run.errors import DataError
-from .calls import NAME, Answer, Call, Thought, Unreadable, dotted_name, finished, require_json, skip, unique
+from .calls import (
+    Answer,
+    Call,
+    Thought,
+    Unreadable,
+    finished,
+    is_name,
+    read_fenced_call,
+    read_messages,
+    skip,
+)
 from .growing import Reading, Waiting
 from .growing_calls import follow_syntax
 from .syntax import describe_calls, learn_lead, learn_syntax, learn_thought
@@ -62,25 +69,7 @@ class ChatGLM3Reader(TextReader):
             else:
                 messages[-1].append(token)
         texts = [self.decode(message) for message in messages]
-        calls, spoken, thoughts, fault = [], [], [], ""
-        for i, message in enumerate(texts):
-            is_cut = cut and i == len(texts) - 1
-            metadata, content = split_reply(message)
-            try:
-                if metadata.strip():
-                    calls.append(read_fenced_call(metadata.strip(), content.strip()))
-                    continue
-                if is_cut and metadata == "" and "\n" not in message and message.strip():
-                    raise Unreadable("it may be the name of a function")
-            except Unreadable:
-                fault = "truncated" if is_cut else "unparsable"
-                spoken.append(message.strip())
-                continue
-            reasoning, text = Thought().split(content) if "\n" in message else ("", message)
-            thoughts.append(reasoning)
-            spoken.append(text.strip())
-        text, reasoning = ("\n".join(filter(None, parts)) for parts in (spoken, thoughts))
-        answer = Answer(text, () if fault else tuple(calls), reasoning, fault)
+        answer = read_messages(texts, cut, Thought())
         return finished(answer, cut, "<|assistant|>".join(texts))
 
     def follow(self, reading: Reading, tools: Any) -> Waiting:
@@ -92,11 +81,6 @@ class ChatGLM3Reader(TextReader):
             return
         reading.drop(len(line) + 1)
         yield from super().follow(reading, tools)
-
-
-def is_name(text: str) -> bool:
-    """Whether the first line of a message of ChatGLM3 can be the name of a function."""
-    return NAME.fullmatch(text) is not None
 
 
 def follow_fenced_call(reading: Reading, name: str, at: int) -> Waiting:
@@ -112,32 +96,6 @@ def follow_fenced_call(reading: Reading, name: str, at: int) -> Waiting:
     while not reading.ended:
         yield
     reading.told.end_call(read_fenced_call(name, reading.text[at:].strip()))
-
-
-def read_fenced_call(name: str, content: str) -> Call:
-    """ChatGLM3's call. Raises Unreadable for a content that is none, or whose values no JSON can hold."""
-    if not is_name(name):
-        raise Unreadable("its first line is no name")
-    if not (content.startswith("```") and content.endswith("\n```")):
-        raise Unreadable("a call stands between two lines of ```")
-    arguments = parse_fenced_call(content)
-    try:
-        if arguments is not None:
-            require_plain("\n".join(content.split("\n")[1:-1]))
-        call = Call(name, json.loads(json.dumps(arguments, allow_nan=False)))
-        require_json([call])
-    except (TypeError, ValueError, RecursionError) as error:
-        raise Unreadable(str(error)) from None
-    if not isinstance(call.arguments, dict):
-        raise Unreadable("it is no call with literal arguments")
-    return call
-
-
-def require_plain(code: str) -> None:
-    """Raise Unreadable for a call of something else than a name, and for one that gives an argument twice."""
-    call = ast.parse(code.strip(), mode="eval").body
-    dotted_name(call.func)
-    unique([(keyword.arg, None) for keyword in call.keywords])
 
 
 class TemplateReader(TextReader):

@@ -510,3 +510,87 @@ class Syntax:
 def overlap(text: str, marker: str) -> int:
     """How many characters at the end of a text may be the beginning of a marker."""
     return next((size for size in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:size])), 0)
+
+
+class Parts:
+    """Parts of text, each stripped, and joined by newlines: what can be told of them as they come."""
+
+    def __init__(self):
+        self.space = ""  # that is told once something follows it
+        self.is_joined = self.is_begun = False  # whether anything was told at all; of this part
+
+    def add(self, text: str) -> str:
+        if not self.is_begun:
+            text = text.lstrip()
+            if not text:
+                return ""
+        shown = text.rstrip()
+        if not shown:
+            self.space += text
+            return ""
+        before = self.space if self.is_begun else "\n" * self.is_joined
+        self.space, self.is_joined, self.is_begun = text[len(shown) :], True, True
+        return before + shown
+
+    def end(self) -> None:
+        self.space, self.is_begun = "", False
+
+
+# ChatGLM3's answers have no template to learn from. They are messages, each with a line of metadata before its content,
+# which names a function or is blank.
+
+
+def is_name(text: str) -> bool:
+    """Whether the first line of a message of ChatGLM3 can be the name of a function."""
+    return NAME.fullmatch(text) is not None
+
+
+def read_fenced_call(name: str, content: str) -> Call:
+    """ChatGLM3's call, whose content is `tool_call(city='北京', days=2)` between two lines of ```` ``` ````.
+
+    Raises:
+        Unreadable: the content is no call, or its values are such that no JSON can hold them.
+    """
+    if not is_name(name):
+        raise Unreadable("its first line is no name")
+    if not (content.startswith("```") and content.endswith("\n```")):
+        raise Unreadable("a call stands between two lines of ```")
+    try:
+        code = ast.parse("\n".join(content.split("\n")[1:-1]).strip(), mode="eval").body
+        if not isinstance(code, ast.Call) or code.args or any(keyword.arg is None for keyword in code.keywords):
+            raise Unreadable("it is no call with literal arguments")
+        dotted_name(code.func)
+        arguments = unique([(keyword.arg, ast.literal_eval(keyword.value)) for keyword in code.keywords])
+        call = Call(name, json.loads(json.dumps(arguments, allow_nan=False)))
+        require_json([call])
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise Unreadable(str(error)) from None
+    return call
+
+
+def read_messages(messages: Sequence[str], cut: bool = False, thought: Thought | None = None) -> Answer:
+    """ChatGLM3's answer. A message that should be a call and is none becomes text and a fault.
+
+    Args:
+        cut: whether the model was stopped before the end of the last message.
+        thought: how reasoning is written; None leaves it in the text.
+    """
+    calls, spoken, thoughts, fault = [], [], [], ""
+    for i, message in enumerate(messages):
+        is_cut = cut and i == len(messages) - 1
+        line, newline, content = message.partition("\n")
+        try:
+            if newline and line.strip():
+                calls.append(read_fenced_call(line.strip(), content.strip()))
+                continue
+            if is_cut and not newline and line.strip():
+                raise Unreadable("it may be the name of a function")
+        except Unreadable:
+            fault = "truncated" if is_cut else "unparsable"
+            spoken.append(message.strip())
+            continue
+        reasoning, text = thought.split(content) if thought and newline else ("", content if newline else line)
+        thoughts.append(reasoning)
+        spoken.append(text.strip())
+    text, reasoning = ("\n".join(filter(None, parts)) for parts in (spoken, thoughts))
+    return Answer(text, () if fault else tuple(calls), reasoning, fault)

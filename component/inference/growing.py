@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from .calls import Call, Thought, Unreadable, overlap, require_json, skip_space
+from .calls import Call, Parts, Thought, Unreadable, overlap, require_json, skip_space
 
 IN_STRING = {quote: re.compile(rf"\\.|{quote}", re.DOTALL) for quote in "'\""}
 IN_PYTHON = re.compile(r"""['"()\[\]{},]""")
@@ -30,30 +30,6 @@ class Piece(NamedTuple):
     kind: str
     text: str
     call: int = 0
-
-
-class Parts:
-    """Parts of text, each stripped, and joined by newlines: what can be told of them as they come."""
-
-    def __init__(self):
-        self.space = ""  # that is told once something follows it
-        self.is_joined = self.is_begun = False  # whether anything was told at all; of this part
-
-    def add(self, text: str) -> str:
-        if not self.is_begun:
-            text = text.lstrip()
-            if not text:
-                return ""
-        shown = text.rstrip()
-        if not shown:
-            self.space += text
-            return ""
-        before = self.space if self.is_begun else "\n" * self.is_joined
-        self.space, self.is_joined, self.is_begun = text[len(shown) :], True, True
-        return before + shown
-
-    def end(self) -> None:
-        self.space, self.is_begun = "", False
 
 
 class Telling:
