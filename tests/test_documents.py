@@ -101,6 +101,27 @@ OTHERS = {
     "docker build -t luciole .",
     "docker run --rm --gpus all -v ./data:/luciole/data -v ./models:/luciole/models -v ./output:/luciole/output "
     "luciole --train_args_file train_args/qlora/chatglm3-6b-sft-qlora.json model_name_or_path=models/chatglm3-6b",
+    # tests/script/test_export.py
+    "python script/export.py --to glm --base models/chatglm3-6b --adapter output/chatglm3-6b/final "
+    "--output models/exported",
+    "python script/export.py --to gguf --type q8_0 --base models/chatglm3-6b --adapter output/chatglm3-6b/final "
+    "--output models/gguf",
+    "python script/export.py --to adapter --base models/chatglm3-6b --adapter output/chatglm3-6b/final "
+    "--output models/adapter",
+    # fixed: docs/deploy.md says of each whether it was run, and where it was read
+    "vllm serve models/exported --served-model-name chatglm3 --enable-auto-tool-choice "
+    "--tool-parser-plugin models/exported/chatglm3_tool_parser.py --tool-call-parser chatglm3",
+    "vllm serve models/merged --served-model-name chatglm3",
+    "vllm serve models/chatglm3-6b --tokenizer models/exported --generation-config models/exported --enable-lora "
+    "--max-lora-rank 64 --lora-modules tuned=output/chatglm3-6b/final",
+    "python -m sglang.launch_server --model-path models/merged --served-model-name chatglm3",
+    "python -m sglang.launch_server --model-path models/exported --served-model-name chatglm3",
+    "llama-server -m models/gguf/chatglm3-6b-q8_0.gguf --port 8080",
+    "llama-server -m models/gguf/chatglm3-6b-f32.gguf --port 8080 --cache-type-k f32 --cache-type-v f32",
+    "llama-server -m models/gguf/chatglm3-6b-f16.gguf --lora models/adapter/adapter.gguf --port 8080",
+    "cd models/gguf && ollama create chatglm3 -f Modelfile",
+    "ollama run chatglm3",
+    "lms import models/gguf/chatglm3-6b-q8_0.gguf",
 }
 
 
