@@ -10,18 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {  # room: the rooms that it imports
-    "score": {"data", "export", "inference", "kernel", "model", "run", "train", "trust"},
+    "score": {"card", "data", "export", "inference", "kernel", "model", "run", "train", "trust"},
     "serve": {"data", "inference", "run", "trust"},
     "chat": {"data", "inference", "run"},
     "export": {"chatglm", "model", "pickles", "run", "trust"},
     "export": {"chat_templates", "chatglm", "model", "pickles", "run", "trust"},
     "export": {"chatglm", "inference", "model", "pickles", "run", "trust"},
+    "export": {"card", "chatglm", "model", "pickles", "run", "trust"},
     "verify": {"chatglm", "data", "model", "run", "settings", "train", "trust"},
     "inference": {"chat_templates", "chatglm", "data", "kernel", "model", "run", "trust"},
-    "train": {"data", "kernel", "run", "settings", "trust"},
+    "train": {"card", "data", "kernel", "run", "settings", "trust"},
     "kernel": {"chatglm", "run"},
     "data": {"chat_templates", "chatglm", "run"},
     "model": {"chat_templates", "chatglm", "run", "settings", "trust"},
+    "card": {"run", "trust"},
     "trust": {"chatglm", "pickles", "run", "settings"},
     "pickles": {"run"},
     "settings": {"run"},

@@ -1,6 +1,7 @@
 """The data sets of a run: one source, a mixture of several, or a stream."""
 
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +62,25 @@ def load_datasets(
 
 def require_stores(*datasets) -> None:
     """Open the stores of datasets that rank 0 has loaded, on another machine (SFTDataset.require_store)."""
-    for dataset in datasets:
-        for part in dataset.dataset.datasets if isinstance(dataset, Mixture) else [dataset]:
-            if isinstance(part, SFTDataset):
-                part.require_store()
+    for part in chain.from_iterable(map(parts_of, datasets)):
+        part.require_store()
+
+
+def parts_of(dataset) -> list[SFTDataset]:
+    """The sources of a dataset that `load_datasets` made, each as rendered to a store. A stream has none."""
+    parts = dataset.dataset.datasets if isinstance(dataset, Mixture) else [dataset]
+    return [part for part in parts if isinstance(part, SFTDataset)]
+
+
+def describe_sources(dataset) -> list[dict]:
+    """Names of the files of each source of a dataset and, unless it is a stream, how much of them is learned."""
+    if isinstance(dataset, StreamingSFTDataset):
+        return [{"files": [file.name for file in files]} for files in dataset.files]
+    found = []
+    for part in parts_of(dataset):
+        counts = {key: getattr(part.store.report, key) for key in ("rows", "kept", "tokens", "learned")}
+        found.append({"files": [file.name for file in part.files]} | counts)
+    return found
 
 
 def rules_of(args) -> DataRules:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..card.card import write_card
 from ..chatglm import ChatGLMTokenizer
 from ..model import (
     DTYPES,
@@ -377,6 +378,7 @@ def save_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Rounding:
     else:
         tokenizer.save_pretrained(folder)
     (folder / RECORD).write_text(json.dumps(plan.record(), indent=1) + "\n", encoding="utf-8")
+    write_card(folder, "merged", plan.base, plan.adapter, plan.record())
     return rounding
 
 

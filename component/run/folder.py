@@ -176,12 +176,20 @@ class RunFolder:
         folder.mkdir()
         return folder
 
-    def finish(self, name: str, step: int, world_size: int) -> Path:
-        """Seal the temporary folder with a manifest and rename it to `name`, which is thus whole from the first."""
+    def describe(self, name: str, step: int, world_size: int) -> dict:
+        """What the manifest of the folder `name` says beside its files."""
+        facts = {"name": name, "step": step, "run_id": self.run_id, "origin": self.origin, "world_size": world_size}
+        return facts | {"plan": self.plan, "run": self.identity, "versions": versions()}
+
+    def finish(self, name: str, facts: dict) -> Path:
+        """Seal the temporary folder with a manifest and rename it to `name`, which is thus whole from the first.
+
+        Args:
+            facts: those of `describe`, and more.
+        """
         folder, target = self.path / f".tmp-{name}", self.path / name
         self.check_lock()
-        facts = {"name": name, "step": step, "run_id": self.run_id, "origin": self.origin, "world_size": world_size}
-        seal(folder, facts | {"plan": self.plan, "run": self.identity, "versions": versions()})
+        seal(folder, facts)
         publish(folder, target)
         return target
 

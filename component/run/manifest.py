@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+CARD = "README.md"  # of a model, which its owner may write anew
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
@@ -16,8 +17,9 @@ class Damaged(Exception):
 
 
 def seal(folder: Path, facts: dict) -> None:
-    """Add a manifest of `facts` and of every file's size and sha256, with its own checksum. Nothing is synced yet."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Add a manifest of `facts` and of every file's size and sha256 but the card's, with its own checksum. Nothing is
+    synced yet."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
     with ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, paths)
         files = {

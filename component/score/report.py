@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..card.card import renew_card, score_file
 from ..data.inspection import printable
 from ..data.page import fill_page
 from ..model import bits_in_memory
 from ..run.errors import ArgumentError, unusable
 from ..run.files import write_atomically
 from ..run.log import counted
+from ..run.manifest import CARD
 from .comparison import count_faults
 from .figures import (
     TRAINED,
@@ -207,7 +209,8 @@ def check_file(file: Path | None, name: str, read: Iterable[Path] = ()) -> None:
 
 
 def write_files(score: Score, json_file: Path | None, page: Path | None) -> list[Path]:
-    """Write the page and then the figures, each whole or not at all, where a name is given. Returns the names.
+    """Write the page and then the figures, each whole or not at all, where a name is given. Figures beside a final
+    adapter go into its card, too. Returns the names.
 
     Raises:
         Fault: a file could not be written.
@@ -220,7 +223,22 @@ def write_files(score: Score, json_file: Path | None, page: Path | None) -> list
             except OSError as error:
                 raise unusable(f"{file} could not be written ({error}); choose another name", error) from None
             written.append(file)
-    return written
+    return written + renew_card_beside(score, json_file)
+
+
+def renew_card_beside(score: Score, json_file: Path | None) -> list[Path]:
+    """Renew the card of the scored adapter, if it shows the figures of this file. Returns its name, if it was written.
+
+    Raises:
+        Fault: the card could not be written.
+    """
+    adapter = score.about["adapter"] and Path(score.about["adapter"]["path"])
+    if not adapter or not json_file or json_file.resolve() != score_file(adapter).resolve():
+        return []
+    try:
+        return renew_card(adapter)
+    except OSError as error:
+        raise unusable(f"{adapter / CARD} could not be written ({error}); the score is not in it", error) from None
 
 
 def figures_of(score: Score) -> bytes:

@@ -18,10 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
+from ..card.card import write_card
+from ..card.facts import TRAINING
+from ..data.load import describe_sources
 from ..kernel.memory import optimizer_bytes
 from ..run.errors import NumericError, StorageError
 from ..run.folder import RunFolder
-from ..run.manifest import Damaged, verify
+from ..run.manifest import CARD, Damaged, verify
 from ..run.ranks import known_to_all, on_every_rank, on_rank_zero
 from ..run.resume import FINAL, find_checkpoints, step_of
 from .early_stopping import metric_of
@@ -156,7 +159,34 @@ class Checkpoints:
     def write_final(self) -> None:
         """Write adapter and tokenizer beside their place, for `publish`."""
         self.require_finite()
-        self.fill(FINAL, lambda folder: self.trainer.save_model(str(folder)))
+        self.fill(FINAL, self.write_adapter_and_card)
+
+    def write_adapter_and_card(self, folder: Path) -> None:
+        self.write_adapter(folder)
+        if self.args.process_index == 0:
+            base = self.trainer.model.active_peft_config.base_model_name_or_path
+            write_card(folder, "adapter", base, folder, record=self.describe(FINAL))
+
+    def write_adapter(self, folder: Path) -> None:
+        """Write adapter and tokenizer, without the card that peft adds: it says nothing, and names the base's path."""
+        self.trainer.save_model(str(folder))
+        if self.args.process_index == 0:
+            (folder / CARD).unlink()
+
+    def describe(self, name: str) -> dict:
+        """What the manifest of `name` says; that of the final adapter also tells its data and its figures."""
+        facts = self.folder.describe(name, self.trainer.state.global_step, self.args.world_size)
+        return facts | ({TRAINING: self.describe_training()} if name == FINAL else {})
+
+    def describe_training(self) -> dict:
+        """The data of the run, the update whose weights are the final ones, and the last figures until then."""
+        trainer, state = self.trainer, self.trainer.state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        step = step_of(Path(best)) if best else state.global_step
+        until = [entry for entry in state.log_history if entry["step"] <= step]
+        figures = {key: entry[key] for entry in until for key in ("loss", "eval_loss") if key in entry}
+        data = {"data": describe_sources(trainer.train_dataset), "evaluation": describe_sources(trainer.eval_dataset)}
+        return data | {"step": step} | figures
 
     def require_finite(self) -> None:
         """Raise NumericError on all ranks rather than write a figure that is not finite."""
@@ -181,7 +211,7 @@ class Checkpoints:
     def publish(self, name: str) -> str:
         """Seal and rename what was written. Returns the path. From here on the folder is there, and whole."""
         try:
-            on_rank_zero(lambda: self.folder.finish(name, self.trainer.state.global_step, self.args.world_size))
+            on_rank_zero(lambda: self.folder.finish(name, self.describe(name)))
         except OSError as error:
             self.fail(name, error)
         return str(self.folder.path / name)
@@ -192,7 +222,7 @@ class Checkpoints:
     def write(self, folder: Path) -> None:
         """Write this rank's files of a checkpoint."""
         trainer = self.trainer
-        trainer.save_model(str(folder))
+        self.write_adapter(folder)
         numbers, counters = self.own_files()
         torch.save(self.random.state_dict(), folder / numbers)
         control, step = trainer.control, trainer.state.global_step

@@ -27,7 +27,7 @@ def write(folder: RunFolder, name: str, step: int = 0) -> Path:
     temporary = folder.begin(name)
     for file in NAMES:
         (temporary / file).write_text(f"{file} of {name}" * 10)
-    return folder.finish(name, step, world_size=1)
+    return folder.finish(name, folder.describe(name, step, world_size=1))
 
 
 @pytest.fixture
@@ -408,7 +408,7 @@ def test_a_save_that_failed_leaves_no_remains_and_says_what_there_was(make_folde
 def test_what_is_sealed_may_be_read_by_whom_the_umask_lets(make_folder):
     folder = make_folder()
     (folder.begin("checkpoint-1") / "weights").touch(0o600)
-    sealed = folder.finish("checkpoint-1", 1, world_size=1)
+    sealed = folder.finish("checkpoint-1", {})
     assert (sealed / "weights").stat().st_mode == (sealed / MANIFEST).stat().st_mode
 
 
