@@ -86,6 +86,7 @@ def test_the_best_model_is_found_again(job, stopped, tmp_path, save, worse):
     (tmp_path / "stopped").rename(tmp_path / "moved")
     job("moved", **settings)
     assert largest_difference(whole, tmp_path / "moved") == 0
+    assert (whole / "final/README.md").read_bytes() == (tmp_path / "moved/final/README.md").read_bytes()
 
 
 def scores(*values: float):
@@ -108,6 +109,9 @@ def test_the_best_that_was_saved_is_kept_where_a_better_step_was_not(job, tmp_pa
     assert [path.name for path in find_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
     assert all(map(torch.equal, adapter(run / "final").values(), adapter(run / "checkpoint-4").values()))
     assert "the final adapter is that of checkpoint-4, the best that was saved: loss 1.5" in capsys.readouterr().err
+    card = (run / "final/README.md").read_text()
+    assert "| evaluation loss | 1.5000 per learned token |\n| kept | the best checkpoint, of update 4 |" in card
+    assert not (run / "checkpoint-4/README.md").exists()
 
 
 def test_the_best_of_the_checkpoint_that_is_fallen_back_to_is_there(job, stopped, tmp_path, monkeypatch, capsys):

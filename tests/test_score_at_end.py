@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from component.run.errors import StorageError
+from component.run.manifest import verify
 from component.score.at_end import check_eval_rows, is_scored, read_train_rows
 from component.score.measure import Task
 from component.score.questions import called_functions, read_scored_rows
@@ -37,6 +38,11 @@ def test_a_run_prints_its_score_and_scores_again_only_where_the_score_is_missing
     (loss,) = [figure for figure in facts["figures"] if figure["name"] == "loss per token"]
     assert loss["values"]["tuned"]["value"] < loss["values"]["base"]["value"]
     assert (output / "score.html").read_text().startswith("<!DOCTYPE html>")
+    card = (output / "final/README.md").read_text()
+    assert "| `train.jsonl` | 12 | 12 | " in card
+    assert f"| `loss per token` | {loss['n']} | {loss['values']['base']['value']:.3f} [" in card
+    assert str(output.parent) not in card
+    assert verify(output / "final", "final")
 
     job(**settings)
     assert "3 questions" not in capsys.readouterr().out, "it has been scored"

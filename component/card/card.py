@@ -12,7 +12,16 @@ from ..run.files import write_atomically
 from ..run.log import harmless, redact
 from ..run.manifest import CARD
 from ..trust import read_model_json
-from .facts import SCORE, describe_adapter, describe_base, describe_data, describe_training, is_chatglm, read_record, read_score
+from .facts import (
+    SCORE,
+    describe_adapter,
+    describe_base,
+    describe_data,
+    describe_training,
+    is_chatglm,
+    read_record,
+    read_score,
+)
 from .licences import copy_licences, find_licences
 
 LIBRARIES = {  # kind of folder: the library that loads it

@@ -3,12 +3,14 @@
 import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
-from ..trust import find_model_file
+from huggingface_hub import try_to_load_from_cache
+
+from .facts import REPOSITORY
 
 NAME = re.compile(r"((model_)?licen[sc]e|notice|use_policy|.*(协议|许可)).*(?<!\.py)", re.IGNORECASE | re.DOTALL)
+CONFIG = "config.json"  # which the cache holds of every model that was loaded
 LARGEST = 2**20  # bytes; a licence is text
 
 
@@ -19,23 +21,28 @@ def copy_licences(base: str, folder: Path) -> None:
     Args:
         base: folder or hub name.
     """
-    config = None
-    with suppress(OSError, ValueError):  # a base that is gone, or a hub out of reach, takes nothing from what was made
-        config = find_model_file(base, "config.json")
-    found = find_licences(config.parent) if config else []
-    for file in found:
+    for file in find_licences(find_folder(base)):
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 
 
+def find_folder(base: str) -> Path:
+    """The folder of a base's files, in the hub's cache if the base is named by the hub. It may not exist."""
+    cached = None if os.path.isdir(base) or not REPOSITORY.fullmatch(base) else try_to_load_from_cache(base, CONFIG)
+    return Path(cached).parent if isinstance(cached, str) else Path(base)
+
+
 def find_licences(folder: Path) -> list[Path]:
-    """A model's licence files. A link counts only where it stays in the folder, or in the hub's cache of this model: a
-    folder that somebody else made could lead to a private file."""
+    """The licence files of a model's folder; none where there is no such folder.
+
+    A link counts only where it stays in the folder, or in the hub's cache of this model: a folder that somebody else
+    made could lead to a private file.
+    """
     cached = folder.parent.name == "snapshots"  # models--OWNER--NAME/snapshots/COMMIT, of links to ../../blobs
     home = (folder.parents[1] if cached else folder).resolve()
     return sorted(
         file
-        for file in folder.iterdir()
+        for file in (folder.iterdir() if folder.is_dir() else ())
         if NAME.fullmatch(file.name)
         and file.is_file()
         and os.access(file, os.R_OK)

@@ -171,7 +171,7 @@ class Checkpoints:
         """Write adapter and tokenizer, without the card that peft adds: it says nothing, and names the base's path."""
         self.trainer.save_model(str(folder))
         if self.args.process_index == 0:
-            (folder / CARD).unlink()
+            (folder / CARD).unlink(missing_ok=True)
 
     def describe(self, name: str) -> dict:
         """What the manifest of `name` says; that of the final adapter also tells its data and its figures."""

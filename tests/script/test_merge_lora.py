@@ -121,6 +121,10 @@ def test_an_adapter_of_a_run_is_merged_into_what_was_trained_and_tells_how(job, 
     }
     trained = logits(checkpoint, final, quantization_config=four_bit(torch.float32))
     assert difference(logits(tmp_path / "merged"), trained) <= 1e-5
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "`chatglm3-nano` with a LoRA adapter merged into it, in `float32`." in card
+    assert "| `train.jsonl` | 12 | 12 | " in card
+    assert str(checkpoint.parent) not in card
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

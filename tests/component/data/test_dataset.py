@@ -26,7 +26,7 @@ from component.data.dataset import (
     select_dataset,
     select_format,
 )
-from component.data.load import Mixture, load_datasets
+from component.data.load import Mixture, describe_sources, load_datasets
 from component.data.prepare import RowRenderer
 from component.data.render import TokenizedSample
 from component.data.rules import DROPPED, DataReport, DataRules, count_kind, log_report
@@ -596,6 +596,11 @@ def test_loading_mixes_logs_and_writes_what_was_rejected(tmp_path, tiny_tokenize
     trained, evaluated = load_datasets(args, ChatGLM3SFTDataset, tiny_tokenizer, 0, str(tmp_path / "out"))
     assert len(trained) == 7  # 3.5 of each, rounded
     assert len(evaluated) == 3
+    (a, b), (c,) = map(describe_sources, (trained, evaluated))
+    assert (a["files"], a["rows"], a["kept"]) == (["a.jsonl"], 4, 3)
+    assert (b["files"], b["rows"], b["kept"]) == (["b.jsonl"], 5, 4)
+    assert c == a and 0 < a["learned"] < a["tokens"] < b["tokens"]
+    assert describe_sources(None) == []
     rejected = read_jsonl(tmp_path / "out/rejected.jsonl")
     assert [(Path(entry["file"]).name, entry["line"]) for entry in rejected] == [
         ("a.jsonl", 4),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from component.data import reader, stream
 from component.data.formats import parse_row
-from component.data.load import load_datasets
+from component.data.load import describe_sources, load_datasets
 from component.data.render import TokenizedSample, render_chatglm3
 from component.data.rules import CUT, DROPPED, DataRules
 from component.data.stream import StreamedRow, StreamingSFTDataset
@@ -263,6 +263,7 @@ def test_a_stream_that_goes_on_is_loaded_without_a_check_and_a_copy_for_another_
     assert len(make.rendered()) == 300  # by the fixture alone
     dataset, _ = load_datasets(args, kind, tokenizer, 0, None)
     assert len(make.rendered()) == len(dataset.checked) + 300 == 600
+    assert describe_sources(dataset) == [{"files": ["a.jsonl"]}]
     dataset.renderer = None
     assert len(pickle.dumps(dataset)) < 2000
 
