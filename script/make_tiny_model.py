@@ -24,19 +24,21 @@ from component.run.errors import Fault
 
 
 def texts_of(path: Path) -> list[str]:
-    """Every message of a data file, so that the vocabulary fits what will be trained."""
+    """Every line of a data file's messages, so that the vocabulary fits what will be trained."""
     texts = []
     for _, conversation in read_conversations(path):
         for message, _ in chatglm3_messages(conversation):
             texts += [message.metadata, message.content]
-    return [text for text in texts if text]
+    return [line for text in texts for line in text.splitlines() if line]
 
 
 def train_tokenizer(data: list[Path], output: Path, vocab_size: int) -> ChatGLMTokenizer:
-    """A SentencePiece model with ChatGLM's settings: bytes for rare characters, text kept as it is, `</s>` as id 2."""
+    """A SentencePiece model with ChatGLM's settings: BPE, bytes for rare characters and newlines, text kept as it is,
+    `</s>` as id 2."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text for path in data for text in texts_of(path)]),
         model_prefix=str(output / "tokenizer"),
+        model_type="bpe",
         vocab_size=vocab_size,
         hard_vocab_limit=False,
         character_coverage=1.0,

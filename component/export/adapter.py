@@ -13,7 +13,7 @@ from ..trust import ADAPTER, check_adapter, identify_base, read_model_json, read
 from .glm import check_layout, to_glm, write_json
 
 
-def write_glm_adapter(adapter: Path, config: ChatGLMConfig, folder: Path, base: str) -> None:
+def write_glm_adapter(adapter: Path, config: ChatGLMConfig, folder: Path, base: str | None = None) -> None:
     """Write an adapter under GLM's names into an empty folder: the same function of the same input.
 
     The manifest records the run that trained it, so that our programs load the exported base in the bits of training.
@@ -21,7 +21,7 @@ def write_glm_adapter(adapter: Path, config: ChatGLMConfig, folder: Path, base: 
     Args:
         adapter: folder of the adapter of ChatGLM.
         config: of the adapter's base.
-        base: what the new adapter names as its base, an exported folder or a hub name.
+        base: what the new adapter names as its base, an exported folder or a hub name; None for no name.
 
     Raises:
         ArgumentError: the adapter is refused or does not fit its base or `base`, or the layout is none of GLM's.
@@ -35,7 +35,7 @@ def write_glm_adapter(adapter: Path, config: ChatGLMConfig, folder: Path, base: 
     changes = {"base_model_name_or_path": base, "revision": None, "target_modules": find_targets(parts, config)}
     write_json(folder / "adapter_config.json", read_model_json(adapter / "adapter_config.json") | changes)
     save_file({name: part.clone() for name, part in parts.items()}, folder / ADAPTER[0], {"format": "pt"})
-    if os.path.isdir(base):
+    if base and os.path.isdir(base):
         check_fits(folder, base)
     seal(folder, {"run": describe_run(adapter, base)})
 
@@ -54,11 +54,11 @@ def find_targets(names: Iterable[str], config: ChatGLMConfig) -> list[str]:
     return sorted(targets)
 
 
-def describe_run(adapter: Path, base: str) -> dict:
+def describe_run(adapter: Path, base: str | None) -> dict:
     """What an adapter's manifest records of its run, as it holds for another base: with that one's identity, if its
     files are here, and with a chat template in the place of ChatGLM's own formats. Empty where nothing is recorded."""
     run = read_run(adapter)
     run.pop("base_model", None)
     if isinstance(run.get("format"), dict) and run["format"].get("name") in ("chatglm2", "chatglm3"):
         run["format"] = {"name": "chat_template"}
-    return run | ({"base_model": identify_base(base)} if run and os.path.isdir(base) else {})
+    return run | ({"base_model": identify_base(base)} if run and base and os.path.isdir(base) else {})

@@ -146,6 +146,12 @@ def find_kind(kind: str) -> tuple[GGMLQuantizationType, LlamaFileType]:
     return KINDS[kind]
 
 
+def bytes_of(kind: str) -> float:
+    """Bytes that each number of a matrix takes."""
+    block, size = GGML_QUANT_SIZES[find_kind(kind)[0]]
+    return size / block
+
+
 def check_shape(config: ChatGLMConfig) -> None:
     """Refuse a layout that llama.cpp's `chatglm` does not have."""
     check_layout(config)

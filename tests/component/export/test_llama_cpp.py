@@ -13,9 +13,9 @@ from component.export.gguf import KINDS, write_gguf, write_gguf_adapter
 from component.export.merge import merged_model
 from component.export.weights import ChatGLMWeights
 from component.model import open_tokenizer
+from component.verify.llama_cpp import answers, chat, continuation, encoding, template
 
 from ...conftest import read_jsonl
-from ...llama import answers, chat, continuation, encoding, template
 
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed; make test-slow installs it")
 pytestmark = pytest.mark.slow

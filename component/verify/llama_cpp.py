@@ -1,6 +1,6 @@
 """Asks llama.cpp's own server, in a process of its own: a file that it cannot run may end the process.
 
-PyPI's xllamacpp has it; `make test-slow` installs that.
+PyPI's xllamacpp has it; `make demo-export` and `make test-slow` install that.
 """
 
 import json
@@ -10,7 +10,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-ROOT = Path(__file__).parents[1]
+from ..run.errors import ArgumentError
+
+ROOT = Path(__file__).parents[2]
 
 
 def answers(gguf: Path, requests: list[tuple[str, dict]], lora: Path | None = None, parses: bool = True) -> list:
@@ -24,12 +26,13 @@ def answers(gguf: Path, requests: list[tuple[str, dict]], lora: Path | None = No
         The JSON of each answer, also of an error.
 
     Raises:
-        AssertionError: the server does not start, or ends; the text has the end of its log.
+        ArgumentError: the server does not start, or ends; the text has the end of its log.
     """
     asked = {"gguf": str(gguf), "lora": lora and str(lora), "parses": parses, "requests": requests}
-    command = [sys.executable, "-m", "tests.llama"]
+    command = [sys.executable, "-m", __name__]
     done = subprocess.run(command, cwd=ROOT, input=json.dumps(asked), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"llama.cpp ended with {done.returncode}: {done.stderr[-2000:]}"
+    if done.returncode:
+        raise ArgumentError(f"{gguf}: llama.cpp ended with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
