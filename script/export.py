@@ -48,7 +48,7 @@ def export(cli: argparse.Namespace) -> None:
         into=cli.into,
         dtype=cli.dtype,
         kind=cli.type,
-        name=cli.output.name,
+        name=cli.output.name.removesuffix("-gguf"),
         max_shard_size=cli.max_shard_size,
     )
     check_room(cli.output, made.size)
