@@ -102,26 +102,28 @@ OTHERS = {
     "docker run --rm --gpus all -v ./data:/luciole/data -v ./models:/luciole/models -v ./output:/luciole/output "
     "luciole --train_args_file train_args/qlora/chatglm3-6b-sft-qlora.json model_name_or_path=models/chatglm3-6b",
     # tests/script/test_export.py
-    "python script/export.py --to glm --base models/chatglm3-6b --adapter output/chatglm3-6b/final "
-    "--output models/exported",
-    "python script/export.py --to gguf --type q8_0 --base models/chatglm3-6b --adapter output/chatglm3-6b/final "
-    "--output models/gguf",
-    "python script/export.py --to adapter --base models/chatglm3-6b --adapter output/chatglm3-6b/final "
-    "--output models/adapter",
+    "python script/export.py --to glm --adapter output/chatglm3-6b/final --base models/chatglm3-6b "
+    "--output models/chatglm3-6b-glm",
+    "python script/export.py --to gguf --type q8_0 --adapter output/chatglm3-6b/final --base models/chatglm3-6b "
+    "--output models/chatglm3-6b-gguf",
+    "python script/export.py --to adapter --adapter output/chatglm3-6b/final --base models/chatglm3-6b "
+    "--output models/chatglm3-6b-lora",
     # fixed: docs/deploy.md says of each whether it was run, and where it was read
-    "vllm serve models/exported --served-model-name chatglm3 --enable-auto-tool-choice "
-    "--tool-parser-plugin models/exported/chatglm3_tool_parser.py --tool-call-parser chatglm3",
+    "vllm serve models/chatglm3-6b-glm --served-model-name chatglm3 --enable-auto-tool-choice "
+    "--tool-parser-plugin models/chatglm3-6b-glm/chatglm3_tool_parser.py --tool-call-parser chatglm3",
     "vllm serve models/merged --served-model-name chatglm3",
-    "vllm serve models/chatglm3-6b --tokenizer models/exported --generation-config models/exported --enable-lora "
+    "vllm serve models/chatglm3-6b --tokenizer models/chatglm3-6b-glm --generation-config models/chatglm3-6b-glm --enable-lora "
     "--max-lora-rank 64 --lora-modules tuned=output/chatglm3-6b/final",
     "python -m sglang.launch_server --model-path models/merged --served-model-name chatglm3",
-    "python -m sglang.launch_server --model-path models/exported --served-model-name chatglm3",
-    "llama-server -m models/gguf/chatglm3-6b-q8_0.gguf --port 8080",
-    "llama-server -m models/gguf/chatglm3-6b-f32.gguf --port 8080 --cache-type-k f32 --cache-type-v f32",
-    "llama-server -m models/gguf/chatglm3-6b-f16.gguf --lora models/adapter/adapter.gguf --port 8080",
-    "cd models/gguf && ollama create chatglm3 -f Modelfile",
+    "python -m sglang.launch_server --model-path models/chatglm3-6b-glm --served-model-name chatglm3",
+    "llama-server -m models/chatglm3-6b-gguf/chatglm3-6b-q8_0.gguf --skip-chat-parsing --port 8080",
+    "llama-server -m models/chatglm3-6b-gguf/chatglm3-6b-f32.gguf --skip-chat-parsing --port 8080 --flash-attn off "
+    "--cache-type-k f32 --cache-type-v f32",
+    "llama-server -m models/base-gguf/base-f16.gguf --lora models/chatglm3-6b-lora/adapter.gguf --skip-chat-parsing "
+    "--port 8080",
+    "cd models/chatglm3-6b-gguf && ollama create chatglm3 -f Modelfile",
     "ollama run chatglm3",
-    "lms import models/gguf/chatglm3-6b-q8_0.gguf",
+    "lms import models/chatglm3-6b-gguf/chatglm3-6b-q8_0.gguf",
 }
 
 
@@ -203,7 +205,7 @@ def test_every_model_of_the_chinese_readme_lies_where_it_was_downloaded_to():
     downloaded = set(re.findall(r"modelscope download .*--local_dir (\S+)", page))
     used = re.findall(r'(?:model_name_or_path=|--base |base, adapter = "|verify_real.py )([^\s"`]+)', page)
     assert set(used) == downloaded == {"models/chatglm3-6b", "models/Qwen2.5-7B-Instruct"}
-    assert len(used) == 14
+    assert len(used) == 17
 
 
 def test_both_readmes_answer_the_same_questions():
