@@ -133,6 +133,14 @@ def test_a_truncated_answer_is_told_where_the_limit_of_tokens_ends_it(make_parse
         assert stream(parser, pieces, request(), "length")["content"] == cut
 
 
+def test_a_call_in_the_last_piece_of_a_stream_is_told_once(make_parser):
+    """Up to 0.12, vLLM drops its name."""
+    parser = make_parser()
+    if hasattr(parser, "tools"):
+        (call,) = stream(parser, [(WEATHER, [1, 9])], request())["calls"]
+        assert (call["name"], json.loads(call["arguments"])) == TOLD
+
+
 def test_what_follows_a_call_that_was_told_is_text(make_parser):
     """Read whole it makes the call none, which a stream can no longer say."""
     text = f"{WEATHER}\nThat was it."

@@ -149,6 +149,8 @@ def stream(parser, pieces: Iterable[tuple[str, list[int]]], asked, reason: str =
         )
         told = [delta]
         if new and is_last and parser.engine_based_streaming:
+            if delta.tool_calls:
+                delta.tool_calls[-1].function.arguments += unstreamed(parser)
             told.append(parser.finish_streaming())
         elif is_last and delta is None:
             return message
@@ -163,6 +165,14 @@ def stream(parser, pieces: Iterable[tuple[str, list[int]]], asked, reason: str =
         if is_last:
             message["finish_reason"] = "tool_calls" if message["calls"] and reason == "stop" else reason
     return message
+
+
+def unstreamed(parser) -> str:
+    """`ToolParser.get_remaining_unstreamed_args` of 0.33.0, of a parser that has told a call."""
+    expected = json.dumps(parser.prev_tool_call_arr[-1]["arguments"], ensure_ascii=False)
+    told = parser.streamed_args_for_tool[len(parser.prev_tool_call_arr) - 1 :]
+    actual = told[0] if told else ""
+    return expected[len(actual) :] if expected.startswith(actual) else ""
 
 
 def join(message: dict, delta: DeltaMessage) -> None:
