@@ -49,6 +49,7 @@ ANSWERS = {  # what the model writes: its text and its calls
     "f\n```python\ntool_call(a=1, a=2)\n```": ("f\n```python\ntool_call(a=1, a=2)\n```", []),
     "f\n```python\ntool_call(1)\n```": ("f\n```python\ntool_call(1)\n```", []),
     "f\n```python\nprint(1); x\n```": ("f\n```python\nprint(1); x\n```", []),
+    "f\n```python\n(lambda: 1)()\n```": ("f\n```python\n(lambda: 1)()\n```", []),
     "f\n```python\n```": ("f\n```python\n```", []),
     "a name\n```python\ntool_call()\n```": ("a name\n```python\ntool_call()\n```", []),
     "get_weather\n ```python\ntool_call(city='北": ("get_weather\n ```python\ntool_call(city='北", []),
