@@ -5,6 +5,7 @@ import re
 from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import replace
+from itertools import groupby
 
 from ..chat_templates import control_tokens
 from ..run.errors import DataError
@@ -75,16 +76,15 @@ def control_of(tokenizer) -> tuple[re.Pattern, frozenset[int]]:
 
 
 def encode_shielded(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids, and where each begins and ends in `text`; shielded stretches are encoded as what they stand for."""
+    """Token ids, and where each begins and ends in `text`. What stands between two control tokens, and holds shielded
+    characters, is encoded as the plain text that it stands for."""
     ids, spans, at = [], [], 0
-    for part in re.split("([\U00100000-\U0010ffff]+)", text):
-        hidden = part and ord(part[0]) >= SHIELD
-        if part:
-            plain = "".join(chr(ord(letter) - SHIELD) for letter in part) if hidden else part
-            encoded = tokenizer(
-                plain, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=bool(hidden)
-            )
-            ids += encoded["input_ids"]
-            spans += [(at + start, at + end) for start, end in encoded["offset_mapping"]]
-            at += len(part)
+    parts = re.split(f"({control_of(tokenizer)[0].pattern})", text)
+    for hidden, stretch in groupby(parts, lambda part: max(part, default="") >= chr(SHIELD)):
+        shielded = "".join(stretch)
+        plain = "".join(chr(ord(letter) - SHIELD) if ord(letter) >= SHIELD else letter for letter in shielded)
+        encoded = tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=hidden)
+        ids += encoded["input_ids"]
+        spans += [(at + start, at + end) for start, end in encoded["offset_mapping"]]
+        at += len(shielded)
     return ids, spans

@@ -13,9 +13,13 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from component.chatglm import ChatGLMTokenizer
+from component.export.tokenizer import export_template
 from component.model import four_bit, load_adapter
+from component.run.errors import ArgumentError
 from component.run.manifest import seal
 from script import merge_lora
 
@@ -155,6 +159,54 @@ def test_a_merged_chatglm_chats(model_folder, adapter_folder, tmp_path):
     response, history = model.chat(tokenizer, "Hello", history=[], do_sample=False, max_new_tokens=3)
     assert isinstance(response, str)
     assert [turn["role"] for turn in history] == ["user", "assistant"]
+
+
+def test_a_merged_chatglm_has_what_other_programs_look_for(model_folder, adapter_folder, tmp_path, capsys):
+    """transformers reads the right ids from tokenizer.json, where else it would make a tokenizer with wrong ones. Here,
+    neither that file nor the template is used, also where the base had them, and from someone else."""
+    base = model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(base)
+    adapter = adapter_folder(base)
+    merge("--adapter", adapter, "--output", tmp_path / "merged")
+    merged = tmp_path / "merged"
+    config = json.loads((merged / "config.json").read_text())
+    assert (config["architectures"], config["original_rope"]) == (["ChatGLMModel"], True)
+    ids = Tokenizer.from_file(str(merged / "tokenizer.json")).encode("Hello, <think>world!").ids
+    assert ids == tokenizer("Hello, <think>world!")["input_ids"]
+    assert (merged / "chat_template.jinja").read_text() == export_template(3)
+
+    shutil.copy(merged / "tokenizer.json", base)
+    (base / "chat_template.jinja").write_text("{{ raise_exception('it was run') }}")
+    written = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(written | {"x": 1}))
+    merge("--adapter", adapter, "--output", tmp_path / "again")
+    assert capsys.readouterr().err.count("the base's chat template is not copied: ChatGLM's own takes its place") == 1
+    assert json.loads((tmp_path / "again/config.json").read_text()) == config | {"x": 1}
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == (merged / "tokenizer.json").read_bytes()
+    text = "Hello, <think>world! <|user|> sop</s>"
+    for folder in (merged, tmp_path / "again"):
+        again = AutoTokenizer.from_pretrained(folder)
+        assert isinstance(again, ChatGLMTokenizer)
+        assert again(text) == tokenizer(text)
+        assert (len(again), again.get_vocab()) == (len(tokenizer), tokenizer.get_vocab())
+        chat = [{"role": "user", "content": text}]
+        assert again.apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
+
+
+def test_a_tokenizer_that_tokenizer_json_cannot_hold_is_merged_with_a_warning(
+    model_folder, adapter_folder, tmp_path, capsys, monkeypatch
+):
+    def refuse(*_):
+        raise ArgumentError("it has other settings")
+
+    monkeypatch.setattr("component.export.tokenizer.prove", refuse)
+    merge("--adapter", adapter_folder(model_folder()), "--output", tmp_path / "merged")
+    told = "no tokenizer.json is written, and only this program reads the tokenizer rightly: it has other settings"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "merged/tokenizer.json").exists()
+    AutoTokenizer.from_pretrained(tmp_path / "merged")
 
 
 @pytest.fixture

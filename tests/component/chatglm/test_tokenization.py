@@ -10,6 +10,7 @@ from transformers import AddedToken, AutoTokenizer, DataCollatorForLanguageModel
 
 from component.chatglm import ChatGLMTokenizer
 from component.chatglm.tokenization_chatglm import CONTROL_TOKENS
+from component.export.tokenizer import write_tokenizer_json
 from tests.conftest import read_jsonl
 
 
@@ -213,3 +214,18 @@ def test_a_token_of_the_models_own_is_not_changed(tiny_tokenizer, change):
         change(tokenizer)
     assert (tokenizer.eos_token, tokenizer.unk_token) == ("</s>", "<unk>")
     tokenizer.eos_token_id = 2
+
+
+def test_a_tokenizer_json_beside_it_changes_nothing(tiny_tokenizer, tmp_path):
+    """transformers takes the control tokens that it lists for added tokens."""
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ChatGLMTokenizer"}')
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    write_tokenizer_json(plain, tmp_path)
+    beside = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(beside, ChatGLMTokenizer)
+    assert (len(beside), beside.get_vocab()) == (len(plain), plain.get_vocab())
+    assert beside.added_tokens_encoder == plain.added_tokens_encoder
+    assert beside.encode("a <sop> <|user|></s>") == plain.encode("a <sop> <|user|></s>")
+    beside.add_tokens(["<think>"])
+    assert beside.convert_tokens_to_ids("<think>") == plain.vocab_size

@@ -144,9 +144,9 @@ def test_answers_end_where_the_version_ends_them(tmp_path, tiny_tokenizer, refer
 
 
 def test_the_cost_is_linear_in_the_text(real_tokenizer):
-    """A megabyte of one word, of spaces and of bytes: seconds, where a square would take hours."""
+    """One long word, spaces and bytes: less than a second each."""
     built = build_tokenizer(real_tokenizer)
-    for text in ("philosophy" * 10_000, " " * 100_000, "\t" * 100_000):
+    for text in ("philosophy" * 5000, " " * 50_000, "\t" * 50_000):
         assert built.encode(text, add_special_tokens=False).ids == real_tokenizer.tokenizer.encode(text)
 
 
