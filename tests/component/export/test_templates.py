@@ -1,13 +1,11 @@
 """An exported chat template writes the text that training renders, for texts, tools, calls and results."""
 
-import copy
 import json
 import random
 from dataclasses import replace
 
 import jinja2
 import pytest
-from transformers import AutoTokenizer
 
 from component.chatglm import ChatGLMTokenizer
 from component.data.chat_template import render_chat_template
@@ -15,7 +13,7 @@ from component.data.conversation import Conversation, Turn, choose_learned
 from component.data.formats import parse_row
 from component.data.messages import to_openai
 from component.data.render import TokenizedSample, render_chatglm2, render_chatglm3
-from component.export.tokenizer import export_template, write_tokenizer
+from component.export.tokenizer import export_template
 from component.inference.answers import TemplateReader
 from component.inference.calls import Call
 from component.inference.syntax import describe_calls
@@ -29,23 +27,6 @@ RENDER = {2: render_chatglm2, 3: render_chatglm3}
 @pytest.fixture(scope="module", params=[2, 3])
 def version(request) -> int:
     return request.param
-
-
-@pytest.fixture(scope="module")
-def export(real_tokenizer, tmp_path_factory):
-    """Exports the real tokenizer as one of a version; one folder for each."""
-    made = {}
-
-    def make(version: int):
-        if version not in made:
-            ours = copy.deepcopy(real_tokenizer)
-            ours.chatglm_version = version
-            folder = tmp_path_factory.mktemp(f"chatglm{version}")
-            write_tokenizer(ours, folder)
-            made[version] = AutoTokenizer.from_pretrained(folder)
-        return made[version]
-
-    return make
 
 
 def by_template(tokenizer, messages: list[dict], tools: list | None = None) -> TokenizedSample:
