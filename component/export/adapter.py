@@ -20,7 +20,7 @@ def write_glm_adapter(adapter: Path, config: ChatGLMConfig, folder: Path, base: 
 
     Args:
         adapter: folder of the adapter of ChatGLM.
-        config: of the adapter's base.
+        config: of the adapter's base, loaded by its name (ChatGLMWeights.config).
         base: what the new adapter names as its base, an exported folder or a hub name; None for no name.
 
     Raises:

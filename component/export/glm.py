@@ -105,7 +105,7 @@ def write_glm(weights: ChatGLMWeights, folder: Path, stops: list[int], max_shard
     sources: dict[str, str] = {}  # the official names of GLM's weights
     for name, shape in weights.shapes.items():
         parts = to_glm(name, torch.empty(shape, dtype=weights.dtype, device="meta"), config)
-        sketch |= parts
+        sketch |= {part: tensor.clone() for part, tensor in parts.items()}  # each with storage of its own size
         sources |= dict.fromkeys(parts, name)
     plan = split_torch_state_dict_into_shards(
         sketch, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size

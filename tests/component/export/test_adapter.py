@@ -1,0 +1,165 @@
+"""An adapter under GLM's names computes what it computes under ChatGLM's, and our programs take it as one of theirs."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from component.export.adapter import write_glm_adapter
+from component.export.glm import write_glm
+from component.export.merge import merged_model
+from component.export.weights import ChatGLMWeights
+from component.inference.session import Session
+from component.model import check_beginning, read_training
+from component.run.errors import ArgumentError
+from component.run.manifest import seal
+from component.settings.schema import QLoRAArguments
+from component.trust import check_adapter, identify_base, read_run
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+KINDS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+SUBSETS = [list(kinds) for size in range(1, 5) for kinds in itertools.combinations(KINDS, size)]
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Writes a base and its adapter as GLM; returns both folders."""
+
+    def write(base, adapter):
+        folders = tmp_path / "glm", tmp_path / "glm-adapter"
+        for folder in folders:
+            folder.mkdir()
+        weights = ChatGLMWeights(str(base), torch.float32)
+        write_glm(weights, folders[0], [2])
+        write_glm_adapter(adapter, weights.config, folders[1], str(folders[0]))
+        return folders
+
+    return write
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(IDS).logits
+
+
+def adapted(base, adapter) -> torch.Tensor:
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+
+
+def check_equal(base, adapter, export) -> dict:
+    """Check that logits are equal; returns the exported adapter's settings."""
+    file = adapter / "adapter_model.safetensors"
+    torch.manual_seed(2)
+    weights = {name: weight + 0.05 * torch.randn(weight.shape) for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    glm, moved = export(base, adapter)
+    ours = adapted(base, adapter)
+    assert torch.equal(ours, adapted(glm, moved))
+    assert (ours - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.01
+    return check_adapter(moved)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"])
+def test_the_logits_are_equal(model_folder, adapter_folder, export, changes):
+    base = model_folder()
+    adapter = adapter_folder(base, target_modules=[*KINDS], lora_alpha=6, task_type="CAUSAL_LM", **changes)
+    settings = check_equal(base, adapter, export)
+    assert settings["target_modules"] == ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+    before = check_adapter(adapter)
+    kept = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "task_type")
+    assert {key: settings[key] for key in kept} == {key: before[key] for key in kept}
+
+
+def test_layers_that_are_adapted_here_and_there_have_whole_names(model_folder, adapter_folder, export):
+    base = model_folder()
+    targets = ["layers.0.self_attention.query_key_value", "layers.1.self_attention.dense", "output_layer"]
+    targets += ["word_embeddings", "dense_4h_to_h"]
+    settings = check_equal(base, adapter_folder(base, target_modules=targets, task_type="CAUSAL_LM"), export)
+    attention = [f"model.layers.{place}_proj" for place in ("0.self_attn.k", "0.self_attn.q", "0.self_attn.v")]
+    attention.append("model.layers.1.self_attn.o_proj")
+    assert settings["target_modules"] == ["down_proj", "embed_tokens", "lm_head", *attention]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", SUBSETS, ids="+".join)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"multi_query_attention": False, "add_qkv_bias": False},
+        {"num_attention_heads": 6, "multi_query_group_num": 3, "kv_channels": 20, "hidden_size": 37},
+    ],
+    ids=["without groups", "odd"],
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_logits_are_equal_for_every_choice_of_layers(tmp_path, adapter_folder, export, targets, shape, dora):
+    torch.manual_seed(0)
+    sizes = {"padded_vocab_size": 301, "hidden_size": 64, "ffn_hidden_size": 47, "num_layers": 2, "kv_channels": 16}
+    sizes |= {"num_attention_heads": 4, "initializer_range": 0.3} | shape
+    ChatGLMForConditionalGeneration(ChatGLMConfig(**sizes)).save_pretrained(tmp_path / "base")
+    changes = {"target_modules": targets, "task_type": "CAUSAL_LM", "use_dora": dora}
+    check_equal(tmp_path / "base", adapter_folder(tmp_path / "base", **changes), export)
+
+
+RUN = {"settings": {"base_bits": 4, "compute_dtype": "float32"}, "data": "d", "world_size": 1}
+
+
+def trained(adapter, base):
+    described = {"format": {"name": "chatglm3", "tokenizer": "t"}, "base_model": identify_base(str(base))}
+    seal(adapter, {"run": RUN | described})
+    return adapter
+
+
+def test_our_programs_know_how_its_base_was_loaded_and_which_one_it_is(model_folder, adapter_folder, export, log):
+    base = model_folder()
+    adapter = trained(adapter_folder(base), base)
+    glm, moved = export(base, adapter)
+    assert read_run(moved) == RUN | {"format": {"name": "chat_template"}, "base_model": identify_base(str(glm))}
+    assert read_training(moved) == (4, torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder("llama"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(glm)
+    session = Session.open(adapter=moved, dtype=torch.float32)
+    assert (session.base, session.base_bits, session.data_format) == (str(glm), 4, "chat_template")
+    merged = logits(merged_model(str(glm), moved, "full"))
+    assert (merged - adapted(base, adapter)).abs().max() < 1e-5
+    with pytest.raises(ArgumentError, match="it was trained on a base with other weights"):
+        Session.prepare(str(model_folder("llama")), moved)
+    args = QLoRAArguments(str(glm), train_file="x", adapter_name_or_path=str(moved), lora_rank=4)
+    settings = check_adapter(moved)
+    args.lora_alpha, args.target_modules = settings["lora_alpha"], settings["target_modules"]
+    args.lora_dropout = settings["lora_dropout"]
+    log.clear()
+    check_beginning(args, identify_base(str(glm)), {"name": "chat_template", "tokenizer": "another"})
+    assert log == []
+
+
+def test_an_adapter_for_a_base_elsewhere_records_its_bits_and_no_contents(model_folder, adapter_folder, tmp_path):
+    base = model_folder()
+    adapter, moved = trained(adapter_folder(base), base), tmp_path / "moved"
+    moved.mkdir()
+    write_glm_adapter(adapter, AutoConfig.from_pretrained(base), moved, "me/chatglm3-6b-glm")
+    assert read_run(moved) == RUN | {"format": {"name": "chat_template"}}
+    settings = json.loads((moved / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("me/chatglm3-6b-glm", None)
+    (moved / "plain").touch()
+    assert {path.stat().st_mode for path in moved.iterdir()} == {(moved / "plain").stat().st_mode}
+
+
+def test_an_adapter_of_another_tool_has_no_run(model_folder, adapter_folder, export):
+    base = model_folder()
+    _, moved = export(base, adapter_folder(base))
+    assert (check_adapter(moved)["r"], read_run(moved), read_training(moved)) == (4, {}, (None, None))
+
+
+def test_a_base_of_another_shape_or_under_official_names_is_refused(model_folder, adapter_folder, tmp_path):
+    base = model_folder()
+    adapter = adapter_folder(base)
+    for wrong in (base, model_folder("llama")):
+        (moved := tmp_path / f"for-{wrong.name}").mkdir()
+        with pytest.raises(ArgumentError, match=f"has no place in '{wrong}'; give its base$"):
+            write_glm_adapter(adapter, AutoConfig.from_pretrained(base), moved, str(wrong))
