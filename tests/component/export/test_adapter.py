@@ -140,7 +140,10 @@ def test_our_programs_know_how_its_base_was_loaded_and_which_one_it_is(model_fol
 
 def test_an_adapter_for_a_base_elsewhere_records_its_bits_and_no_contents(model_folder, adapter_folder, tmp_path):
     base = model_folder()
-    adapter, moved = trained(adapter_folder(base), base), tmp_path / "moved"
+    adapter, moved = adapter_folder(base), tmp_path / "moved"
+    own = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(own | {"revision": "v1.0"}))
+    trained(adapter, base)
     moved.mkdir()
     write_glm_adapter(adapter, AutoConfig.from_pretrained(base), moved, "me/chatglm3-6b-glm")
     assert read_run(moved) == RUN | {"format": {"name": "chat_template"}}
