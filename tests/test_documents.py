@@ -112,8 +112,8 @@ OTHERS = {
     "vllm serve models/chatglm3-6b-glm --served-model-name chatglm3 --enable-auto-tool-choice "
     "--tool-parser-plugin models/chatglm3-6b-glm/chatglm3_tool_parser.py --tool-call-parser chatglm3",
     "vllm serve models/merged --served-model-name chatglm3",
-    "vllm serve models/chatglm3-6b --tokenizer models/chatglm3-6b-glm --generation-config models/chatglm3-6b-glm --enable-lora "
-    "--max-lora-rank 64 --lora-modules tuned=output/chatglm3-6b/final",
+    "vllm serve models/chatglm3-6b --tokenizer models/chatglm3-6b-glm --generation-config models/chatglm3-6b-glm "
+    "--enable-lora --max-lora-rank 64 --lora-modules tuned=output/chatglm3-6b/final",
     "python -m sglang.launch_server --model-path models/merged --served-model-name chatglm3",
     "python -m sglang.launch_server --model-path models/chatglm3-6b-glm --served-model-name chatglm3",
     "llama-server -m models/chatglm3-6b-gguf/chatglm3-6b-q8_0.gguf --skip-chat-parsing --port 8080",

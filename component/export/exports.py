@@ -18,7 +18,7 @@ from .adapter import write_glm_adapter
 from .gguf import bytes_of, converter_command, write_gguf, write_gguf_adapter, write_modelfile
 from .glm import check_layout, write_glm
 from .merge import RECORD, describe_rounding, find_config, into_words, name_of, plan_merge, read_dtype
-from .tokenizer import stop_ids, write_tokenizer
+from .tokenizer import check_tokenizer, stop_ids, write_tokenizer
 from .tool_parser import write_tool_parser
 from .weights import ChatGLMWeights
 
@@ -28,7 +28,8 @@ ADAPTER_GGUF = "adapter.gguf"
 NOT_AS_TRAINED = (
     "beside a full-precision base this adapter is not the model that was trained: it has learned beside the base's "
     "weights rounded to 4 bits. On the small model of docs/quality.md, 28.3% of the calls were exact as trained, and "
-    "6.7% beside full precision. Run it on a base in NF4 with double quantisation, or export the merge (--to glm, gguf)"
+    "6.7% beside full precision. Export the merge (--to glm, gguf), or load the base in NF4 with double quantisation, "
+    "which is near to training, but not the same: GLM's queries, keys and values are rounded apart"
 )
 
 
@@ -91,6 +92,7 @@ def plan_export(
     plan = plan_merge(adapter, base, into, dtype) if adapter else None
     weights = ChatGLMWeights(base, plan.dtype if plan else DTYPES[dtype] if dtype else read_dtype(base, file), plan)
     tokenizer = open_tokenizer(base)
+    check_tokenizer(tokenizer)
     if to == "gguf":
         return plan_gguf(weights, tokenizer, name, kind or KIND)
     return plan_glm(weights, tokenizer, max_shard_size)

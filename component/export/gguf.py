@@ -194,7 +194,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: ChatGLMTokenizer, rows: int) ->
             f"padded_vocab_size is {rows}; give the tokenizer of this model"
         )
     texts, scores, types = zip(*tokens(tokenizer, rows), strict=True)
-    writer.add_tokenizer_model(find_tokenizer_model(scores))
+    writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(texts)
     writer.add_token_scores(scores)
@@ -211,17 +211,6 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: ChatGLMTokenizer, rows: int) ->
         writer.add_eot_token_id(tokenizer.get_command("<|user|>"))
         writer.add_eom_token_id(tokenizer.get_command("<|observation|>"))
     writer.add_chat_template(export_template(tokenizer.chatglm_version).replace("</s>", RENAMED["</s>"]))
-
-
-def find_tokenizer_model(scores: Iterable[float]) -> str:
-    """llama.cpp's name for SentencePiece's BPE, whose scores are ranks, or for its unigram model."""
-    if all(float(score).is_integer() for score in scores):
-        return "llama"
-    logger.warning(
-        "tokenizer.model: it is a unigram model, not BPE as ChatGLM's own: llama.cpp reads characters that it has no "
-        "piece for as <unk>, not as bytes"
-    )
-    return "t5"
 
 
 def tokens(tokenizer: ChatGLMTokenizer, rows: int) -> Iterator[tuple[str, float, TokenType]]:

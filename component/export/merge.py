@@ -7,6 +7,7 @@ base. docs/quality.md compares them.
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ class MergePlan:
         """How the result is made, as JSON."""
         return {
             "into": self.into,
-            "base": self.base,
+            "base": Path(self.base).name if os.path.isdir(self.base) else self.base,
+            "base_model": identify_base(self.base),
             "base_bits": self.bits,
             "compute_dtype": name_of(self.compute_dtype),
             "adapter": fingerprint([find_adapter_weights(self.adapter)]),
@@ -291,7 +293,7 @@ def convert(model: PreTrainedModel, before: torch.dtype, dtype: torch.dtype) -> 
 
 def require_finite(name: str, weight: Tensor) -> None:
     """Raise ArgumentError for a weight of the result that is not finite."""
-    if weight.isfinite().all():
+    if all(end.isfinite() for end in weight.aminmax()):  # a value that is no number is both ends
         return
     if weight.dtype == torch.float16:
         raise ArgumentError(

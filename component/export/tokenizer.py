@@ -14,8 +14,6 @@ PREFIX = ("[gMASK]", "<sop>")
 # Names of control tokens in exported files: as words, they would be found within "people" and "philosophy".
 NAMES = {"sop": "<sop>", "eop": "<eop>"}
 SPACE = "▁"
-# Score of the pieces that no text may produce, far below that of any way to write the same characters.
-NEVER = -1e6
 # Texts on which SentencePiece's settings show.
 PROBES = (
     "",
@@ -26,7 +24,7 @@ PROBES = (
     "😀👩\u200d👧\x00",
     "\n```python\ntool_call(x='1')\n```",
 )
-REMEDY = "take a SentencePiece model of ChatGLM's kind: BPE or Unigram, and text kept as it is"
+REMEDY = "take a SentencePiece model of ChatGLM's kind: BPE, and text kept as it is"
 
 
 def write_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path) -> None:
@@ -43,7 +41,6 @@ def write_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path) -> None:
     - `skip_special_tokens` removes the role tokens too, so that messages run together.
     - `decode` keeps the space that opens the text behind an added token, and shows bytes that are no UTF-8 as one
       replacement character each.
-    - With a Unigram model, such as the demo's, a run of spaces may be cut otherwise, where several ways have one score.
 
     Raises:
         ArgumentError: a text would get other ids, as its SentencePiece model has settings that ChatGLM's has not.
@@ -115,17 +112,17 @@ def build_tokenizer(tokenizer: ChatGLMTokenizer) -> Tokenizer:
     return built
 
 
-def build_model(pieces: SentencePieceProcessor) -> models.Model:
-    """The model that cuts a text as SentencePiece does: BPE (the published models), whose scores are the whole numbers
-    of an order, or Unigram."""
+def build_model(pieces: SentencePieceProcessor) -> models.BPE:
+    """The BPE that cuts a text as SentencePiece's does: of all pairs that make a piece, those of better pieces first.
+
+    Raises:
+        ArgumentError: SentencePiece's is no BPE, whose scores are the places in an order.
+    """
     names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
     others = (pieces.is_unknown, pieces.is_control, pieces.is_byte, pieces.is_unused)
     scores = {name: pieces.get_score(i) for i, name in enumerate(names) if not any(kind(i) for kind in others)}
-    byte_fallback = any(map(pieces.is_byte, range(len(names))))
-    unknown = pieces.unk_id()
     if not all(score.is_integer() for score in scores.values()):
-        vocabulary = [(name, scores.get(name, NEVER)) for name in names]
-        return models.Unigram(vocabulary, unknown, byte_fallback)
+        raise ArgumentError(f"the tokenizer's SentencePiece model is no BPE; {REMEDY}")
     merges = [
         (-score, cut, (name[:cut], name[cut:]))
         for name, score in scores.items()
@@ -135,10 +132,15 @@ def build_model(pieces: SentencePieceProcessor) -> models.Model:
     return models.BPE(
         {name: i for i, name in enumerate(names)},
         [pair for *_, pair in sorted(merges)],
-        unk_token=names[unknown],
+        unk_token=names[pieces.unk_id()],
         fuse_unk=True,
-        byte_fallback=byte_fallback,
+        byte_fallback=any(map(pieces.is_byte, range(len(names)))),
     )
+
+
+def check_tokenizer(tokenizer: ChatGLMTokenizer) -> None:
+    """Raise ArgumentError for a tokenizer that other programs would read otherwise, as `write_tokenizer` does."""
+    prove(build_tokenizer(tokenizer), tokenizer)
 
 
 def prove(built: Tokenizer, tokenizer: ChatGLMTokenizer) -> None:

@@ -83,4 +83,4 @@ def post(url: str, body: dict):
 
 
 if __name__ == "__main__":
-    print(json.dumps(serve(**json.load(sys.stdin))))
+    sys.stdout.write(json.dumps(serve(**json.load(sys.stdin))))

@@ -10,7 +10,6 @@ from component.chatglm import ChatGLMConfig, ChatGLMTokenizer
 from component.export.gguf import (
     KINDS,
     converter_command,
-    find_tokenizer_model,
     tokens,
     write_gguf,
     write_gguf_adapter,
@@ -112,7 +111,6 @@ def test_every_id_of_the_published_vocabularies_has_its_text_score_and_type(refe
     tokenizer.add_tokens(["<think>"])
     found = list(tokens(tokenizer, 65024))
     assert len(found) == 65024
-    assert find_tokenizer_model([score for _, score, _ in found]) == "llama"
     assert {i: found[i] for i in (0, 1, 2, 13, 260, 54591, 64788, 64790, 64792, 64795, 64798, 65023)} == {
         0: ("<unk>", 0, gguf.TokenType.UNKNOWN),
         1: ("<bos>", 0, gguf.TokenType.CONTROL),
@@ -130,7 +128,7 @@ def test_every_id_of_the_published_vocabularies_has_its_text_score_and_type(refe
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_the_head_of_a_file_tells_llama_cpp_the_tokenizer(base, written, tiny_tokenizer, monkeypatch, log, version):
+def test_the_head_of_a_file_tells_llama_cpp_the_tokenizer(base, written, tiny_tokenizer, monkeypatch, version):
     monkeypatch.setattr(tiny_tokenizer, "chatglm_version", version)
     values = values_of(written(base()))
     values = {name.removeprefix("tokenizer."): value for name, value in values.items() if name.startswith("tokenizer.")}
@@ -141,7 +139,7 @@ def test_the_head_of_a_file_tells_llama_cpp_the_tokenizer(base, written, tiny_to
     user, observation = map(tiny_tokenizer.get_command, ("<|user|>", "<|observation|>"))
     ends = {"ggml.eot_token_id": user, "ggml.eom_token_id": observation} if version == 3 else {}
     assert values == {
-        "ggml.model": "t5",
+        "ggml.model": "llama",
         "ggml.pre": "default",
         "ggml.bos_token_id": 1,
         "ggml.eos_token_id": 2,
@@ -154,8 +152,6 @@ def test_the_head_of_a_file_tells_llama_cpp_the_tokenizer(base, written, tiny_to
         "chat_template": export_template(version).replace("</s>", "<eos>"),
         **ends,
     }
-    assert "unigram" in log[0]
-    assert "<unk>" in log[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

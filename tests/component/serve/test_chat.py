@@ -305,7 +305,7 @@ def test_a_conversation_without_room_is_refused_with_both_figures(server):
         server.chat(max_tokens=10**9)
     assert refused.value.code == "context_length_exceeded"
     assert "a context of 4,000 tokens" in str(refused.value) and "1,000,000,000 more" in str(refused.value)
-    with pytest.raises(openai.BadRequestError, match=r"the messages have 25,0[0-9]+; shorten them"):
+    with pytest.raises(openai.BadRequestError, match=r"the messages have 15,0[0-9]+; shorten them"):
         server.chat("word " * 5000)
     assert not server.engine.asked
 

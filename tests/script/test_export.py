@@ -1,0 +1,218 @@
+"""script/export.py makes whole folders that run elsewhere, or refuses in a line."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from component.export.merge import merged_model
+from component.inference.sampling import Sampling
+from component.inference.session import Session
+from component.model import open_tokenizer
+from component.run.manifest import seal
+from script import export, merge_lora
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+WEATHER = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+
+
+def run(*options, program=export) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program.__name__, *map(str, options)])
+        program.main()
+
+
+def refusal(capsys, *options) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(*options)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.fixture
+def base(model_folder) -> Path:
+    folder = model_folder()
+    (folder / "MODEL_LICENSE").write_text("Terms.")
+    return folder
+
+
+def test_glm_computes_what_the_trained_model_computes_and_says_how_it_was_made(base, adapter_folder, tmp_path, capsys):
+    adapter = adapter_folder(base)
+    seal(adapter, {"run": {"settings": {"base_bits": 4, "compute_dtype": "float32"}}})
+    run("--to", "glm", "--base", base, "--adapter", adapter, "--output", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "this merge keeps them" in said
+    assert said.endswith(f"glm: {tmp_path / 'out'}\n")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(model).__module__.startswith("transformers.")
+    assert torch.equal(logits(model), logits(merged_model(str(base), adapter, "trained")))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("chat_template.jinja", "chatglm3_tool_parser.py", "merge.json", "README.md", "MODEL_LICENSE"),
+    }
+    made = json.loads((tmp_path / "out/merge.json").read_text())
+    assert (made["into"], made["dtype"], made["base"]) == ("trained", "float32", "chatglm3-nano")
+    for file in ("README.md", "merge.json", "config.json", "tokenizer_config.json"):
+        assert str(tmp_path) not in (tmp_path / "out" / file).read_text()
+
+
+def test_an_exported_model_answers_here_too_as_it_did_before(base, tmp_path):
+    """By its chat template, whose way of writing calls is read from it."""
+    run("--to", "glm", "--base", base, "--output", tmp_path / "out")
+    messages = [{"role": "user", "content": "北京天气"}]
+    told = []
+    for folder in (base, tmp_path / "out"):
+        session = Session.open(str(folder), base_bits=16)
+        reply = session.reply(messages, [WEATHER], Sampling(max_new_tokens=24))
+        list(reply)
+        told.append((reply.generation.prompt, reply.generation.tokens, session.must_call))
+        session.must_call(Sampling(), ["get_weather"], [WEATHER])
+    assert session.data_format == "chat_template"
+    assert told[0][:2] == told[1][:2]
+
+
+def test_a_base_alone_and_half_precision(base, tmp_path):
+    run("--to", "glm", "--base", base, "--output", tmp_path / "out", "--dtype", "bfloat16", "--max_shard_size", "60KB")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert not (tmp_path / "out/merge.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_merged_folder_is_exported_as_its_parts_would_be(base, adapter_folder, tmp_path):
+    adapter = adapter_folder(base)
+    options = ("--adapter", adapter, "--base", base, "--into", "full")
+    run(*options, "--output", tmp_path / "merged", program=merge_lora)
+    run("--to", "glm", "--base", tmp_path / "merged", "--output", tmp_path / "one")
+    run("--to", "glm", *options, "--output", tmp_path / "two")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_gguf_is_named_by_its_folder_and_type(base, adapter_folder, tmp_path):
+    options = ("--base", base, "--adapter", adapter_folder(base), "--into", "trained")
+    run("--to", "gguf", *options, "--output", tmp_path / "weather-gguf", "--type", "q8_0")
+    names = {path.name for path in (tmp_path / "weather-gguf").iterdir()}
+    assert names == {"weather-q8_0.gguf", "Modelfile", "README.md", "merge.json", "MODEL_LICENSE"}
+    assert "FROM ./weather-q8_0.gguf\n" in (tmp_path / "weather-gguf/Modelfile").read_text()
+    reader = gguf.GGUFReader(tmp_path / "weather-gguf/weather-q8_0.gguf")
+    merged = merged_model(str(base), tmp_path / "adapter", "trained").transformer.encoder.layers[0].mlp.dense_h_to_4h
+    (found,) = (tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_up.weight")
+    values = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type))
+    assert torch.allclose(values, merged.weight, atol=merged.weight.abs().max().item() / 127)
+
+
+def test_an_adapter_is_the_same_beside_an_exported_base(base, adapter_folder, tmp_path, capsys):
+    adapter = adapter_folder(base)
+    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    run("--to", "glm", "--base", base, "--output", tmp_path / "base")
+    capsys.readouterr()
+    run("--to", "adapter", "--base", base, "--adapter", adapter, "--output", tmp_path / "out")
+    assert "28.3% of the calls were exact as trained, and 6.7% beside full precision" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        *("adapter_config.json", "adapter_model.safetensors", "adapter.gguf", "manifest.json", "README.md"),
+        "MODEL_LICENSE",
+    }
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    assert torch.equal(logits(theirs), logits(ours))
+    assert str(tmp_path) not in (tmp_path / "out/adapter_config.json").read_text()
+
+
+def test_an_adapter_of_16_bits_is_the_model_that_was_trained(base, adapter_folder, tmp_path, capsys):
+    adapter = adapter_folder(base)
+    seal(adapter, {"run": {"settings": {"base_bits": 16, "compute_dtype": "float32"}}})
+    run("--to", "adapter", "--base", base, "--adapter", adapter, "--output", tmp_path / "out")
+    assert "not the model" not in capsys.readouterr().out
+
+
+def test_dora_has_no_gguf_and_says_so(base, adapter_folder, tmp_path, capsys):
+    adapter = adapter_folder(base, target_modules=["dense"], use_dora=True, task_type="CAUSAL_LM")
+    run("--to", "adapter", "--base", base, "--adapter", adapter, "--output", tmp_path / "out")
+    assert "no adapter.gguf: llama.cpp knows no DoRA" in capsys.readouterr().out
+    assert not (tmp_path / "out/adapter.gguf").exists()
+
+
+def test_every_export_reads_the_texts_as_ours(base, tmp_path):
+    run("--to", "glm", "--base", base, "--output", tmp_path / "out")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), open_tokenizer(str(base))
+    for text in ("你好", "  a\n\tb ", "people of philosophy"):
+        assert theirs(text)["input_ids"] == ours(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--to", "adapter"], "--adapter: give the folder of a trained adapter"),
+        (["--to", "gguf", "--dtype", "float16"], "--dtype float16: goes with --to glm, and --to is gguf; leave it out"),
+        (["--to", "glm", "--type", "q8_0"], "--type q8_0: goes with --to gguf"),
+        (["--to", "glm", "--into", "full"], "--into full: nothing is merged here; leave it out"),
+        (["--to", "glm", "--max_shard_size", "2 GB"], "--max_shard_size '2 GB': expected a size such as"),
+        (["--to", "glm", "--adapter", "nowhere"], "nowhere: no adapter_config.json there"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_read(base, tmp_path, capsys, options, told):
+    assert told in refusal(capsys, "--base", base, "--output", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_must_be_named_or_be_that_of_an_adapter(tmp_path, capsys):
+    assert "--adapter: give the folder" in refusal(capsys, "--to", "glm", "--output", tmp_path / "out")
+    told = refusal(capsys, "--to", "glm", "--base", tmp_path / "none", "--output", tmp_path / "out")
+    assert re.search(r"--base .*none: ", told)
+
+
+def test_an_output_that_exists_is_left_alone(base, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert "exists; choose another name" in refusal(capsys, "--to", "glm", "--base", base, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("to", "told"),
+    [
+        ("glm", "transformers has a class of its own for it: merge it"),
+        ("gguf", "convert_hf_to_gguf.py MERGED --outfile MODEL.gguf --outtype f16"),
+        ("adapter", "take its adapter as it is"),
+    ],
+)
+def test_other_families_are_told_their_way(model_folder, adapter_folder, tmp_path, capsys, to, told):
+    base = model_folder("llama")
+    options = ("--base", base, "--adapter", adapter_folder(base), "--output", tmp_path / "out")
+    error = refusal(capsys, "--to", to, *options)
+    assert "is of the type 'llama', and only ChatGLM2 and ChatGLM3 are exported" in error
+    assert told in error
+
+
+def test_a_layout_that_others_lack_is_refused(base, tmp_path, capsys):
+    config = json.loads((base / "config.json").read_text()) | {"rmsnorm": False}
+    (base / "config.json").write_text(json.dumps(config))
+    told = refusal(capsys, "--to", "gguf", "--base", base, "--output", tmp_path / "out")
+    assert "rmsnorm is false" in told
+    assert not list(tmp_path.glob("*out"))
+
+
+def test_a_disk_that_fills_leaves_nothing(base, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("component.export.glm.write_shard", full)
+    with pytest.raises(SystemExit) as stop:
+        run("--to", "glm", "--base", base, "--output", tmp_path / "out")
+    assert stop.value.code == 4
+    assert (
+        "could not be written ([Errno 28] No space left on device); nothing was left there" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob("*out"))
