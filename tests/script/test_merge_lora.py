@@ -21,6 +21,7 @@ from component.export.tokenizer import export_template
 from component.model import four_bit, load_adapter
 from component.run.errors import ArgumentError
 from component.run.manifest import seal
+from component.trust import identify_base
 from script import merge_lora
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +119,8 @@ def test_an_adapter_of_a_run_is_merged_into_what_was_trained_and_tells_how(job, 
     assert re.fullmatch("[0-9a-f]{32}", record.pop("adapter"))
     assert record == {
         "into": "trained",
-        "base": str(checkpoint),
+        "base": checkpoint.name,
+        "base_model": identify_base(str(checkpoint)),
         "base_bits": 4,
         "compute_dtype": "float32",
         "dtype": "float32",
