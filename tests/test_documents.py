@@ -299,8 +299,9 @@ def test_the_figures_of_the_readmes_are_those_of_the_code():
 
 @pytest.mark.slow
 def test_the_demo_teaches_the_model():
-    """`make demo` from a clone's files, and what the READMEs and docs/serve.md do with its adapter."""
-    done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True)
+    """`make demo-export`, which begins with `make demo`, from a clone's files, and what the READMEs and docs do with its
+    adapter and exports."""
+    done = subprocess.run(["make", "demo-export"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
         'tuned  {"name": "get_current_weather", "parameters": {"location": "北京", "unit": "celsius"}}' in done.stdout
@@ -315,6 +316,7 @@ def test_the_demo_teaches_the_model():
     assert shown.stdout.strip() == "你好！我是萤光，一只会聊天、会调用工具的小萤火虫。有什么可以帮你？"
     check_chat()
     check_server()
+    check_exports(done.stdout)
 
 
 def check_chat() -> None:
@@ -325,6 +327,17 @@ def check_chat() -> None:
     words = [sys.executable, *shlex.split(command)[1:]]
     shown = subprocess.run(words, cwd=ROOT, input="\n".join(given), capture_output=True, text=True)
     assert shown.stdout.splitlines() == [line for line in talk.splitlines() if not re.match(r"(result.*)?> ", line)]
+
+
+def check_exports(told: str) -> None:
+    """What `make demo-export` says, and docs/deploy.md's code where nothing of this project can be imported."""
+    assert told.endswith("The exports answer as the tuned model, token for token.\n")
+    assert len(re.findall(r"^(?:transformers alone|llama\.cpp) +the same \d+ \+ \d+ tokens$", told, re.MULTILINE)) == 4
+    (code,) = blocks("docs/deploy.md", "python")
+    code = code.replace("models/chatglm3-6b-glm", str(ROOT / "output/exports/glm"))
+    shown = subprocess.run([sys.executable, "-I", "-c", code], cwd="/", capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.strip()
 
 
 def check_server() -> None:
