@@ -299,8 +299,8 @@ def test_the_figures_of_the_readmes_are_those_of_the_code():
 
 @pytest.mark.slow
 def test_the_demo_teaches_the_model():
-    """`make demo-export`, which begins with `make demo`, from a clone's files, and what the READMEs and docs do with what
-    it makes."""
+    """`make demo-export`, which begins with `make demo`, from a clone's files, and what the READMEs and docs do with
+    what it makes."""
     done = subprocess.run(["make", "demo-export"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
