@@ -211,8 +211,8 @@ def select_format(
     """Choose which of DATA_FORMATS to train with: (format, reason).
 
     `data_format` decides if given, and `chat_template` asks for the format of that name; else `chatglm2` or `chatglm3`
-    in the last part of the name (any case), else Firefly's. The folders above do not count:
-    `chatglm3_project/Qwen2.5-7B` is no ChatGLM.
+    in the last part of the name (any case), else ChatGLM's version where config.json has it, as in a merged folder,
+    else Firefly's. The folders above do not count: `chatglm3_project/Qwen2.5-7B` is no ChatGLM.
 
     Raises:
         DataError: an unknown `data_format`, or a folder whose config.json says something else than its name.
@@ -228,6 +228,9 @@ def select_format(
     named = found in last.lower()
     config = Path(model_name_or_path, "config.json")
     model_type = read_model_type(config)
+    version = read_chatglm_version(config) if model_type == "chatglm" else None
+    if version and not named:
+        return f"chatglm{version}", f"{config} is of ChatGLM{version}"
     if model_type and named != (model_type == "chatglm"):
         name = f"contains {found!r}" if named else "contains neither 'chatglm2' nor 'chatglm3'"
         choice = "firefly or chat_template" if named else "chatglm2 or chatglm3"
@@ -236,9 +239,9 @@ def select_format(
             f"{config}: model_type is {model_type!r}, but the folder's name {last!r} {name}: rename the folder, or set "
             f"data_format to {choice}{glm4}"
         )
-    if named and (other := read_chatglm_version(config)) and f"chatglm{other}" != found:
+    if version and f"chatglm{version}" != found:
         raise DataError(
-            f"{config} is of ChatGLM{other}, but the folder's name {last!r} contains {found!r}: rename the folder, or "
+            f"{config} is of ChatGLM{version}, but the folder's name {last!r} contains {found!r}: rename the folder, or "
             "set data_format to chatglm2 or chatglm3"
         )
     if named:
@@ -269,7 +272,8 @@ def read_chatglm_version(config: Path) -> str | None:
     except (OSError, ValueError, RecursionError):
         return None
     names = re.findall(r"chatglm([23])", str(values.get("_name_or_path", "")).rpartition("/")[2].lower())
-    return str(values.get("chatglm_version") or "") or (names[-1] if names else None)
+    own = values.get("chatglm_version")
+    return str(own) if own in (2, 3) else names[-1] if names else None
 
 
 def check_choice(args, data_format: str, tokenizer) -> None:

@@ -661,9 +661,9 @@ def test_a_batch_is_padded_on_the_right_and_cut(tiny_tokenizer):
     assert samples[1]["input_ids"] == [8]
 
 
-def write_config(folder: Path, model_type: str) -> str:
+def write_config(folder: Path, model_type: str, **others) -> str:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **others}))
     return str(folder)
 
 
@@ -684,6 +684,16 @@ def test_the_last_part_of_a_models_path_picks_the_format(tmp_path, folder, model
 def test_a_model_started_from_its_own_folder_is_known_by_that_folders_name(tmp_path, monkeypatch):
     monkeypatch.chdir(write_config(tmp_path / "chatglm3-6b", "chatglm"))
     assert select_format(".")[0] == "chatglm3"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"chatglm_version": 2}, "chatglm2"), ({"_name_or_path": "THUDM/chatglm3-6b"}, "chatglm3")],
+)
+def test_a_folder_of_another_name_is_known_by_the_version_in_its_config(tmp_path, config, expected):
+    """As merge_lora.py writes it, and the publisher."""
+    folder = write_config(tmp_path / "merged", "chatglm", **config)
+    assert select_format(folder) == (expected, f"{folder}/config.json is of ChatGLM{expected[-1]}")
 
 
 @pytest.mark.parametrize(
