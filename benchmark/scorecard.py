@@ -134,7 +134,7 @@ def run_tests(cases: list[Case], root: Path) -> Outcomes:
     if not nodes:
         return {}
     report = root / "tests.xml"
-    options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    options = ["-q", "-m", "not gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
     log = subprocess.run([sys.executable, "-m", "pytest", *options, *nodes], cwd=ROOT, capture_output=True, text=True)
     found = list(ElementTree.parse(report).iter("testcase"))
 

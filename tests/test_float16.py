@@ -39,7 +39,7 @@ def scaler_of_a_card(monkeypatch):
     monkeypatch.setattr(Accelerator, "__init__", begin_with_scaler)
 
 
-@pytest.fixture(params=["chatglm", "llama"])
+@pytest.fixture(params=["chatglm", pytest.param("llama", marks=pytest.mark.slow)])
 def settings(request, model_folder) -> dict:
     return SETTINGS | {"model_name_or_path": str(model_folder(request.param))}
 

@@ -70,7 +70,7 @@ def test_packed_rows_equal_padded_batches(job, bits):
         assert largest_difference(padded, other) <= 1e-5
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["padded", "packed"])
 def test_checkpointing_changes_no_weight(job, packing):
     settings = {"packing": packing, "lora_dropout": 0.0}
     kept = job("kept", **settings)
@@ -143,6 +143,7 @@ def test_the_short_update_at_an_epochs_end_is_that_of_padded_batches(job, tmp_pa
         assert largest_difference(padded, packed) <= 1e-5
 
 
+@pytest.mark.slow
 def test_ranks_may_have_different_numbers_of_rows(job, tmp_path):
     settings = {"max_seq_length": 24, "packing_length": 24, "optim": "sgd"}
     whole = job("whole", per_device_train_batch_size=4, **settings)
@@ -161,6 +162,7 @@ SLOW_RENDERING = """if True:
 """
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_slow_data_longer_than_a_collective_may_take(job, tmp_path):
     """Case 39 of the reliability scorecard, with its numbers made small: 12 s of rendering, 10 s of timeout."""
     job("written", dry_run=True)

@@ -475,9 +475,14 @@ UNCAUGHT = """if True:
         (["train_qlora.py"], {"report_to": "tensorboard", "save_strategy": "steps", "save_steps": 1}, 0),
         (["train_qlora.py", "--dry_run"], {}, 0),
         (["train_qlora.py"], {"model_name_or_path": "https://user:canary-of-a-model@host/x"}, 2),
-        (["train_qlora.py"], {"hub_token": ["canary-of-a-wrong-type"]}, 2),
-        (["train_qlora.py", "--dry_run", "hub_token=1234567890"], {}, 0),  # text by its key
-        (["script/inspect_data.py"], {"model_name_or_path": "https://user:canary-of-a-model@host/x"}, 2),
+        pytest.param(["train_qlora.py"], {"hub_token": ["canary-of-a-wrong-type"]}, 2, marks=pytest.mark.slow),
+        pytest.param(["train_qlora.py", "--dry_run", "hub_token=1234567890"], {}, 0, marks=pytest.mark.slow),  # text
+        pytest.param(
+            ["script/inspect_data.py"],
+            {"model_name_or_path": "https://user:canary-of-a-model@host/x"},
+            2,
+            marks=pytest.mark.slow,
+        ),
         (["-c", UNCAUGHT], {}, 1),
     ],
     ids=["run", "dry run", "credentials in a name", "wrong type", "number", "inspector", "uncaught"],

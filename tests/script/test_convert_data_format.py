@@ -54,6 +54,7 @@ def test_fields_of_turns_and_fields_that_clash_are_said_to_be_lost():
     assert lost[2:] == ["'conversations' of the row, which means something else in firefly"]
 
 
+@pytest.mark.slow
 def test_a_large_file_streams(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     with source.open("w", encoding="utf-8") as file:

@@ -435,7 +435,7 @@ def chatglm_merge(model_folder, adapter_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moment", ["safe_save_file 2", *slowly("save_pretrained 3", "fsync 3", "rename 1"), "rename 2"]
+    "moment", ["safe_save_file 2", *slowly("save_pretrained 3", "fsync 3", "rename 1", "rename 2")]
 )
 def test_a_killed_merge_leaves_all_or_nothing(chatglm_merge, moment):
     options, output, expected = chatglm_merge
@@ -449,7 +449,7 @@ def test_a_killed_merge_leaves_all_or_nothing(chatglm_merge, moment):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, *slowly(signal.SIGTERM)])
 @pytest.mark.parametrize(
-    "moment", [*slowly("from_pretrained 1"), "from_pretrained 4", *slowly("safe_save_file 2"), "rename 2"]
+    "moment", [*slowly("from_pretrained 1"), "from_pretrained 4", *slowly("safe_save_file 2", "rename 2")]
 )
 def test_an_interrupted_merge_says_so_in_one_line_and_leaves_all_or_nothing(chatglm_merge, moment, signum):
     options, output, expected = chatglm_merge
