@@ -241,8 +241,8 @@ def select_format(
         )
     if version and f"chatglm{version}" != found:
         raise DataError(
-            f"{config} is of ChatGLM{version}, but the folder's name {last!r} contains {found!r}: rename the folder, or "
-            "set data_format to chatglm2 or chatglm3"
+            f"{config} is of ChatGLM{version}, but the folder's name {last!r} contains {found!r}: rename the folder, "
+            "or set data_format to chatglm2 or chatglm3"
         )
     if named:
         return found, f"model_name_or_path contains {found!r}"
