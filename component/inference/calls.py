@@ -516,7 +516,7 @@ class Parts:
     """Parts of text, each stripped, and joined by newlines: what can be told of them as they come."""
 
     def __init__(self):
-        self.space = ""  # that is told once something follows it
+        self.space: list[str] = []  # that is told once something follows it
         self.is_joined = self.is_begun = False  # whether anything was told at all; of this part
 
     def add(self, text: str) -> str:
@@ -526,14 +526,14 @@ class Parts:
                 return ""
         shown = text.rstrip()
         if not shown:
-            self.space += text
+            self.space.append(text)
             return ""
-        before = self.space if self.is_begun else "\n" * self.is_joined
-        self.space, self.is_joined, self.is_begun = text[len(shown) :], True, True
+        before = "".join(self.space) if self.is_begun else "\n" * self.is_joined
+        self.space, self.is_joined, self.is_begun = [text[len(shown) :]], True, True
         return before + shown
 
     def end(self) -> None:
-        self.space, self.is_begun = "", False
+        self.space, self.is_begun = [], False
 
 
 # ChatGLM3's answers have no template to learn from. They are messages, each with a line of metadata before its content,

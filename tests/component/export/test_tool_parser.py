@@ -4,7 +4,9 @@ import ast
 import gzip
 import inspect
 import json
+import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import pytest
@@ -40,7 +42,15 @@ ANSWERS = {  # what the model writes: its text and its calls
         "",
         [("f", {"t": [1, "x"], "d": {"1": None}, "n": -0.5, "s": "<|assistant", "k": [True]})],
     ),
+    # The word, written within a call.
+    f"f\n```python\nf(s='{PARTING}', t='a{PARTING} b')\n```": ("", [("f", {"s": PARTING, "t": f"a{PARTING} b"})]),
+    f"\n See.{PARTING}f\n```\nf(s='```{PARTING}')\n``` \n{PARTING}\n So.": (
+        "See.\nSo.",
+        [("f", {"s": f"```{PARTING}"})],
+    ),
     # No calls.
+    f"f\n```\nf(s='{PARTING}{WEATHER}{PARTING}\n So.": ("f\n```\nf(s='\nSo.", []),
+    f"f\n```\nf(s='{PARTING}\n So.{PARTING}": ("f\n```\nf(s='\nSo.", []),
     "f\n```python\ntool_call(a=1e999)\n```": ("f\n```python\ntool_call(a=1e999)\n```", []),
     "f\n```python\ntool_call(a={1})\n```": ("f\n```python\ntool_call(a={1})\n```", []),
     "f\n```python\ntool_call(a='\\ud800')\n```": ("f\n```python\ntool_call(a='\\ud800')\n```", []),
@@ -94,6 +104,11 @@ def streamed(parser, pieces, **fields) -> tuple:
     return message["content"], [(call["name"], json.loads(call["arguments"])) for call in message["calls"]]
 
 
+def says_end(parser) -> bool:
+    """Whether this vLLM says when a stream ends, and takes a call in its last piece."""
+    return hasattr(parser, "tools")
+
+
 def test_the_file_has_our_reading_word_for_word_and_imports_nothing_of_ours(file):
     text = file.read_text(encoding="utf-8")
     assert inspect.getsource(calls) in text
@@ -114,13 +129,14 @@ def test_an_answer_is_read_whole_and_while_it_grows(make_parser, text):
         assert streamed(make_parser(), [text[:at], text[at:]]) == expected, (text[:at], text[at:])
 
 
-def test_text_is_told_at_once_and_a_call_as_soon_as_it_is_whole(make_parser):
+def test_text_is_told_at_once_and_a_call_as_soon_as_vllm_can_take_it(make_parser):
     parser, told = make_parser(), []
-    for letter in f"\n ab c{PARTING}{WEATHER}":
-        delta = parser.extract_tool_calls_streaming("", "", letter, [], [], [1], request())
+    for letter in [*f"\n ab c{PARTING}{WEATHER}", ""]:
+        delta = parser.extract_tool_calls_streaming("", "", letter, [], [], [1 if letter else 9], request())
         told.append(delta.content or ("call" if delta.tool_calls else ""))
     assert told[:6] == ["", "", "a", "b", "", " c"]
-    assert set(told[6:-1]) == {""} and told[-1] == "call"
+    assert set(told[6:-2]) == {""}
+    assert told[-2:] == (["", "call"] if says_end(parser) else ["call", ""])
 
 
 @pytest.mark.parametrize("cut", [WEATHER[:20], WEATHER[:-1], "你好"])
@@ -130,23 +146,31 @@ def test_a_truncated_answer_is_told_where_the_limit_of_tokens_ends_it(make_parse
     message = stream(make_parser(), pieces, request(max_tokens=len(cut)), "length")
     assert (message["content"], message["calls"], message["finish_reason"]) == (cut, [], "length")
     parser = make_parser()
-    if hasattr(parser, "tools"):
+    if says_end(parser):
         assert stream(parser, pieces, request(), "length")["content"] == cut
 
 
 def test_a_call_in_the_last_piece_of_a_stream_is_told_once(make_parser):
     """Up to 0.12, vLLM drops its name."""
     parser = make_parser()
-    if hasattr(parser, "tools"):
+    if says_end(parser):
         (call,) = stream(parser, [(WEATHER, [1, 9])], request())["calls"]
         assert (call["name"], json.loads(call["arguments"])) == TOLD
 
 
-def test_what_follows_a_call_that_was_told_is_text(make_parser):
-    """Read whole it makes the call none, which a stream can no longer say."""
-    text = f"{WEATHER}\nThat was it."
-    assert unstreamed(make_parser(), text) == (text, [])
-    assert streamed(make_parser(), text) == ("That was it.", [TOLD])
+@pytest.mark.parametrize(
+    ("rest", "text"),
+    [
+        ("\nThat was it.", "That was it."),
+        ("\n```python\ntool_call()\n```", "```python\ntool_call()\n```"),
+        (f"{PARTING}f\n```\nf(x)\n```", "f\n```\nf(x)\n```"),
+    ],
+)
+def test_a_call_is_none_where_the_model_goes_on_with_something_that_makes_it_none(make_parser, rest, text):
+    """Before 0.25, a stream has told it already."""
+    whole = (text if rest.startswith(PARTING) else WEATHER + rest), []
+    assert unstreamed(make_parser(), WEATHER + rest) == whole
+    assert streamed(make_parser(), WEATHER + rest) == (whole if says_end(make_parser()) else (text, [TOLD]))
 
 
 def test_nothing_is_called_where_the_request_forbids_it(make_parser):
@@ -170,7 +194,7 @@ def named(name):
 def test_a_required_call_begins_as_the_model_writes_calls(make_parser, choice, names):
     asked = request(tools=[named("get_weather"), named("now?")], tool_choice=choice, response_format="json")
     made = make_parser().adjust_request(asked)
-    if not hasattr(make_parser(), "tools"):  # vLLM itself asks for JSON then
+    if not says_end(make_parser()):  # vLLM itself asks for JSON then
         assert made.structured_outputs is None
         return
     form = rf" ?({names})\n ?```python\ntool_call\([^\n]*\)\n```"
@@ -183,7 +207,50 @@ def test_a_message_with_many_fences_is_read_as_a_call_a_few_times_only(make_pars
     monkeypatch.setattr(ast, "parse", lambda *args, **kwargs: tried.append(args) or parse(*args, **kwargs))
     pieces = ["f\n```\nx = '''", *["\n```"] * 1000]
     assert streamed(parser, pieces) == ("".join(pieces), [])
-    assert len(tried) == 21
+    assert len(tried) == (1 if says_end(parser) else 21)
+
+
+LONG = {  # how an answer begins, and what it repeats
+    "text": ("\n ", "word " * 200),
+    "call": ("f\n```\nf(a='", "word " * 200),
+    "spaces": ("", " " * 1000),
+    "spaces behind a name": ("f", " " * 1000),
+    "lines behind a text": ("\n so", "\n" * 1000),
+    "fences": ("f\n```\nf(a='", "\n```" + " " * 1000),
+    "messages": ("", f"f\n```\nf(a='{PARTING}" * 3),
+}
+
+
+@pytest.mark.parametrize("begin, more", LONG.values(), ids=LONG)
+def test_reading_takes_time_in_proportion_to_the_answer(make_parser, begin, more):
+    def seconds(read, count):
+        pieces, parser = [begin, *[more] * count], make_parser()
+        start = time.process_time()
+        read(parser, pieces)
+        return time.process_time() - start
+
+    def grow(parser, pieces):
+        for piece in pieces:
+            parser.extract_tool_calls_streaming("", "", piece, [], [], [1], asked)
+        parser.extract_tool_calls_streaming("", "", "", [], [], [9], asked)
+
+    asked = request()
+    for read in (grow, lambda parser, pieces: parser.extract_tool_calls("".join(pieces), asked)):
+        assert seconds(read, 1600) < 8 * min(seconds(read, 400) for _ in range(3)) + 0.02  # four times as long
+
+
+def test_without_vllm_the_file_reads_an_answer(file):
+    code = f"""if 1:
+        import json, sys
+        sys.path.insert(0, {str(file.parent)!r})
+        from chatglm3_tool_parser import read_answer
+        for answer in {[*ANSWERS]!r}:
+            for stop in ("", "</s>", "<|user|>", "<|observation|>"):
+                read = read_answer(answer + stop)
+                print(json.dumps([read.text, read.calls, read.finish_reason]))"""
+    run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    read = [(text, list(map(tuple, calls)), reason) for text, calls, reason in map(json.loads, run.stdout.splitlines())]
+    assert read == [(*answer, "tool_calls" if answer[1] else "stop") for answer in ANSWERS.values() for _ in range(4)]
 
 
 def answers_of(shared):
