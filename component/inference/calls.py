@@ -548,6 +548,8 @@ def is_name(text: str) -> bool:
 def read_fenced_call(name: str, content: str) -> Call:
     """ChatGLM3's call, whose content is `tool_call(city='北京', days=2)` between two lines of ```` ``` ````.
 
+    The official `chat` takes more (`chatglm.prompt.parse_fenced_call`): it looks at no fence, and at no value's type.
+
     Raises:
         Unreadable: the content is no call, or its values are such that no JSON can hold them.
     """

@@ -151,7 +151,7 @@ def test_a_truncated_answer_is_told_where_the_limit_of_tokens_ends_it(make_parse
 
 
 def test_a_call_in_the_last_piece_of_a_stream_is_told_once(make_parser):
-    """Up to 0.12, vLLM drops its name."""
+    """Up to 0.13, vLLM drops its name, and up to 0.24 what else is in that piece."""
     parser = make_parser()
     if says_end(parser):
         (call,) = stream(parser, [(WEATHER, [1, 9])], request())["calls"]
