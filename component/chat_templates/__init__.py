@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 # Ready templates: the control tokens that they write, and the one at which every answer ends, if there is one.
 READY = {
     "chatml": (("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
-    "chatglm3": (("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"), None),
+    "chatglm3": (("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "</s>"), None),
 }
 
 

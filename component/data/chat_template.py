@@ -13,6 +13,10 @@ from .chat_text import SHIELD, Chat
 from .conversation import Conversation
 from .render import TokenizedSample
 
+SHIELDED = "[\U00100000-\U0010ffff]+"
+# Texts that show whether a control token changes what stands beside it.
+BESIDE = ("a", " a ", "\na\n")
+
 
 def render_chat_template(conversation: Conversation, tokenizer) -> TokenizedSample:
     """Render the text of the tokenizer's chat template.
@@ -75,12 +79,24 @@ def control_of(tokenizer) -> tuple[re.Pattern, frozenset[int]]:
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)"), frozenset(tokens.values())
 
 
+@functools.lru_cache(maxsize=8)
+def control_changes_text(tokenizer) -> bool:
+    """Whether text beside a control token is encoded otherwise than alone, as beside Phi-3's, which take the white
+    space that follows them."""
+    tokens = control_tokens(tokenizer)
+    texts = [f"{token}{text}{token}" for token in tokens for text in BESIDE]
+    alone = tokenizer(list(BESIDE), add_special_tokens=False)["input_ids"]
+    expected = [[i, *ids, i] for i in tokens.values() for ids in alone]
+    return bool(texts) and tokenizer(texts, add_special_tokens=False)["input_ids"] != expected
+
+
 def encode_shielded(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids, and where each begins and ends in `text`. What stands between two control tokens, and holds shielded
-    characters, is encoded as the plain text that it stands for."""
+    """Token ids, and where each begins and ends in `text`. Shielded characters are encoded as the plain text that they
+    stand for, with the text around them up to the next control tokens; apart, if those change the text beside them."""
     ids, spans, at = [], [], 0
-    parts = re.split(f"({control_of(tokenizer)[0].pattern})", text)
-    for hidden, stretch in groupby(parts, lambda part: max(part, default="") >= chr(SHIELD)):
+    border = SHIELDED if control_changes_text(tokenizer) else control_of(tokenizer)[0].pattern
+    parts = re.split(f"({border})", text)
+    for hidden, stretch in groupby(filter(None, parts), lambda part: max(part) >= chr(SHIELD)):
         shielded = "".join(stretch)
         plain = "".join(chr(ord(letter) - SHIELD) if ord(letter) >= SHIELD else letter for letter in shielded)
         encoded = tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=hidden)

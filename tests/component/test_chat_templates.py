@@ -148,6 +148,10 @@ def test_a_ready_template_needs_its_control_tokens():
         ArgumentError, match=r"chatml needs the control token <\|im_start\|>, which the tokenizer lacks"
     ):
         set_chat_template(llama, "chatml")
+    others = [token for token in CONTROL if token != "</s>"]
+    endless = make_tokenizer("", "<s>", "<eos>", control=["[gMASK]", "sop", *others])
+    with pytest.raises(ArgumentError, match="chatglm3 needs the control token </s>, which the tokenizer lacks"):
+        set_chat_template(endless, "chatglm3")
 
 
 def test_a_template_from_a_file_is_used_as_it_is(tmp_path):

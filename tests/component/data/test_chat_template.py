@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from component.chat_templates import set_chat_template
@@ -517,6 +517,28 @@ def test_control_tokens_in_text_are_text(family):
     assert count[0] == count[1]
     added = hostile.strip() if family == "llama3.1" else hostile  # whose template trims
     assert sum(attacked.target_mask) == sum(plain.target_mask) + len(added)
+
+
+ROLES = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}
+{{- '<|assistant|>\n' if add_generation_prompt else '' }}"""
+
+
+def test_a_typed_control_token_is_encoded_with_the_text_around_it():
+    """As one word, where the space before it belongs to a token of its own text."""
+    tokenizer = make_tokenizer(ROLES, "<s>", "<|end|>", control=["<|user|>", "<|assistant|>"], merges=[("Ġ", "<")])
+    sample = render_chat_template(parse_row(turns("is <|user|>?", "ok")), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(sample.input_ids)[:8] == ["<|user|>", "Ċ", "i", "s", "Ġ<", "|", "u", "s"]
+
+
+def test_text_beside_control_tokens_that_take_its_white_space_keeps_its_ids():
+    """As Phi-3's: the newline behind a role is written by the template, and no token of the prompt."""
+    roles = [AddedToken(f"<|{role}|>", rstrip=True, normalized=False) for role in ("user", "assistant", "end")]
+    tokenizer = make_tokenizer(ROLES, "<s>", "</s>", control=roles, merges=[("Ġ", "<")])
+    assert shown(turns("hi", "ok"), tokenizer) == "<|user|>hi<|end|><|assistant|>⟦ok<|end|>⟧"
+    typed = turns("is <|user|>?\n", "<|end|>")
+    assert shown(typed, tokenizer) == "<|user|>is <|user|>?\n<|end|><|assistant|>⟦<|end|><|end|>⟧"
+    sample = render_chat_template(parse_row(typed), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(sample.input_ids)[:6] == ["<|user|>", "i", "s", "Ġ", "<", "|"]
 
 
 def beside_text(row: dict, text: str) -> dict:
