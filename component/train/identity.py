@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ..data.chat_template import control_changes_text
 from ..data.reader import find_files
 from ..run.files import fingerprint
 from ..settings.legacy import rows_of_pack_to
@@ -47,6 +48,9 @@ WITHOUT_EFFECT = {
 BEGINNINGS = ("ddp_", "logging_", "log_", "eval_", "save_", "hub_", "trackio_", "do_")
 # Settings that describe_run describes by content.
 ELSEWHERE = {"train_file", "model_name_or_path", "adapter_name_or_path", "data_format", "chat_template"}
+
+# How data_format chat_template encodes control tokens that are written in a text. Earlier versions knew one way.
+APART, WITHIN = "encoded apart", "encoded with the text around them"
 
 
 def describe_run(args, training_args, data_format: str, tokenizer) -> dict:
@@ -97,7 +101,11 @@ def renew_identity(identity: dict) -> dict:
         settings["fused_layers"] = settings["packing"]
     settings.setdefault("base_bits", 4)
     settings.setdefault("stream_order", "a buffer" if settings.get("streaming") else None)
-    return identity | {"settings": settings, "adapter": identity.get("adapter")}
+    renewed = identity | {"settings": settings, "adapter": identity.get("adapter")}
+    described = identity.get("format", {})
+    if described.get("name") == "chat_template":
+        renewed["format"] = {"control_tokens_in_texts": APART} | described
+    return renewed
 
 
 def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -> list | str:
@@ -110,7 +118,10 @@ def describe_data(source: str | list[str] | dict[str, float], streaming: bool) -
 
 
 def describe_format(data_format: str, tokenizer) -> dict[str, str]:
-    return {"name": data_format, "tokenizer": describe_tokenizer(tokenizer)}
+    described = {"name": data_format, "tokenizer": describe_tokenizer(tokenizer)}
+    if data_format == "chat_template":
+        described["control_tokens_in_texts"] = APART if control_changes_text(tokenizer) else WITHIN
+    return described
 
 
 def describe_tokenizer(tokenizer) -> str:

@@ -6,13 +6,15 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 
 from component.data.dataset import select_format
 from component.model import load_tokenizer
 from component.run.resume import differences
 from component.settings.load import load_arguments
-from component.train.identity import describe_machine, describe_run
+from component.train.identity import describe_format, describe_machine, describe_run, renew_identity
 from component.trust import WHOLE, digest_of
+from tests.component.data.test_chat_template import QWEN25, make_tokenizer
 from tests.runs import ROWS, write_rows
 
 
@@ -111,6 +113,27 @@ def test_data_and_base_model_count_by_content_and_not_by_place(identify, checkpo
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
     (line,) = differences(identify(), identify(model_name_or_path=str(copy)))
     assert line.startswith("model_name_or_path, weights or config.json: ")
+
+
+def test_a_run_that_encoded_typed_control_tokens_otherwise_is_another_run():
+    """An earlier version encoded them apart with every tokenizer, and recorded nothing of it."""
+    plain = make_tokenizer(QWEN25, "<s>", "<|im_end|>", control=["<|im_start|>"])
+    taking = make_tokenizer(QWEN25, "<s>", "<|im_end|>", control=[AddedToken("<|im_start|>", rstrip=True)])
+    for tokenizer, changes in (
+        (plain, ['control_tokens_in_texts: "encoded apart" then, "encoded with the text around them" now']),
+        (taking, []),
+    ):
+        now = {"settings": {}, "format": describe_format("chat_template", tokenizer)}
+        earlier = {"settings": {}, "format": {key: now["format"][key] for key in ("name", "tokenizer")}}
+        found = differences(renew_identity(earlier), renew_identity(now))
+        assert [line.removeprefix("format.") for line in found] == changes
+        assert differences(renew_identity(now), now) == []
+
+
+def test_other_formats_are_described_as_ever(tiny_tokenizer):
+    described = describe_format("chatglm3", tiny_tokenizer)
+    assert described.keys() == {"name", "tokenizer"}
+    assert renew_identity({"settings": {}, "format": described})["format"] == described
 
 
 def test_machines_must_have_the_same_adapter(describe_on_this_machine, checkpoint, adapter_folder):
