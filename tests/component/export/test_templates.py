@@ -2,6 +2,8 @@
 
 import json
 import random
+import time
+from contextlib import suppress
 from dataclasses import replace
 
 import jinja2
@@ -16,11 +18,14 @@ from component.data.render import TokenizedSample, render_chatglm2, render_chatg
 from component.export.tokenizer import export_template
 from component.inference.answers import TemplateReader
 from component.inference.calls import Call
+from component.inference.stream import AnswerStream
 from component.inference.syntax import describe_calls
+from tests.component.inference.test_stream import compare
 from tests.conftest import read_jsonl
 
 from .texts import pieces_of, random_chat
 
+QUESTION = {"role": "user", "content": "q"}
 RENDER = {2: render_chatglm2, 3: render_chatglm3}
 
 
@@ -146,14 +151,112 @@ def test_results_without_ids_follow_their_calls_by_name_and_order(export, real_t
             '{"a": "\\u5317\\u4eac \\ud83d\\ude42 \\\\u5317 \\"q\\" it\'s \\/ \\n"}',
             "a='北京 🙂 \\\\u5317 \"q\" it\\'s / \\n'",
         ),
-        ("not JSON", "otJSO"),
+        ('{"a": "\\ud83d\\ud83d\\ude42\\ud83dx\\ude42"}', "a='\\ud83d🙂\\ud83dx\\ude42'"),
+        (
+            '{"a": 1E5, "b": -1.50, "c": -0, "d": 12345678901234567890123, "e": [1e-7]}',
+            "a=100000.0, b=-1.5, c=0, d=12345678901234567890123, e=[1e-07]",
+        ),
+        ('{"a":{"b":{},"c":[[]]}}', "a={'b': {}, 'c': [[]]}"),
     ],
 )
 def test_arguments_as_json_become_keywords(export, arguments, written):
-    call = {"function": {"name": "f", "arguments": arguments}}
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    messages = [QUESTION, calling(arguments)]
     text = export(3).apply_chat_template(messages, tokenize=False)
-    assert text.endswith(f"<|assistant|>f\n ```python\ntool_call({written})\n```</s>")
+    assert text.endswith(f"<|assistant|>f\n ```python\ntool_call({written})\n```<|observation|>")
+
+
+FAULTY = """null|5|[1]|"x"|not json|{"a":1|{"a":"x|{"a":1}}|{"a":1}x|{"a":1},{"b":2}|{"a":1}{"b":2}|{'a': 1}|{"a"}
+{"a":}|{,}|{"a":1,}|{"a":1 "b":2}|{"a" "b"}|{1:2}|{"a":"b":1}|{"a":[1}]|{"a":["b":1]}|{"a":[1,]}|{"a":x}|{"a":-}
+{"a":1_0}|{"a":1 0}|{"a":NaN}|{"a":True}|{"a":1,"a":2}"""
+
+
+@pytest.mark.parametrize("arguments", [" ", [1], *FAULTY.replace("\n", "|").split("|")], ids=str)
+def test_arguments_that_are_no_json_object_are_refused(export, arguments):
+    with pytest.raises(jinja2.TemplateError, match="a call's arguments are no JSON object: "):
+        export(3).apply_chat_template([QUESTION, calling(arguments)], tokenize=False)
+
+
+NAMES = ["class", "北京", "_x1", "é", "a-b", "a b", "a.b", "", "1a", "a\n", "a$", "a'", "a€", "a)b", "f(x", "a=b", "٣"]
+
+
+def test_argument_names_are_those_of_training(export):
+    """Engines other than Python's look at ASCII's signs and digits alone."""
+    accepted = []
+    for template in (export_template(3), elsewhere()):
+        names = []
+        for name in NAMES:
+            with suppress(jinja2.TemplateError):
+                export(3).apply_chat_template([QUESTION, calling({name: 1})], chat_template=template, tokenize=False)
+                names.append(name)
+        accepted.append(names)
+    assert accepted == [["class", "北京", "_x1", "é"], ["class", "北京", "_x1", "é", "a€", "٣"]]
+
+
+def test_a_row_that_ends_on_a_call_teaches_what_training_teaches(export, real_tokenizer):
+    """The call, and that a result comes, of which training adds an empty one."""
+    conversation = Conversation((Turn("user", "q"), Turn("tool", name="f", parameters={"a": 1}, learned=True)), None)
+    written = by_template(export(3), *to_openai(conversation))
+    assert learned_of(written) == learned_of(render_chatglm3(conversation, real_tokenizer))
+    assert learned_of(written) == learned_of(render_chat_template(conversation, export(3)))
+    assert written.input_ids[-1] == real_tokenizer.get_command("<|observation|>")
+    own = [QUESTION, {"role": "assistant", "metadata": "f", "content": "x"}]
+    assert export(3).apply_chat_template(own, tokenize=False).endswith("f\n x<|observation|>")
+
+
+def test_reasoning_is_stripped_as_in_training(export):
+    def thinking(thought: str) -> str:
+        message = {"role": "assistant", "content": "a", "reasoning_content": thought}
+        return export(3).apply_chat_template([QUESTION, message], tokenize=False)
+
+    assert thinking(" \nhm\n ").endswith("<|assistant|>\n <think>\nhm\n</think>\n\na</s>")
+    assert thinking(" \n").endswith("<|assistant|>\n a</s>")
+
+
+RESULT = {"role": "tool", "tool_call_id": "c0", "content": "1"}
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [RESULT | {"tool_call_id": "other"}],
+        [RESULT, RESULT],
+        [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}],
+        [QUESTION, RESULT],
+    ],
+    ids=["another id", "twice", "one too many", "too late"],
+)
+def test_a_result_that_answers_no_call_is_refused(export, real_tokenizer, results):
+    messages = [QUESTION, calling({}), *results]
+    with pytest.raises(jinja2.TemplateError, match="a result answers no call of the message before; give"):
+        export(3).apply_chat_template(messages)
+    with pytest.raises(ValueError, match="answers no call of the message before it"):
+        real_tokenizer.apply_chat_template(messages)
+
+
+def test_the_cost_is_about_linear_in_the_calls(export):
+    def seconds(count: int) -> float:
+        calls = [calling({}, f"c{i}")["tool_calls"][0] for i in range(count)]
+        results = [{"role": "tool", "tool_call_id": f"c{i}", "content": "r"} for i in range(count)]
+        start = time.process_time()
+        text = export(3).apply_chat_template(
+            [QUESTION, {"role": "assistant", "tool_calls": calls}, *results], tokenize=False
+        )
+        assert text.count("<|observation|>\n r") == count
+        return time.process_time() - start
+
+    seconds(1)
+    assert seconds(400) < 8 * seconds(100)
+
+
+def calling(arguments, call_id: str = "c0") -> dict:
+    return {"role": "assistant", "tool_calls": [{"id": call_id, "function": {"name": "f", "arguments": arguments}}]}
+
+
+def elsewhere() -> str:
+    """The template as engines read it whose lists as text are not Python's, such as llama.cpp's."""
+    template = export_template(3).replace("(['\\n'] | string)", "'other'")
+    assert template != export_template(3)
+    return template
 
 
 def test_what_the_templates_cannot_write_is_refused(export):
@@ -176,13 +279,12 @@ def test_what_the_templates_cannot_write_is_refused(export):
 
 
 def test_other_engines_write_python_by_the_rules_of_the_template(export):
-    """In engines such as llama.cpp's, a list as text is not Python's."""
-    template = export_template(3).replace("(['\\n'] | string)", "'other'")
-    assert template != export_template(3)
     arguments = {"a": "it's \\ 北京\n\t", "b": 'it\'s "so"', "c": [1, True, None, 0.5, {"d": '"', "e": [], "f": {}}]}
-    call = {"function": {"name": "f", "arguments": arguments}}
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
-    assert export(3).apply_chat_template(messages, chat_template=template) == export(3).apply_chat_template(messages)
+    rng = random.Random(0)
+    arguments["g"] = [0.0, -0.0, 1.0, 0.0001, 9.5e-5, 1e22, 1e16, 2.0**52, 0.1 + 0.2, 1234567.89, 39.904213]
+    arguments["g"] += [round(rng.uniform(-1, 1) * 10 ** rng.randint(-4, 9), rng.randint(0, 9)) for _ in range(100)]
+    messages = [QUESTION, calling(arguments)]
+    assert export(3).apply_chat_template(messages, chat_template=elsewhere()) == export(3).apply_chat_template(messages)
 
 
 NASTY = [
@@ -216,6 +318,10 @@ def test_calls_of_an_exported_model_are_read_as_the_template_writes_them(export,
             sample = render_chat_template(Conversation((Turn("user", "q"), *spoken, *made), tools), export(3))
             answer = reader.read(learned_of(sample)[:-1], tools, cut=False)
             assert (answer.text, answer.calls, answer.fault) == (text, given, ""), answer
+            stream = AnswerStream(reader, tools)
+            pieces = [piece for token in learned_of(sample)[:-1] for piece in stream.add(token)] + stream.end()
+            compare(pieces, answer, stream, text)
+            assert stream.complete == len(given)
 
 
 def test_chatglm2_has_no_calls(export):
