@@ -18,7 +18,7 @@ from .adapter import write_glm_adapter
 from .gguf import bytes_of, converter_command, write_gguf, write_gguf_adapter, write_modelfile
 from .glm import check_layout, write_glm
 from .merge import RECORD, describe_rounding, find_config, into_words, name_of, plan_merge, read_dtype
-from .tokenizer import check_tokenizer, stop_ids, write_tokenizer
+from .tokenizer import require_same_ids, stop_ids, write_tokenizer
 from .tool_parser import write_tool_parser
 from .weights import ChatGLMWeights
 
@@ -92,7 +92,7 @@ def plan_export(
     plan = plan_merge(adapter, base, into, dtype) if adapter else None
     weights = ChatGLMWeights(base, plan.dtype if plan else DTYPES[dtype] if dtype else read_dtype(base, file), plan)
     tokenizer = open_tokenizer(base)
-    check_tokenizer(tokenizer)
+    require_same_ids(tokenizer)
     if to == "gguf":
         return plan_gguf(weights, tokenizer, name, kind or KIND)
     return plan_glm(weights, tokenizer, max_shard_size)

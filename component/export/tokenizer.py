@@ -75,7 +75,22 @@ def write_tokenizer_json(tokenizer: ChatGLMTokenizer, folder: Path) -> None:
 
 def export_template(version: int) -> str:
     """The chat template of ChatGLM2 or 3 for an exported tokenizer. It writes the text that training renders: that of
-    component/data/render.py, with `{% generation %}` around what is learned."""
+    component/data/render.py, with `{% generation %}` around what is learned, and refuses what training refuses.
+
+    It differs in this, for ChatGLM3:
+
+    - A conversation that ends on a call ends with `<|observation|>`, which is learned, and one that ends on a result
+      ends there. Training adds an empty result to the call, and `</s>`, which is not learned, to both.
+    - NaN and infinite arguments are written as `nan` and `inf`; as JSON text, NaN and Infinity are refused.
+    - Arguments as JSON text: a key that stands twice is written twice in an inner object, and refused in the outer one.
+      Strings keep line breaks and tabs that are not escaped, which JSON forbids.
+    - Engines other than Python's, such as llama.cpp's: characters that cannot be seen are not escaped. A name of an
+      argument may hold any character beyond ASCII. llama.cpp makes floats of integers of more than 64 bits, and of a
+      float it writes six digits if it has more than 15, is smaller than 0.0001 or larger than 4.5e15. In the
+      descriptions of tools it writes six digits of every float, and 1.0 as 1.
+    - llama.cpp finds by itself how thoughts are written, and puts an empty one before an answer that it is to complete
+      (a last message of the assistant); with --skip-chat-parsing it leaves that message out. No template can change it.
+    """
     text = (FOLDER / f"chatglm{version}.jinja").read_text(encoding="utf-8")
     return text.replace("[gMASK]sop", "".join(PREFIX))
 
@@ -119,8 +134,7 @@ def build_model(pieces: SentencePieceProcessor) -> models.BPE:
         ArgumentError: SentencePiece's is no BPE, whose scores are the places in an order.
     """
     names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
-    others = (pieces.is_unknown, pieces.is_control, pieces.is_byte, pieces.is_unused)
-    scores = {name: pieces.get_score(i) for i, name in enumerate(names) if not any(kind(i) for kind in others)}
+    scores = {names[i]: pieces.get_score(i) for i in ordinary(pieces)}
     if not all(score.is_integer() for score in scores.values()):
         raise ArgumentError(f"the tokenizer's SentencePiece model is no BPE; {REMEDY}")
     merges = [
@@ -138,7 +152,13 @@ def build_model(pieces: SentencePieceProcessor) -> models.BPE:
     )
 
 
-def check_tokenizer(tokenizer: ChatGLMTokenizer) -> None:
+def ordinary(pieces: SentencePieceProcessor) -> list[int]:
+    """Ids of the pieces that texts are made of."""
+    others = (pieces.is_unknown, pieces.is_control, pieces.is_byte)
+    return [i for i in range(pieces.get_piece_size()) if not any(kind(i) for kind in others)]
+
+
+def require_same_ids(tokenizer: ChatGLMTokenizer) -> None:
     """Raise ArgumentError for a tokenizer that other programs would read otherwise, as `write_tokenizer` does."""
     prove(build_tokenizer(tokenizer), tokenizer)
 
@@ -150,7 +170,11 @@ def prove(built: Tokenizer, tokenizer: ChatGLMTokenizer) -> None:
         if built.token_to_id(NAMES.get(token, token)) != i:
             raise ArgumentError(f"{tokenizer.vocab_file}: {NAMES.get(token, token)!r} is one of its pieces; {REMEDY}")
     pieces = ours.sp_model
-    names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size()) if pieces.get_score(i)]
+    ids = ordinary(pieces)
+    # A piece that a user defined has the score of the first piece; all others of a BPE have different scores.
+    if any(map(pieces.is_unused, ids)) or len(set(map(pieces.get_score, ids))) < len(ids):
+        raise ArgumentError(f"{tokenizer.vocab_file}: it has unused pieces, or some that a user defined; {REMEDY}")
+    names = [pieces.id_to_piece(i) for i in ids]
     texts = [*PROBES, *("".join(names[i : i + 8]) for i in range(0, len(names), 8))]
     for text, encoded in zip(texts, built.encode_batch(texts, add_special_tokens=False), strict=True):
         if encoded.ids != ours.encode(text):

@@ -243,6 +243,15 @@ def test_calls_are_learned_whole_and_results_are_not(family, expected):
     assert '"weather"' in text[: text.index("⟦")]  # the tools
 
 
+def test_calls_that_a_template_writes_one_by_one_are_learned_one_by_one():
+    """As ChatGLM3's, in which each result stands behind its call."""
+    tokenizer = make_tokenizer("", "<s>", "</s>", control=["[gMASK]", "sop", *CONTROL])
+    set_chat_template(tokenizer, "chatglm3")
+    text = shown(with_calls("x", "y"), tokenizer)
+    calls = [f"⟦weather\n ```python\ntool_call(city='{city}')\n```<|observation|>⟧\n 24" for city in "xy"]
+    assert text[text.index("⟦") :] == "<|assistant|>".join([*calls, "⟦\n a</s>⟧"])
+
+
 @pytest.mark.parametrize("thought", ["", "think: "])
 def test_control_tokens_inside_a_call_do_not_end_it(thought):
     """Also where the generation prompt opens a thought that the template does not write into a row."""
