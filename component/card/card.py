@@ -4,6 +4,7 @@ import hashlib
 import shlex
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,6 +14,7 @@ from ..run.log import harmless, redact
 from ..run.manifest import CARD
 from ..trust import read_model_json
 from .facts import (
+    QUALITY,
     SCORE,
     describe_adapter,
     describe_base,
@@ -22,7 +24,7 @@ from .facts import (
     read_record,
     read_score,
 )
-from .licences import copy_licences, find_licences
+from .licences import copy_licences, find_licences, name_left
 
 LIBRARIES = {  # kind of folder: the library that loads it
     "adapter": "peft",
@@ -83,7 +85,7 @@ def render(folder: Path, kind: str, base: str, adapter: Path | None, made: dict,
     facts = {
         "kind": kind,
         "base": describe_base(base, record),
-        "adapter": describe_adapter(adapter, record) if adapter else None,
+        "adapter": describe_adapter(folder if LIBRARIES[kind] == "peft" else adapter, record) if adapter else None,
         "data": describe_data(record),
         "training": describe_training(record),
         "is_chatglm": is_chatglm(base, record),
@@ -92,9 +94,20 @@ def render(folder: Path, kind: str, base: str, adapter: Path | None, made: dict,
         "files": sorted(path.name for path in folder.iterdir()),
         "gguf": sorted(path.name for path in folder.glob("*.gguf")),
         "licences": [path.name for path in find_licences(folder)],
+        "licences_left": name_left(base, folder),
+        "quality": QUALITY,
     }
-    body = environment().get_template("card.md.jinja").render(facts)
-    return sign(redact(f"---\n{head(facts)}\n---\n\n{body}\n"))
+    template = environment().get_template("card.md.jinja")
+    english, chinese = (template.render(facts, say=say).strip() for say in (in_english, in_chinese))
+    return sign(redact(f"---\n{head(facts)}\n---\n\n{english}\n\n{chinese}\n"))
+
+
+def in_english(english: Any, chinese: Any) -> Any:
+    return english
+
+
+def in_chinese(english: Any, chinese: Any) -> Any:
+    return chinese
 
 
 def head(facts: dict) -> str:
@@ -142,9 +155,9 @@ def code(name: str) -> str:
     return f"`{plain(name)}`" if name.strip() else "–"
 
 
-def names(files: list[str]) -> str:
-    more = f", … ({len(files):,})" if len(files) > SHOWN else ""
-    return ", ".join(map(code, files[:SHOWN])) + more
+def names(listed: list[str], shown: int = SHOWN) -> str:
+    more = f", … ({len(listed):,})" if len(listed) > shown else ""
+    return ", ".join(map(code, listed[:shown])) + more
 
 
 def quoted(name: str) -> str:

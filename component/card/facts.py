@@ -23,6 +23,7 @@ BITS, DTYPES = (4, 16), ("bfloat16", "float16", "float32")
 FORMATS = ("chatglm2", "chatglm3", "firefly", "chat_template")
 SCORED = ("decision right", "function right", "call exact", "argument F1", "text exact", "loss per token")
 UNRELATED = "loss per token, "  # how figures of unrelated text begin
+QUALITY = AS_TRAINED, FULL_PRECISION = "28.3%", "6.7%"  # exact calls beside either base, from docs/quality.md
 RECALL = "recall: "  # how a score's note begins that says that the scored rows were learned
 
 
@@ -70,7 +71,7 @@ def describe_base(base: str, record: dict) -> dict:
 
 
 def describe_adapter(adapter: Path, record: dict) -> dict:
-    """How an adapter is built, and how its base was loaded beside it."""
+    """How the adapter in a folder is built, and how its base was loaded beside it in training."""
     config, settings = read_model_json(adapter / "adapter_config.json"), look_up(record, "run", "settings")
     targets = config.get("target_modules")
     settings = settings if isinstance(settings, dict) else {}
@@ -125,7 +126,7 @@ def describe_training(record: dict) -> dict:
         "format": known(look_up(run, "format", "name"), FORMATS),
         "loss": number(record, TRAINING, "loss"),
         "eval_loss": number(record, TRAINING, "eval_loss"),
-        "versions": {name: str(value) for name, value in versions.items()} if isinstance(versions, dict) else {},
+        "versions": [f"{name} {value}" for name, value in versions.items()] if isinstance(versions, dict) else [],
     }
 
 
@@ -139,6 +140,11 @@ def is_chatglm(base: str, record: dict) -> bool:
 def read_record(adapter: Path) -> dict:
     """What an adapter's manifest says; empty for one without a manifest."""
     return read_model_json(adapter / MANIFEST) if (adapter / MANIFEST).is_file() else {}
+
+
+def carry(record: dict) -> dict:
+    """What a manifest says of an adapter that is also true of it under other names: data, figures, versions."""
+    return {key: record[key] for key in ("step", "versions", TRAINING) if key in record}
 
 
 def read_score(adapter: Path) -> dict | None:

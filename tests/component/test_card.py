@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import yaml
 from safetensors.torch import save_file
 
 from component.card.card import LIBRARIES, is_unchanged, renew_card, write_card
-from component.card.facts import public_name
+from component.card.facts import carry, public_name
 from component.card.licences import copy_licences
+from component.inference import calls
 from component.run.files import fingerprint
 from component.run.manifest import CARD, MANIFEST, seal, verify
 from component.score.measure import RECALL
+from component.trust import read_model_json
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/ab287a9"
 SETTINGS = {
@@ -121,7 +124,7 @@ def test_a_card_tells_base_data_settings_and_figures_in_two_languages(make_adapt
     ):
         assert line in english
     assert "| 更新 | 200 次（3 个 epoch），每次 16 行；一行最长 1,024 个 token |" in chinese
-    assert "28.3% of the calls were exact as trained, and 6.7% on the full-precision base" in english
+    assert "28.3% of the calls were exact as trained, and 6.7% with the full-precision base" in english
     assert "按训练时的样子有 28.3% 的调用完全正确" in chinese
 
 
@@ -208,8 +211,8 @@ def test_hostile_names_are_names_and_nothing_else(make_adapter, tmp_path):
 @pytest.mark.parametrize("junk", [None, 1, "x", [], [[]], {"settings": 3}, {"settings": {"seed": {}, "base_bits": []}}])
 def test_a_record_that_makes_no_sense_counts_as_none(make_adapter, junk):
     _, english, _ = read(make_adapter(run=junk, training=junk, versions=junk, step=junk))
-    assert "Its data are not recorded." in english
-    assert "If that was in 4 bits, it is another model on a full-precision base" in english
+    assert "The data are not recorded." in english
+    assert "Nothing records how the base was loaded in training; what follows holds for 4 bits. **On a full" in english
 
 
 def test_a_renewed_card_shows_the_score_and_stays_whole(make_adapter):
@@ -222,13 +225,13 @@ def test_a_renewed_card_shows_the_score_and_stays_whole(make_adapter):
     _, english, chinese = read(adapter)
     assert "| | n | `base` | `tuned` |" in english
     assert "| `call exact` | 19 | 0.0% [0.0, 100.0] | 50.0% [50.0, 100.0] |" in english
-    assert "| 调用完全正确 | 19 | 0.0% [0.0, 100.0] | 50.0% [50.0, 100.0] |" in chinese
-    assert "rows of the training" not in english
+    assert "| 调用完全一致 | 19 | 0.0% [0.0, 100.0] | 50.0% [50.0, 100.0] |" in chinese
+    assert "training rows" not in english
     write_score(adapter, exact=0.75, notes=[RECALL])
     assert renew_card(adapter) == [adapter / CARD], "another score takes the place of the first"
     _, english, chinese = read(adapter)
     assert "75.0%" in english and "50.0%" not in english
-    assert "**They are rows of the training**" in english and "**这些就是训练数据**" in chinese
+    assert "**These are training rows**" in english and "**这些就是训练数据**" in chinese
     assert verify(adapter, "final"), "the card is not sealed"
     (adapter.parent / "score.json").unlink()
     renew_card(adapter)
@@ -286,21 +289,88 @@ def test_each_export_says_what_runs_it(make_adapter, tmp_path):
     assert head["library_name"] == "transformers"
     assert "merged into it, as transformers' own `GlmForCausalLM`, in `bfloat16`." in english
     assert "component" not in english and "apply_chat_template" in english
-    assert "Not to be rounded to 4 bits again" in english
+    assert "Do not round it to 4 bits again" in english
     head, english, _ = export(tmp_path / "gguf", "gguf", adapter, files=["a b.gguf", "Modelfile"], into="full")
     assert head["library_name"] == "gguf"
-    assert "llama-server --model 'a b.gguf' --jinja" in english and "ollama create" in english
-    assert "6.7% after such a merge" in english
-    head, english, _ = export(tmp_path / "lora", "glm-adapter", adapter, files=["lora.gguf"])
-    assert head["library_name"] == "peft"
-    assert "--lora lora.gguf" in english and "another model than was trained" in english
+    assert "llama-server --model 'a b.gguf' --skip-chat-parsing\n" in english and "ollama create" in english
+    assert "merged into the full-precision ones" in english and "6.7%" in english
     head, english, _ = export(tmp_path / "merged", "merged", adapter, **made)
     assert "import component.chatglm" in english and "model.chat(" in english
-    for kind in LIBRARIES:
+    for kind in LIBRARIES.keys() - {"adapter", "glm-adapter"}:
         for code in re.findall(r"```python\n(.*?)```", export(tmp_path / f"{kind} 2", kind, adapter)[1], re.DOTALL):
             compile(code, "card", "exec")
     _, english, chinese = export(tmp_path / "base", "gguf", None)
     assert "adapter" not in english and "28.3%" not in english + chinese
+
+
+@pytest.mark.parametrize(("kind", "end"), [("glm", "<|observation|>"), ("gguf", "")])
+def test_the_code_of_a_card_reads_a_call(make_adapter, tmp_path, monkeypatch, capsys, kind, end):
+    monkeypatch.setitem(sys.modules, "chatglm3_tool_parser", calls)
+    said = f"\n 我查一下。<|assistant|>weather\n ```python\ntool_call(city='北京')\n```{end}"
+    for part in export(tmp_path / kind, kind, make_adapter(), files=["chatglm3_tool_parser.py"])[1:]:
+        (code,) = re.findall(r"```python\n(from chatglm3_tool_parser.*?)```", part, re.DOTALL)
+        exec(code, {"text": said, "content": said})
+        assert capsys.readouterr().out == "我查一下。 (Call(name='weather', arguments={'city': '北京'}),)\n"
+
+
+def test_a_card_shows_how_servers_read_calls(make_adapter, tmp_path):
+    adapter, files = make_adapter(), ["chatglm3_tool_parser.py", "x.gguf"]
+    _, english, _ = export(tmp_path / "glm", "glm", adapter, files=files)
+    assert "skip_special_tokens" not in english, "what parts two messages is shown"
+    plugin = "--tool-parser-plugin path/to/this/folder/chatglm3_tool_parser.py --tool-call-parser chatglm3\n"
+    assert plugin in english
+    _, english, _ = export(tmp_path / "gguf", "gguf", adapter, files=files)
+    stops = '--reverse-prompt "<eos>" --reverse-prompt "<|user|>" --reverse-prompt "<|observation|>"'
+    assert f"llama-server --model x.gguf --skip-chat-parsing --special {stops}\n" in english
+    run = RUN | {"format": {"name": "chatglm2"}}
+    (adapter / MANIFEST).write_text(json.dumps(RECORD | {"run": run}))
+    for kind in ("glm", "gguf"):
+        _, english, _ = export(tmp_path / f"{kind} 2", kind, adapter, files=["x.gguf"])
+        assert "read_messages" not in english and "vllm" not in english and "tools=" not in english
+
+
+def test_an_adapter_under_glms_names_says_what_it_is_loaded_beside(make_adapter, tmp_path):
+    adapter = make_adapter(run=RUN | {"settings": SETTINGS | {"compute_dtype": "float16"}})
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    layers = [f"model.layers.{i}.mlp.down_proj" for i in range(10)]
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16, "target_modules": layers}))
+    (folder / "lora.gguf").touch()
+    write_card(folder, "glm-adapter", "THUDM/chatglm3-6b", adapter)
+    head, english, chinese = read(folder)
+    assert head["library_name"] == "peft"
+    assert "| LoRA | rank 8, alpha 16, dropout –; `model.layers.0.mlp.down_proj`, " in english
+    assert "`model.layers.8.mlp.down_proj`, … (10) |" in english, "those of this folder"
+    for part in (english, chinese):
+        code = "".join(re.findall(r"```python\n(.*?)```", part, re.DOTALL))
+        compile(code, "card", "exec")
+        assert "AutoTokenizer.from_pretrained(base)" in code and 'dtype="float16"' in code and "print(text)" in code
+        assert "--to glm --base THUDM/chatglm3-6b --output base-glm\n" in part and 'base, adapter = "base-glm"' in code
+        assert "--to gguf --base THUDM/chatglm3-6b --output base-gguf\n" in part
+        assert "llama-server --model base-gguf/base-f16.gguf --lora lora.gguf" in part
+    assert "On a full-precision base it is not the model that was trained" in english
+
+
+@pytest.mark.parametrize(
+    ("into", "words"),
+    [("trained", "Do not round it to 4 bits again"), ("full", "**It is not the model that was trained**")],
+)
+def test_the_merge_decides_the_words_where_no_bits_are_recorded(make_adapter, tmp_path, into, words):
+    adapter = make_adapter()
+    (adapter / MANIFEST).unlink()
+    _, english, _ = export(tmp_path / "merged", "merged", adapter, into=into)
+    assert f"Nothing records how the base was loaded in training; what follows holds for 4 bits. {words}" in english
+    assert ("6.7%" in english) == (into == "full")
+
+
+def test_an_adapter_under_other_names_keeps_its_data_and_figures(make_adapter, tmp_path):
+    moved = make_adapter()
+    seal(moved, carry(read_model_json(moved / MANIFEST)) | {"run": RUN})
+    assert json.loads((moved / MANIFEST).read_text()).keys() == {*RECORD, "files", "checksum"} - {"name"}
+    _, english, _ = export(tmp_path / "merged", "merged", moved, into="trained")
+    for line in ("| `calls.jsonl` | 1,000 |", "| updates | 200 (3 epochs)", "| versions | `torch 2.13.0` |"):
+        assert line in english
+    assert carry({}) == {}
 
 
 def test_a_base_of_16_bits_needs_no_warning(make_adapter):
@@ -314,7 +384,7 @@ def test_a_base_of_16_bits_needs_no_warning(make_adapter):
 
 def test_an_earlier_adapter_has_a_card_of_what_it_records(tmp_path):
     _, english, _ = export(tmp_path / "glm", "glm", FIXTURE / "final", str(FIXTURE / "chatglm3-nano"), into="trained")
-    assert "Its data are not recorded." in english
+    assert "The data are not recorded." in english
     assert "| base | `chatglm3-nano`; 4 bits (NF4, double quantisation), float32 arithmetic |" in english
     assert "| updates | 8 of 4 rows; at most 256 tokens a row |" in english
     assert not is_unchanged((FIXTURE / "final" / CARD).read_bytes()), "its own card is of peft, and sealed"
@@ -329,24 +399,58 @@ def test_an_adapter_of_another_tool_has_a_card_of_its_settings(make_adapter, tmp
     assert "component.chatglm" not in english and "updates" not in english
 
 
-NAMES = ["LICENSE", "license.md", "Licence-2", "MODEL_LICENSE", "NOTICE.txt", "USE_POLICY.md", "模型使用协议.pdf"]
+NAMES = [
+    "LICENSE",
+    "license.md",
+    "Licence-2",
+    "LICENSE-APACHE-2.0.txt",
+    "MODEL_LICENSE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+    "模型使用协议.pdf",
+]
+OTHERS = [
+    "config.json",
+    "license.py",
+    "license_key.txt",
+    "licensed_data.jsonl",
+    "license-plate-secrets.json",
+    "NOTICE.html",
+    "保密协议.txt",
+    "许可密钥.txt",
+    "README.md",
+]
 
 
 def test_licence_files_go_along_and_others_do_not(tmp_path):
     base, folder = tmp_path / "base", tmp_path / "export"
     base.mkdir(), folder.mkdir()
-    for name in [*NAMES, "config.json", "license.py", "README.md", "notes.txt"]:
+    for name in [*NAMES, *OTHERS]:
         (base / name).write_text(f"of the base: {name}")
-    (base / "LICENSE.huge").write_bytes(bytes(2**20 + 1))
-    (base / "NOTICES").mkdir()
-    (tmp_path / "secret").write_text("key")
-    (base / "LICENSE.link").symlink_to(tmp_path / "secret")
-    (base / "LICENSE.lost").symlink_to(tmp_path / "nowhere")
     (folder / "LICENSE").write_text("its own")
     copy_licences(str(base), folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(NAMES)
     assert (folder / "LICENSE").read_text() == "its own"
     assert (folder / "NOTICE.txt").read_text() == "of the base: NOTICE.txt"
+
+
+def test_a_card_names_the_licences_that_stay_with_the_base(tmp_path):
+    base = tmp_path / "base"
+    (base / "LICENSES").mkdir(parents=True)
+    (base / "LICENSE-HUGE").write_bytes(bytes(2**20 + 1))
+    (base / "NOTICES").mkdir()
+    (tmp_path / "secret").write_text("key")
+    (base / "LICENSE-LINK").symlink_to(tmp_path / "secret")
+    (base / "LICENSE-LOST").symlink_to(tmp_path / "nowhere")
+    left = "`LICENSE-HUGE`, `LICENSE-LINK`, `LICENSE-LOST`, … (4)"
+    _, english, chinese = export(tmp_path / "one", "gguf", None, str(base))
+    assert f"The base's licence also binds this copy: see the base ({left}).\n" in english
+    assert f"原模型的许可证对这份副本同样有效：见原模型（{left}）。\n" in chinese
+    (base / "LICENSE").touch()
+    _, english, chinese = export(tmp_path / "two", "gguf", None, str(base))
+    assert f"binds this copy: `LICENSE`; further with the base: {left}.\n" in english
+    assert f"同样有效：`LICENSE`；另在原模型处：{left}。\n" in chinese
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["LICENSE", "README.md"]
 
 
 def test_licence_files_of_a_hubs_cache_go_along(tmp_path):
