@@ -14,7 +14,8 @@ from ..run.log import harmless, redact
 from ..run.manifest import CARD
 from ..trust import read_model_json
 from .facts import (
-    QUALITY,
+    EXACT_AS_TRAINED,
+    EXACT_BESIDE_FULL,
     SCORE,
     describe_adapter,
     describe_base,
@@ -95,7 +96,7 @@ def render(folder: Path, kind: str, base: str, adapter: Path | None, made: dict,
         "gguf": sorted(path.name for path in folder.glob("*.gguf")),
         "licences": [path.name for path in find_licences(folder)],
         "licences_left": name_left(base, folder),
-        "quality": QUALITY,
+        "measured": (EXACT_AS_TRAINED, EXACT_BESIDE_FULL),
     }
     template = environment().get_template("card.md.jinja")
     english, chinese = (template.render(facts, say=say).strip() for say in (in_english, in_chinese))

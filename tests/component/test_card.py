@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from component.card.card import LIBRARIES, is_unchanged, renew_card, write_card
 from component.card.facts import carry, public_name
 from component.card.licences import copy_licences
-from component.inference import calls
+from component.export.tool_parser import write_tool_parser
 from component.run.files import fingerprint
 from component.run.manifest import CARD, MANIFEST, seal, verify
 from component.score.measure import RECALL
@@ -305,12 +305,14 @@ def test_each_export_says_what_runs_it(make_adapter, tmp_path):
 
 @pytest.mark.parametrize(("kind", "end"), [("glm", "<|observation|>"), ("gguf", "")])
 def test_the_code_of_a_card_reads_a_call(make_adapter, tmp_path, monkeypatch, capsys, kind, end):
-    monkeypatch.setitem(sys.modules, "chatglm3_tool_parser", calls)
+    write_tool_parser(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     said = f"\n 我查一下。<|assistant|>weather\n ```python\ntool_call(city='北京')\n```{end}"
     for part in export(tmp_path / kind, kind, make_adapter(), files=["chatglm3_tool_parser.py"])[1:]:
         (code,) = re.findall(r"```python\n(from chatglm3_tool_parser.*?)```", part, re.DOTALL)
         exec(code, {"text": said, "content": said})
         assert capsys.readouterr().out == "我查一下。 (Call(name='weather', arguments={'city': '北京'}),)\n"
+    sys.modules.pop("chatglm3_tool_parser")
 
 
 def test_a_card_shows_how_servers_read_calls(make_adapter, tmp_path):
@@ -326,7 +328,7 @@ def test_a_card_shows_how_servers_read_calls(make_adapter, tmp_path):
     (adapter / MANIFEST).write_text(json.dumps(RECORD | {"run": run}))
     for kind in ("glm", "gguf"):
         _, english, _ = export(tmp_path / f"{kind} 2", kind, adapter, files=["x.gguf"])
-        assert "read_messages" not in english and "vllm" not in english and "tools=" not in english
+        assert "read_answer" not in english and "vllm" not in english and "tools=" not in english
 
 
 def test_an_adapter_under_glms_names_says_what_it_is_loaded_beside(make_adapter, tmp_path):
