@@ -172,6 +172,17 @@ def find_model_file(name_or_path: str, file: str) -> Path | None:
     return folder / file if (folder / file).is_file() else None
 
 
+def is_at_home(file: Path) -> bool:
+    """Whether a file of a model's folder lies in that folder, or in the hub's cache of this model.
+
+    What is copied from a folder that somebody else made must: a link could lead to a private file.
+    """
+    folder = file.absolute().parent
+    cached = folder.parent.name == "snapshots"  # models--OWNER--NAME/snapshots/COMMIT, of links to ../../blobs
+    home = folder.parents[1] if cached else folder
+    return file.resolve().is_relative_to(home.resolve())
+
+
 def read_model_file(file: Path, parse: Callable[[str], Any] = str) -> Any:
     try:
         return parse(file.read_text(encoding="utf-8"))

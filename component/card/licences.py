@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from ..trust import is_at_home
 from .facts import REPOSITORY
 
 NAME = re.compile(  # LICENSE, MODEL_LICENSE.txt, LICENSE-APACHE-2.0.md, 模型许可协议.pdf; and the folder LICENSES
@@ -46,18 +47,9 @@ def find_named(folder: Path) -> list[Path]:
 
 
 def find_licences(folder: Path) -> list[Path]:
-    """The licence files of a model's folder that can go along.
-
-    A link counts only where it stays in the folder, or in the hub's cache of this model: a folder that somebody else
-    made could lead to a private file.
-    """
-    cached = folder.parent.name == "snapshots"  # models--OWNER--NAME/snapshots/COMMIT, of links to ../../blobs
-    home = (folder.parents[1] if cached else folder).resolve()
+    """The licence files of a model's folder that can go along: no large ones, and no links that lead out of it."""
     return [
         file
         for file in find_named(folder)
-        if file.is_file()
-        and os.access(file, os.R_OK)
-        and file.stat().st_size <= LARGEST
-        and file.resolve().is_relative_to(home)
+        if file.is_file() and os.access(file, os.R_OK) and file.stat().st_size <= LARGEST and is_at_home(file)
     ]

@@ -162,11 +162,6 @@ def check_shape(config: ChatGLMConfig) -> None:
             f"{file}: {heads} heads (num_attention_heads) of {width} (kv_channels) are not as wide as hidden_size, "
             f"{config.hidden_size}, which llama.cpp's chatglm needs; use --to glm"
         )
-    if width % 4:
-        raise ArgumentError(
-            f"{file}: kv_channels is {width}, and llama.cpp's chatglm needs a multiple of 4, since it turns half of a "
-            "head in pairs; use --to glm"
-        )
 
 
 def add_shape(writer: GGUFWriter, config: ChatGLMConfig) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from loguru import logger
 from torch import Tensor
 
 from ..chatglm import ChatGLMConfig
 from ..run.errors import ArgumentError
-from ..trust import find_model_file, read_model_json
+from ..trust import find_model_file, is_at_home, is_number, read_model_json
 from .merge import FILE_DTYPES, name_of
 from .weights import ChatGLMWeights
 
@@ -27,6 +28,11 @@ LAYOUT = {  # values of config.json that no published ChatGLM2/3 lacks
     "add_bias_linear": False,
     "apply_residual_connection_post_layernorm": False,
 }
+SAMPLING = (  # keys of generation_config.json
+    *("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"),
+    *("no_repeat_ngram_size", "num_beams", "max_length", "max_new_tokens", "min_new_tokens"),
+)
+NOT_SAMPLING = ("bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config", "transformers_version")
 PARTS = {  # of official names: GLM's. The norms of layers have the same in both
     "transformer.embedding.word_embeddings": "model.embed_tokens",
     "transformer.encoder.final_layernorm": "model.norm",
@@ -42,12 +48,18 @@ QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 def check_layout(config: ChatGLMConfig) -> None:
     """Raise ArgumentError for a layout that neither transformers' GLM nor llama.cpp has."""
+    file = Path(config.name_or_path, "config.json")
     for key, value in LAYOUT.items():
         if getattr(config, key) != value:
             raise ArgumentError(
-                f"{Path(config.name_or_path, 'config.json')}: {key} is {json.dumps(getattr(config, key))}, and other "
-                f"programs know {json.dumps(value)} alone; merge it with script/merge_lora.py, whose folder keeps it"
+                f"{file}: {key} is {json.dumps(getattr(config, key))}, and other programs know {json.dumps(value)} "
+                "alone; merge it with script/merge_lora.py, whose folder keeps it"
             )
+    if config.kv_channels % 4:
+        raise ArgumentError(
+            f"{file}: kv_channels is {config.kv_channels}, and other programs need a multiple of 4, since they turn half "
+            "of a head in pairs; merge it with script/merge_lora.py, whose folder keeps it"
+        )
 
 
 def glm_config(config: ChatGLMConfig, stops: list[int]) -> dict:
@@ -174,10 +186,18 @@ def split_rows(tensor: Tensor, config: ChatGLMConfig) -> list[Tensor]:
 
 
 def generation_config(base: str) -> dict:
-    """What a base's generation_config.json says of sampling, if it has one."""
+    """What a base's generation_config.json says of sampling in plain values. A warning tells what else it has."""
     file = find_model_file(base, "generation_config.json")
-    own = ("_from_model_config", "transformers_version")  # of the program that wrote it
-    return {key: value for key, value in read_model_json(file).items() if key not in own} if file else {}
+    if not file:
+        return {}
+    if not is_at_home(file):
+        logger.warning(f"{file}: a link that leads out of its folder; what it says of sampling is left out")
+        return {}
+    values = read_model_json(file)
+    kept = {key: values[key] for key in SAMPLING if isinstance(values.get(key), bool) or is_number(values.get(key))}
+    if others := [key for key, value in values.items() if value is not None and key not in (*kept, *NOT_SAMPLING)]:
+        logger.warning(f"{file}: only numbers of sampling are taken over, and not {', '.join(map(ascii, others))}")
+    return kept
 
 
 def write_json(file: Path, values: dict) -> None:

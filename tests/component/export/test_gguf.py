@@ -220,7 +220,7 @@ def test_a_value_that_is_too_large_is_named_and_no_file_is_left(base, written, t
     ("changes", "said"),
     [
         ({"kv_channels": 32}, r"4 heads .* of 32 .* hidden_size, 64.*--to glm"),
-        ({"hidden_size": 40, "kv_channels": 10}, r"kv_channels is 10.*multiple of 4.*--to glm"),
+        ({"hidden_size": 40, "kv_channels": 10}, r"kv_channels is 10.*multiple of 4.*merge_lora"),
         ({"rmsnorm": False}, "rmsnorm is false"),
         ({"add_bias_linear": True}, "add_bias_linear is true"),
         ({"padded_vocab_size": 128}, "padded_vocab_size is 128"),

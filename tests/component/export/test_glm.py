@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
 from component.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from component.export.glm import check_layout, glm_config, write_glm
+from component.export.glm import check_layout, generation_config, glm_config, write_glm
 from component.export.weights import ChatGLMWeights
 from component.run.errors import ArgumentError
 
@@ -174,6 +175,15 @@ def test_a_layout_that_glm_has_not_is_refused_before_a_file_is_written(make_mode
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.parametrize("width", range(1, 18))
+def test_heads_whose_half_is_no_whole_pairs_are_refused(width):
+    config = ChatGLMConfig(hidden_size=4 * width, num_attention_heads=4, kv_channels=width)
+    if width in (4, 8, 12, 16):
+        return check_layout(config)
+    with pytest.raises(ArgumentError, match=f"config.json: kv_channels is {width}, .* a multiple of 4.*merge_lora"):
+        check_layout(config)
+
+
 def test_files_are_named_and_indexed_as_transformers_does_it(model_folder, exported):
     folder = exported(model_folder())
     shards = sorted(folder.glob("*.safetensors"))
@@ -214,6 +224,30 @@ def test_generation_keeps_what_the_base_says_of_sampling_and_ends_at_the_stops(m
         "eos_token_id": [2, 7],
         "pad_token_id": 0,
     }
+
+
+def test_what_else_a_foreign_base_says_of_generation_is_left_out_and_told(model_folder, tmp_path, log):
+    base = model_folder()
+    odd = {"do_sample": True, "top_k": "5", "secret": 1, "custom_generate": "evil", "max_length": None, "top_h": 0.5}
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.8, "eos_token_id": 2} | odd))
+    assert generation_config(str(base)) == {"do_sample": True, "temperature": 0.8}
+    told = "only numbers of sampling are taken over, and not 'top_k', 'secret', 'custom_generate', 'top_h'"
+    assert [told in line for line in log] == [True]
+
+
+def test_a_link_out_of_a_foreign_base_is_not_followed_and_one_within_a_hubs_cache_is(model_folder, tmp_path, log):
+    base, own = model_folder(), tmp_path / "private.json"
+    own.write_text('{"temperature": 0.3}')
+    (base / "generation_config.json").unlink(missing_ok=True)
+    (base / "generation_config.json").symlink_to(own)
+    assert generation_config(str(base)) == {}
+    assert ["a link that leads out of its folder" in line for line in log] == [True]
+    cached = tmp_path / "models--me--chat/snapshots/0a"
+    shutil.copytree(base, cached, ignore=shutil.ignore_patterns("generation_config.json"))
+    (cached.parents[1] / "blobs").mkdir()
+    shutil.copy(own, cached.parents[1] / "blobs/0b")
+    (cached / "generation_config.json").symlink_to("../../blobs/0b")
+    assert generation_config(str(cached)) == {"temperature": 0.3}
 
 
 def test_no_more_than_one_weight_is_in_memory(model_folder, tmp_path, monkeypatch):
