@@ -120,9 +120,13 @@ def write_gguf_adapter(adapter: Path, config: ChatGLMConfig, file: Path) -> None
     shapes, tensors = {}, []
     for name, part in parts.items():
         layer, _, matrix = name.removesuffix(".weight").rpartition(".lora_")
-        rows = arrange(part, config, f"{layer}.weight") if matrix == "B" else part
-        shapes[f"{tensor_name(f'{layer}.weight')}.lora_{matrix.lower()}"] = part.shape, GGMLQuantizationType.F32
-        tensors.append(encode(rows, GGMLQuantizationType.F32, name))
+        if matrix == "B":
+            part = arrange(part, config, f"{layer}.weight")
+        elif matrix == "embedding_A":  # llama.cpp takes a row of it for each token
+            part = part.T
+        written = f"{tensor_name(f'{layer}.weight')}.lora_{matrix.removeprefix('embedding_').lower()}"
+        shapes[written] = part.shape, GGMLQuantizationType.F32
+        tensors.append(encode(part, GGMLQuantizationType.F32, name))
     write(writer, file, shapes, tensors)
 
 

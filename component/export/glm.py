@@ -57,8 +57,8 @@ def check_layout(config: ChatGLMConfig) -> None:
             )
     if config.kv_channels % 4:
         raise ArgumentError(
-            f"{file}: kv_channels is {config.kv_channels}, and other programs need a multiple of 4, since they turn half "
-            "of a head in pairs; merge it with script/merge_lora.py, whose folder keeps it"
+            f"{file}: kv_channels is {config.kv_channels}, and other programs need a multiple of 4, since they turn "
+            "half of a head in pairs; merge it with script/merge_lora.py, whose folder keeps it"
         )
 
 

@@ -276,6 +276,21 @@ def test_an_adapters_update_is_arranged_as_its_weight(base, adapter_folder, tmp_
     assert torch.equal(found["blk.1.attn_qkv.weight.lora_b"], official[name][rows])
 
 
+def test_an_adapter_of_the_embedding_has_a_row_for_each_token(base, adapter_folder, tmp_path):
+    folder = base()
+    adapter = adapter_folder(folder, task_type="CAUSAL_LM", target_modules=["word_embeddings", "output_layer"])
+    write_gguf_adapter(adapter, ChatGLMConfig.from_pretrained(folder), tmp_path / "lora.gguf")
+    found = tensors_of(gguf.GGUFReader(tmp_path / "lora.gguf"))
+    official = load_file(adapter / "adapter_model.safetensors")
+    embedding = "base_model.model.transformer.embedding.word_embeddings.lora_embedding_"
+    head = "base_model.model.transformer.output_layer.lora_"
+    assert found.keys() == {f"{name}.weight.lora_{part}" for name in ("token_embd", "output") for part in "ab"}
+    assert torch.equal(found["token_embd.weight.lora_a"], official[f"{embedding}A"].T)
+    assert torch.equal(found["token_embd.weight.lora_b"], official[f"{embedding}B"])
+    assert torch.equal(found["output.weight.lora_a"], official[f"{head}A.weight"])
+    assert torch.equal(found["output.weight.lora_b"], official[f"{head}B.weight"])
+
+
 def test_a_dora_is_refused_by_name(base, adapter_folder, tmp_path):
     folder = base()
     adapter = adapter_folder(folder, task_type="CAUSAL_LM", target_modules=["dense"], use_dora=True)

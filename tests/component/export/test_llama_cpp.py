@@ -163,13 +163,24 @@ def test_llama_cpp_answers_from_every_kind_of_file(odd_model, tmp_path, kind):
         assert answer["tokens"][0] in best
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"multi_query_attention": False}], ids=str)
-def test_an_adapter_on_its_bases_file_answers_as_the_merged_model(odd_model, adapter_folder, tmp_path, changes):
-    rslora = changes.pop("use_rslora", False)
-    model, folder = odd_model(**changes)
-    modules = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-    lora = {"task_type": "CAUSAL_LM", "target_modules": modules, "lora_alpha": 16, "use_rslora": rslora}
-    adapter = adapter_folder(folder, **lora)
+LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "shape"),
+    [
+        ({}, {}),
+        ({"use_rslora": True}, {}),
+        ({}, {"multi_query_attention": False}),
+        ({"target_modules": ["word_embeddings"]}, {}),
+        ({"target_modules": ["word_embeddings", "output_layer", *LAYERS], "use_rslora": True}, {}),
+    ],
+    ids=["layers", "rslora", "without groups", "the embedding", "everything"],
+)
+def test_an_adapter_on_its_bases_file_answers_as_the_merged_model(odd_model, adapter_folder, tmp_path, lora, shape):
+    model, folder = odd_model(**shape)
+    lora = {"task_type": "CAUSAL_LM", "target_modules": LAYERS, "lora_alpha": 16} | lora
+    adapter = adapter_folder(folder, init_lora_weights=False, **lora)
     write_gguf_adapter(adapter, model.config, tmp_path / "lora.gguf")
     merged = merged_model(str(folder), adapter, "full", "float32").eval()
     asked = [continuation(prompt, LENGTH) for prompt in some_prompts()]
