@@ -15,6 +15,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFType, GGUFWriter, Keys, LlamaFileType, TokenType
 from gguf.quants import quantize
 from loguru import logger
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch import Tensor
 
 from ..chatglm import ChatGLMConfig, ChatGLMTokenizer
@@ -214,13 +215,12 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: ChatGLMTokenizer, rows: int) ->
 
 def tokens(tokenizer: ChatGLMTokenizer, rows: int) -> Iterator[tuple[str, float, TokenType]]:
     """Text, score and type of every id below `rows`."""
-    pieces = tokenizer.tokenizer.sp_model
-    kinds = {TokenType.UNKNOWN: pieces.is_unknown, TokenType.CONTROL: pieces.is_control, TokenType.BYTE: pieces.is_byte}
-    for i in range(pieces.get_piece_size()):
-        kind = next((kind for kind, holds in kinds.items() if holds(i)), TokenType.NORMAL)
-        piece = pieces.id_to_piece(i)
-        yield RENAMED.get(piece, piece) if kind == TokenType.CONTROL else piece, pieces.get_score(i), kind
-    for i in range(pieces.get_piece_size(), rows):
+    pieces = ModelProto.FromString(tokenizer.tokenizer.sp_model.serialized_model_proto()).pieces
+    for piece in pieces:
+        token_type = TokenType(piece.type)  # SentencePiece's numbers
+        text = RENAMED.get(piece.piece, piece.piece) if token_type == TokenType.CONTROL else piece.piece
+        yield text, piece.score, token_type
+    for i in range(len(pieces), rows):
         token = tokenizer.tokenizer.index_special_tokens.get(i)
         if token is None:
             yield f"[PAD{i}]", 0.0, TokenType.UNUSED

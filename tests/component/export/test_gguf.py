@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from component.chatglm import ChatGLMConfig, ChatGLMTokenizer
 from component.export.gguf import (
@@ -125,6 +126,17 @@ def test_every_id_of_the_published_vocabularies_has_its_text_score_and_type(refe
         64798: ("<think>", 0, gguf.TokenType.USER_DEFINED),
         65023: ("[PAD65023]", 0, gguf.TokenType.UNUSED),
     }
+
+
+def test_every_piece_has_the_type_that_its_model_gives_it(tmp_path, tiny_tokenizer):
+    model = ModelProto.FromString(tiny_tokenizer.tokenizer.sp_model.serialized_model_proto())
+    unused, own = range(len(model.pieces) - 2, len(model.pieces))
+    model.pieces[unused].type = ModelProto.SentencePiece.UNUSED
+    model.pieces[own].type = ModelProto.SentencePiece.USER_DEFINED
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    found = list(tokens(ChatGLMTokenizer(tmp_path / "tokenizer.model"), 448))
+    assert found[unused] == (model.pieces[unused].piece, model.pieces[unused].score, gguf.TokenType.UNUSED)
+    assert found[own] == (model.pieces[own].piece, model.pieces[own].score, gguf.TokenType.USER_DEFINED)
 
 
 @pytest.mark.parametrize("version", [2, 3])
