@@ -33,8 +33,11 @@ WHOLE, SAMPLES, BLOCK = 2**26, 16, 2**20  # of a file above WHOLE bytes, SAMPLES
 FULL = "take the full checkpoint, which is quantised to 4 bits while it loads, unless base_bits is 16"
 
 
-def check_model(name_or_path: str) -> None:
+def check_model(name_or_path: str, setting: str = "model_name_or_path") -> None:
     """Refuse a base model (folder or hub name) if its files ask for more than to be read, or are not all there.
+
+    Args:
+        setting: the one that gives the name.
 
     Raises:
         ArgumentError: it is an absent folder or an adapter, needs Python of its own, is quantised other than by
@@ -43,7 +46,7 @@ def check_model(name_or_path: str) -> None:
     if fault := missing_folder(name_or_path):
         raise ArgumentError(fault)
     if not Path(name_or_path).is_dir():
-        require_hub_or_cache(name_or_path)
+        require_hub_or_cache(name_or_path, setting)
     if found := find_model_file(name_or_path, "adapter_config.json"):
         raise ArgumentError(
             f"{found}: this is an adapter, which would load another model; give its base model (to train the "
@@ -211,11 +214,20 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
 # Keys of an adapter's settings: the check of the value, and what is expected. Every other key must have peft's default,
 # so that no key can make peft compute, import or match patterns.
 ADAPTER_KEYS = {
     "peft_type": (lambda value: value == "LORA", "'LORA'"),
     "task_type": (lambda value: value in ("CAUSAL_LM", None), "'CAUSAL_LM'"),
+    # Of adapters without a task_type: the class to import for peft's AutoPeftModel, which is not used here.
+    "auto_mapping": (
+        lambda value: value is None or (isinstance(value, dict) and all(map(is_text, (*value, *value.values())))),
+        "the names of a class and of its library",
+    ),
     "base_model_name_or_path": (lambda value: isinstance(value, str | None), "a folder's or model's name"),
     "peft_version": (lambda value: isinstance(value, str | None), "text"),
     "revision": (lambda value: isinstance(value, str | None), "text"),
