@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -444,19 +445,25 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     return adapted
 
 
-def check_fits(folder: Path, name_or_path: str) -> None:
+def check_fits(folder: Path, base: PreTrainedModel) -> None:
     """Raise ArgumentError unless an adapter's tensors are those that its settings ask for beside a base, each of its
-    shape. No weight is read."""
+    shape. No weight is read.
+
+    Args:
+        base: as `sketch_base` makes it; it stays as it is.
+    """
     wanted, config = {}, LoraConfig.from_pretrained(folder)
     config.base_model_name_or_path = None  # else peft warns of another name
     with torch.device("meta"), suppress(ValueError):  # peft raises it where the base has none of the layers
-        adapted = get_peft_model(sketch_base(name_or_path), config)
+        adapted = get_peft_model(deepcopy(base), config)
         sketch = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         wanted = {name: list(weight.shape) for name, weight in sketch.items()}
     shapes = read_adapter_shapes(folder)
     for name, shape in shapes.items():
         if wanted.get(name) != shape:
-            raise ArgumentError(f"{folder}: {name} of shape {shape} has no place in {name_or_path!r}; give its base")
+            raise ArgumentError(
+                f"{folder}: {name} of shape {shape} has no place in {base.name_or_path!r}; give its base"
+            )
     if missing := wanted.keys() - shapes.keys():
         raise ArgumentError(
             f"{folder}: {min(missing)} is missing, and target_modules in adapter_config.json asks for it; fetch or "

@@ -6,7 +6,8 @@ python script/export.py --to adapter --base MODEL --adapter FOLDER --output FOLD
 
 glm: for transformers without this project, vLLM and SGLang: GlmForCausalLM with tokenizer.json and a chat template.
 gguf: for llama.cpp, Ollama and LM Studio. adapter: the adapter alone, for both. An adapter is merged as
-script/merge_lora.py merges it. OUTPUT appears only when it is whole. docs/deploy.md has the command of each server.
+script/merge_lora.py merges it. OUTPUT is a folder, for gguf too, and appears only when it is whole; a killed export
+leaves .tmp-OUTPUT beside it, which the next one of that name removes. docs/deploy.md has the command of each server.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--into", choices=("trained", "full"), help="the base's values of training, or its own")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of glm [the base's own]")
     parser.add_argument("--type", choices=("f16", "bf16", "q8_0", "f32"), help="of the numbers of gguf [f16]")
-    parser.add_argument("--max_shard_size", default="2GB", metavar="SIZE", help="of one file of glm, at most [2GB]")
+    parser.add_argument("--max_shard_size", metavar="SIZE", help="of one file of glm, at most [2GB]")
     cli = parser.parse_args()
 
     from component.run.process import run_program
@@ -48,13 +49,11 @@ def export(cli: argparse.Namespace) -> None:
         into=cli.into,
         dtype=cli.dtype,
         kind=cli.type,
-        name=cli.output.name.removesuffix("-gguf"),
         max_shard_size=cli.max_shard_size,
+        name=cli.output.name,
     )
     check_room(cli.output, made.size)
-    notes: list[str] = []
-    make_output(cli.output, lambda folder: notes.extend(made.write(folder)))
-    for note in notes:  # none if another process has made the folder meanwhile
+    for note in make_output(cli.output, made.write):
         print(note)
     print(f"{cli.to}: {cli.output}")
 

@@ -5,8 +5,9 @@ python script/merge_lora.py --adapter FOLDER --output FOLDER [--base MODEL] [--i
 Two merges can be meant. --into trained adds the adapter to the weights that it was trained beside: those of the base
 after rounding to 4 bits and back. --into full adds it to the full-precision base, and is the default for adapters of
 other tools, which do not record their base. The result is saved in --dtype; it is never quantised again, which would
-round the adapter away: to do that with a program of your own, merge --into full. OUTPUT appears only when it is whole.
-docs/quality.md compares the two.
+round the adapter away: to do that with a program of your own, merge --into full. docs/quality.md compares the two.
+OUTPUT appears only when it is whole; a killed merge leaves .tmp-OUTPUT beside it, which the next one of that name
+removes.
 """
 
 import argparse
@@ -46,10 +47,8 @@ def merge(cli: argparse.Namespace) -> None:
 
     plan = check_merge(cli)
     check_room(cli.output, sketch_base(plan.base, plan.dtype).num_parameters() * plan.dtype.itemsize)
-    roundings = []
-    make_output(cli.output, lambda folder: roundings.append(save_merged(plan, folder, cli.max_shard_size)))
-    for rounding in roundings:  # none if another process has made the folder meanwhile
-        print(describe_rounding(plan, rounding))
+    rounding = make_output(cli.output, lambda folder: save_merged(plan, folder, cli.max_shard_size))
+    print(describe_rounding(plan, rounding))
     print(f"merged model: {cli.output}")
 
 

@@ -1,43 +1,43 @@
 """An adapter of ChatGLM2/3 under GLM's names, for peft beside an exported base (component.export.glm)."""
 
-import os
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from ..chatglm import ChatGLMConfig
-from ..model import check_fits, read_finite_adapter
-from ..run.manifest import seal
-from ..trust import ADAPTER, check_adapter, identify_base, read_model_json, read_run
-from .glm import check_layout, to_glm, write_json
+from ..model import read_finite_adapter
+from ..trust import ADAPTER, read_adapter_shapes, read_model_json, read_run
+from .glm import to_glm, write_json
 
 
-def write_glm_adapter(adapter: Path, config: ChatGLMConfig, folder: Path, base: str | None = None) -> None:
-    """Write an adapter under GLM's names into an empty folder: the same function of the same input.
-
-    The manifest records the run that trained it, so that our programs load the exported base in the bits of training.
+def write_glm_adapter(adapter: Path, config: ChatGLMConfig, folder: Path) -> None:
+    """Write an adapter under GLM's names into an empty folder: the same function of the same input. It names no base,
+    since the exported one may lie anywhere.
 
     Args:
-        adapter: folder of the adapter of ChatGLM.
-        config: of the adapter's base, loaded by its name (ChatGLMWeights.config).
-        base: what the new adapter names as its base, an exported folder or a hub name; None for no name.
+        adapter: folder of the adapter of ChatGLM, which is checked (check_adapter) and fits its base (check_fits).
+        config: of its base, whose layout GLM has (check_layout).
 
     Raises:
-        ArgumentError: the adapter is refused or does not fit its base or `base`, or the layout is none of GLM's.
+        ArgumentError: a tensor is not finite, or of a type that adapters are not trained in.
     """
-    check_layout(config)
-    check_adapter(adapter)
-    check_fits(adapter, config.name_or_path)
     parts = {}
     for name, tensor in read_finite_adapter(adapter).items():
         parts |= to_glm(name, tensor, config)
-    changes = {"base_model_name_or_path": base, "revision": None, "target_modules": find_targets(parts, config)}
+    changes = {"base_model_name_or_path": None, "revision": None, "auto_mapping": None}  # they are of ChatGLM's base
+    changes["target_modules"] = find_targets(parts, config)
     write_json(folder / "adapter_config.json", read_model_json(adapter / "adapter_config.json") | changes)
     save_file({name: part.clone() for name, part in parts.items()}, folder / ADAPTER[0], {"format": "pt"})
-    if base and os.path.isdir(base):
-        check_fits(folder, base)
-    seal(folder, {"run": describe_run(adapter, base)})
+
+
+def count_under_glm(adapter: Path, config: ChatGLMConfig) -> int:
+    """How many numbers an adapter has under GLM's names, where three layers share an A. No tensor is read."""
+    shapes = read_adapter_shapes(adapter).items()
+    parts = [to_glm(name, torch.empty(shape, device="meta"), config).values() for name, shape in shapes]
+    return sum(part.numel() for part in chain(*parts))
 
 
 def find_targets(names: Iterable[str], config: ChatGLMConfig) -> list[str]:
@@ -54,11 +54,12 @@ def find_targets(names: Iterable[str], config: ChatGLMConfig) -> list[str]:
     return sorted(targets)
 
 
-def describe_run(adapter: Path, base: str | None) -> dict:
-    """What an adapter's manifest records of its run, as it holds for another base: with that one's identity, if its
-    files are here, and with a chat template in the place of ChatGLM's own formats. Empty where nothing is recorded."""
+def run_under_glm(adapter: Path) -> dict:
+    """What an adapter's manifest records of its run, as it holds beside an exported base: so our programs load that in
+    the bits of training. It has another identity, and a chat template in the place of ChatGLM's own formats. Empty
+    where nothing is recorded."""
     run = read_run(adapter)
     run.pop("base_model", None)
     if isinstance(run.get("format"), dict) and run["format"].get("name") in ("chatglm2", "chatglm3"):
         run["format"] = {"name": "chat_template"}
-    return run | ({"base_model": identify_base(base)} if run and base and os.path.isdir(base) else {})
+    return run

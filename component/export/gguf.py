@@ -21,8 +21,9 @@ from torch import Tensor
 from ..chatglm import ChatGLMConfig, ChatGLMTokenizer
 from ..run.errors import ArgumentError
 from ..run.files import replacing
-from ..trust import check_adapter, read_adapter
+from ..trust import read_adapter
 from .glm import check_layout
+from .merge import base_name
 from .tokenizer import NAMES, export_template
 from .weights import ChatGLMWeights
 
@@ -68,44 +69,42 @@ def write_gguf(weights: ChatGLMWeights, tokenizer: ChatGLMTokenizer, file: Path,
     """Write a model as one GGUF file, whole or not at all. One weight at a time is in memory.
 
     Args:
-        weights: opened in float32, so that every value is rounded once.
+        weights: opened in float32, so that every value is rounded once, and of a layout that check_shape takes.
         kind: of the matrices, one of KINDS; vectors are always float32. A matrix whose rows are no multiple of 32 is
             float16 in a file of q8_0, as llama.cpp writes it.
 
     Raises:
-        ArgumentError: llama.cpp lacks the model's layout or tokenizer, there is no such kind, or a value is too large.
+        ArgumentError: llama.cpp lacks the model's tokenizer, there is no such kind, or a value is too large.
     """
     matrices, file_type = find_kind(kind)
     config = weights.config
-    check_shape(config)
     writer = GGUFWriter(None, ARCHITECTURE)
     writer.add_type(GGUFType.MODEL)
-    writer.add_name(Path(weights.base).name)
+    writer.add_name(base_name(weights.base))
     writer.add_file_type(file_type)
     add_shape(writer, config)
     add_tokenizer(writer, tokenizer, config.padded_vocab_size)
     types = {name: type_of(shape, matrices) for name, shape in weights.shapes.items()}
-    if wide := [name for name, found in types.items() if len(weights.shapes[name]) > 1 and found != matrices]:
+    if odd := [name for name, of_it in types.items() if len(weights.shapes[name]) > 1 and of_it != matrices]:
         logger.warning(
-            f"--type {kind}: rows of {len(wide)} matrices are no multiple of 32, so they stay float16: {wide[0]} …"
+            f"--type {kind}: rows of {len(odd)} matrices are no multiple of 32, so they stay float16: {odd[0]} …"
         )
     shapes = {tensor_name(name): (shape, types[name]) for name, shape in weights.shapes.items()}
-    tensors = (encode(arrange(weights.read(name), config, name), types[name], name) for name in weights.shapes)
+    tensors = (encode(arrange(weights.read(name), config, name), types[name], name, kind) for name in weights.shapes)
     write(writer, file, shapes, tensors)
 
 
-def write_gguf_adapter(adapter: Path, config: ChatGLMConfig, file: Path) -> None:
+def write_gguf_adapter(adapter: Path, settings: dict, config: ChatGLMConfig, file: Path) -> None:
     """Write an adapter as GGUF, in float32, for `llama-server --lora` on the base's own GGUF.
 
     Args:
         adapter: its folder.
+        settings: its own, as check_adapter returns them.
         config: its base's.
 
     Raises:
-        ArgumentError: the adapter cannot be read, it is DoRA, which llama.cpp lacks, or llama.cpp lacks its base's
-            layout.
+        ArgumentError: it is DoRA, which llama.cpp lacks, or llama.cpp lacks its base's layout.
     """
-    settings = check_adapter(adapter)
     if settings["use_dora"]:
         raise ArgumentError(
             f"{adapter / 'adapter_config.json'}: use_dora is true, and llama.cpp has no DoRA; merge it into its base "
@@ -127,7 +126,7 @@ def write_gguf_adapter(adapter: Path, config: ChatGLMConfig, file: Path) -> None
             part = part.T
         written = f"{tensor_name(f'{layer}.weight')}.lora_{matrix.removeprefix('embedding_').lower()}"
         shapes[written] = part.shape, GGMLQuantizationType.F32
-        tensors.append(encode(part, GGMLQuantizationType.F32, name))
+        tensors.append(encode(part, GGMLQuantizationType.F32, name, "f32"))
     write(writer, file, shapes, tensors)
 
 
@@ -251,15 +250,16 @@ def type_of(shape: tuple[int, ...], matrices: GGMLQuantizationType) -> GGMLQuant
     return GGMLQuantizationType.F16 if shape[-1] % block else matrices
 
 
-def encode(tensor: Tensor, found: GGMLQuantizationType, name: str) -> np.ndarray:
+def encode(tensor: Tensor, tensor_type: GGMLQuantizationType, name: str, kind: str) -> np.ndarray:
+    """The bytes of a tensor in a file of `kind`. Raises ArgumentError for a value that is too large for its type."""
     values = tensor.float()
-    largest = max(map(abs, torch.aminmax(values)))
-    if largest > LARGEST.get(found, math.inf):
+    largest, most = max(map(abs, torch.aminmax(values))), LARGEST.get(tensor_type, math.inf)
+    if largest > most:
         raise ArgumentError(
-            f"--type: {name} has a value of {largest:,.0f}, and the largest of {found.name} is {LARGEST[found]:,}; "
+            f"--type {kind}: {name} has a value of {largest:,.0f}, and the largest of {tensor_type.name} is {most:,}; "
             "give --type bf16 or f32"
         )
-    return quantize(values.contiguous().numpy(), found)
+    return quantize(values.contiguous().numpy(), tensor_type)
 
 
 def write(
@@ -269,9 +269,9 @@ def write(
     tensors: Iterable[np.ndarray],
 ) -> None:
     """Write a file's head, then its tensors in the order of `shapes`, one at a time."""
-    for name, (shape, found) in shapes.items():
-        block, size = GGML_QUANT_SIZES[found]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, found)
+    for name, (shape, tensor_type) in shapes.items():
+        block, size = GGML_QUANT_SIZES[tensor_type]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, tensor_type)
     with replacing(file) as whole:
         writer.write_header_to_file(Path(whole.name))
         try:

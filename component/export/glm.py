@@ -101,14 +101,14 @@ def write_glm(weights: ChatGLMWeights, folder: Path, stops: list[int], max_shard
     """Write weights and configuration as a folder of `GlmForCausalLM` into an empty folder, one weight at a time.
 
     Args:
+        weights: of a layout that GLM has (check_layout).
         stops: ids at which generation ends.
         max_shard_size: of one file of weights, at most, such as "2GB".
 
     Raises:
-        ArgumentError: the layout is none of GLM's, or a weight is refused (ChatGLMWeights.read).
+        ArgumentError: a weight is refused (ChatGLMWeights.read).
     """
     config = weights.config
-    check_layout(config)
     dtype = name_of(weights.dtype)
     write_json(folder / "config.json", glm_config(config, stops) | {"dtype": dtype, "torch_dtype": dtype})
     write_json(folder / "generation_config.json", generation_config(weights.base) | special_tokens(config, stops))

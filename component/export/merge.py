@@ -56,10 +56,27 @@ Q8_BLOCK = 32  # values of GGUF's Q8_0 that share a scale
 
 
 @dataclass(frozen=True)
+class Sources:
+    """A base and its adapter, found and checked by `find_sources`. No weight has been read.
+
+    Attributes:
+        config: the base's config.json.
+        adapter: None for the base alone.
+        settings: the adapter's, with peft's defaults; empty without one.
+    """
+
+    base: str
+    config: Path
+    adapter: Path | None
+    settings: dict
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """What is merged into what. `plan_merge` makes it before a weight is read.
 
     Attributes:
+        settings: the adapter's, checked, with peft's defaults.
         into: "trained" or "full".
         dtype: type of the result.
         bits: those of the base in training, 4 or 16; None where nothing records it.
@@ -70,6 +87,7 @@ class MergePlan:
 
     base: str
     adapter: Path
+    settings: dict
     into: str
     dtype: torch.dtype
     bits: int | None
@@ -86,7 +104,7 @@ class MergePlan:
         """How the result is made, as JSON."""
         return {
             "into": self.into,
-            "base": Path(self.base).name if os.path.isdir(self.base) else self.base,
+            "base": base_name(self.base) if os.path.isdir(self.base) else self.base,
             "base_model": identify_base(self.base),
             "base_bits": self.bits,
             "compute_dtype": name_of(self.compute_dtype),
@@ -135,10 +153,30 @@ def plan_merge(adapter: Path, base: str | None = None, into: str | None = None, 
     Raises:
         ArgumentError: adapter or base are refused, do not belong together, or cannot be merged so.
     """
-    settings = check_adapter(adapter)
+    return plan_from(find_sources(base, adapter), into, dtype)
+
+
+def find_sources(base: str | None, adapter: Path | None) -> Sources:
+    """Find a base and its adapter, and check that the base is the one of training where that is recorded.
+
+    Args:
+        base: folder or hub name; None for the folder that the adapter names.
+
+    Raises:
+        ArgumentError: base or adapter are refused, or do not belong together.
+    """
+    settings = check_adapter(adapter) if adapter else {}
     named = "--base" if base else f"{adapter / 'adapter_config.json'}: base_model_name_or_path"
     base = base or find_base(adapter, settings)
-    file = find_config(base, named)
+    config = find_config(base, named)
+    if adapter and (run := read_run(adapter)):
+        check_same_base(adapter, settings["base_model_name_or_path"], base, identify_base(base), run)
+    return Sources(base, config, adapter, settings)
+
+
+def plan_from(sources: Sources, into: str | None, dtype: str | None) -> MergePlan:
+    """`plan_merge` for a base and an adapter that are found."""
+    base, file, adapter = sources.base, sources.config, sources.adapter
     bits, compute_dtype = read_training(adapter)
     into = into or (DEFAULT_INTO if bits else "full")
     quantised = read_model_json(file).get("quantization_config")
@@ -147,19 +185,17 @@ def plan_merge(adapter: Path, base: str | None = None, into: str | None = None, 
             f"{file}: the base is quantised, and a merge into rounded weights is not the model that full precision "
             "gives; give that with --base, or set --into trained if it is bitsandbytes' 4 bits and you want them"
         )
-    if run := read_run(adapter):
-        check_same_base(adapter, settings["base_model_name_or_path"], base, identify_base(base), run)
     own = read_dtype(base, file)
     compute_dtype = compute_dtype or own
     result = DTYPES[dtype] if dtype else own
     values = compute_dtype if into == "trained" else torch.float32 if result == torch.float32 else own
-    return MergePlan(base, adapter, into, result, bits, compute_dtype, values, bool(quantised))
+    return MergePlan(base, adapter, sources.settings, into, result, bits, compute_dtype, values, bool(quantised))
 
 
 def find_config(base: str, named: str) -> Path:
     """The config.json of the base to merge into. Raises ArgumentError, which says where the base is named."""
     try:
-        check_model(base)
+        check_model(base, "--base")
         config = find_model_file(base, "config.json")
     except (OSError, ValueError) as error:
         raise ArgumentError(f"{named} {base}: {error}") from error
@@ -206,6 +242,11 @@ def dtypes_and_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
         for name in tensors.keys():  # noqa: SIM118
             part = tensors.get_slice(name)
             yield FILE_DTYPES.get(part.get_dtype(), part.get_dtype()), part.get_shape()
+
+
+def base_name(base: str) -> str:
+    """What a base is called, without the folders or the owner that stand before it."""
+    return Path(os.path.abspath(base)).name
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -381,6 +422,8 @@ def save_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Rounding:
         tokenizer.save_pretrained(folder)
     (folder / RECORD).write_text(json.dumps(plan.record(), indent=1) + "\n", encoding="utf-8")
     write_card(folder, "merged", plan.base, plan.adapter, plan.record())
+    for file in folder.glob("*.safetensors"):  # which safetensors lets only the owner read
+        file.chmod((folder / RECORD).stat().st_mode)
     return rounding
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
@@ -12,12 +13,14 @@ from ..run.errors import ArgumentError, StorageError
 from ..run.files import make_once
 from ..run.folder import show_size
 
+Result = TypeVar("Result")
 
-def check_output(output: Path, max_shard_size: str) -> None:
-    """Raise ArgumentError for an output folder that exists, and for a size of shards that is none."""
+
+def check_output(output: Path, max_shard_size: str | None) -> None:
+    """Raise ArgumentError for an output folder that exists, and for a size of shards that is given and is none."""
     if output.exists() or output.is_symlink():
         raise ArgumentError(f"--output {output}: exists; choose another name, or remove it")
-    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", max_shard_size):
+    if max_shard_size is not None and not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", max_shard_size):
         raise ArgumentError(f"--max_shard_size {max_shard_size!r}: expected a size such as 500MB or 5GB")
 
 
@@ -33,9 +36,20 @@ def check_room(output: Path, size: int) -> None:
         )
 
 
-def make_output(output: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill the output folder. Raises StorageError for what cannot be read or written."""
+def make_output(output: Path, write: Callable[[Path], Result]) -> Result:
+    """Have `write` fill the output folder, and return what it returns.
+
+    Raises:
+        StorageError: something cannot be read or written.
+        ArgumentError: another process has made the folder meanwhile.
+    """
+    results = []
     try:
-        make_once(output, write)
+        make_once(output, lambda folder: results.append(write(folder)))
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{output}: could not be written ({error}); nothing was left there") from error
+    if not results:
+        raise ArgumentError(
+            f"--output {output}: another process has made it meanwhile; choose another name, or remove it"
+        )
+    return results[0]

@@ -8,13 +8,12 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from ..chatglm import ChatGLMConfig
-from ..model import check_fits, from_pretrained, read_finite_adapter, sketch_base
+from ..model import check_fits, read_finite_adapter, sketch_base
 from ..pickles import open_pickle
 from ..run.errors import ArgumentError
-from ..trust import check_adapter, find_weights, read_shapes
+from ..trust import find_weights, read_shapes
 from .merge import MergePlan, Rounding, add_update, quantised_layers, require_finite, round_weight
 
 
@@ -32,28 +31,27 @@ class ChatGLMWeights:
 
         Args:
             base: folder or hub name.
-            plan: which adapter is merged, and into what; None for the base as it is.
+            plan: which adapter is merged, and into what; None for the base as it is. It has checked both.
 
         Raises:
             ArgumentError: the base is no ChatGLM, lacks weights or is saved quantised, or the adapter does not fit it.
         """
         self.base, self.dtype, self.plan = base, dtype, plan and replace(plan, dtype=dtype)
-        self.config = from_pretrained(AutoConfig, base)
+        self.sketch = sketch_base(base)
+        self.config = self.sketch.config
         if not isinstance(self.config, ChatGLMConfig):
             raise ArgumentError(f"{base}: its model_type is {self.config.model_type!r}, and not ChatGLM2's or 3's")
         if getattr(self.config, "quantization_config", None):
             raise ArgumentError(
                 f"{base}: it is saved quantised; merge it first (script/merge_lora.py), or give the full checkpoint"
             )
-        self.sketch = sketch_base(base)
         self.shapes = {name: tuple(weight.shape) for name, weight in self.sketch.state_dict().items()}
         self.quantised = quantised_layers(self.sketch).keys()
         self.files = self.find_files()
         self.adapter: dict[str, dict[str, Tensor]] = {}  # of each layer, its parts, such as lora_A.weight
         if plan:
-            settings = check_adapter(plan.adapter)
-            check_fits(plan.adapter, base)
-            self.lora = {key: settings[key] for key in ("r", "lora_alpha", "use_rslora", "use_dora")}
+            check_fits(plan.adapter, self.sketch)
+            self.lora = {key: plan.settings[key] for key in ("r", "lora_alpha", "use_rslora", "use_dora")}
             for name, value in read_finite_adapter(plan.adapter).items():
                 layer, _, part = name.removeprefix("base_model.model.").partition(".lora_")
                 self.adapter.setdefault(layer, {})[f"lora_{part}"] = value

@@ -26,6 +26,7 @@ from ..model import (
     load_base,
     open_tokenizer,
     read_training,
+    sketch_base,
 )
 from ..run.errors import ArgumentError, DataError
 from ..run.log import counted
@@ -122,7 +123,7 @@ class Session:
         require_weights(base)
         if folder:
             check_same_base(folder, config["base_model_name_or_path"], base, identify_base(base), run)
-            check_fits(folder, base)
+            check_fits(folder, sketch_base(base))
             adopt_conversation(tokenizer, folder)
         if chat_template:
             set_chat_template(tokenizer, chat_template)

@@ -9,13 +9,15 @@ import gguf
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from component.export.exports import gguf_name, plan_export
 from component.export.merge import merged_model
 from component.inference.sampling import Sampling
 from component.inference.session import Session
 from component.model import open_tokenizer
-from component.run.manifest import seal
+from component.run.manifest import seal, verify
 from script import export, merge_lora
 
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -64,6 +66,7 @@ def test_glm_computes_what_the_trained_model_computes_and_says_how_it_was_made(b
     }
     made = json.loads((tmp_path / "out/merge.json").read_text())
     assert (made["into"], made["dtype"], made["base"]) == ("trained", "float32", "chatglm3-nano")
+    assert "type" not in made
     for file in ("README.md", "merge.json", "config.json", "tokenizer_config.json"):
         assert str(tmp_path) not in (tmp_path / "out" / file).read_text()
 
@@ -77,10 +80,11 @@ def test_an_exported_model_answers_here_too_as_it_did_before(base, tmp_path):
         session = Session.open(str(folder), base_bits=16)
         reply = session.reply(messages, [WEATHER], Sampling(max_new_tokens=24))
         list(reply)
-        told.append((reply.generation.prompt, reply.generation.tokens, session.must_call))
-        session.must_call(Sampling(), ["get_weather"], [WEATHER])
+        call = session.must_call(Sampling(), ["get_weather"], [WEATHER]).begins
+        told.append((reply.generation.prompt, reply.generation.tokens, call))
     assert session.data_format == "chat_template"
-    assert told[0][:2] == told[1][:2]
+    assert told[0] == told[1]
+    assert "get_weather" in session.tokenizer.decode(call[0])
 
 
 def test_a_base_alone_and_half_precision(base, tmp_path):
@@ -111,8 +115,26 @@ def test_a_gguf_is_named_by_its_folder_and_type(base, adapter_folder, tmp_path):
     reader = gguf.GGUFReader(tmp_path / "weather-gguf/weather-q8_0.gguf")
     merged = merged_model(str(base), tmp_path / "adapter", "trained").transformer.encoder.layers[0].mlp.dense_h_to_4h
     (found,) = (tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_up.weight")
+    made = json.loads((tmp_path / "weather-gguf/merge.json").read_text())
+    assert (made["dtype"], made["type"]) == ("float32", "q8_0")
+    assert "in `q8_0`" in (tmp_path / "weather-gguf/README.md").read_text()
     values = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type))
     assert torch.allclose(values, merged.weight, atol=merged.weight.abs().max().item() / 127)
+
+
+@pytest.mark.parametrize(
+    ("folder", "base", "name"),
+    [
+        ("weather-gguf", "models/chatglm3-6b", "weather"),
+        ("weather.gguf", "models/chatglm3-6b", "weather"),
+        ("weathergguf", "models/chatglm3-6b", "weathergguf"),
+        ("gguf", "THUDM/chatglm3-6b", "chatglm3-6b"),
+        ("gguf", "models/chatglm3-6b/", "chatglm3-6b"),
+        ("gguf", ".", Path.cwd().name),
+    ],
+)
+def test_a_gguf_has_a_name_where_its_folder_or_base_has_none(folder, base, name):
+    assert gguf_name(folder, base) == name
 
 
 def test_an_adapter_is_the_same_beside_an_exported_base(base, adapter_folder, tmp_path, capsys):
@@ -122,31 +144,46 @@ def test_an_adapter_is_the_same_beside_an_exported_base(base, adapter_folder, tm
     capsys.readouterr()
     run("--to", "adapter", "--base", base, "--adapter", adapter, "--output", tmp_path / "out")
     assert "28.3% of the calls were exact as trained, and 6.7% beside full precision" in capsys.readouterr().out
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {
-        *("adapter_config.json", "adapter_model.safetensors", "adapter.gguf", "manifest.json", "README.md"),
-        "MODEL_LICENSE",
-    }
+    sealed = {"adapter_config.json", "adapter_model.safetensors", "adapter.gguf", "MODEL_LICENSE"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == sealed | {"manifest.json", "README.md"}
+    assert verify(tmp_path / "out")["files"].keys() == sealed
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
     assert torch.equal(logits(theirs), logits(ours))
     assert str(tmp_path) not in (tmp_path / "out/adapter_config.json").read_text()
+    values = sum(4 * tensor.n_elements for tensor in gguf.GGUFReader(tmp_path / "out/adapter.gguf").tensors)
+    values += sum(weight.nbytes for weight in load_file(tmp_path / "out/adapter_model.safetensors").values())
+    assert values <= plan_export("adapter", str(base), adapter).size < 1.5 * values
 
 
-def test_an_adapter_of_16_bits_is_the_model_that_was_trained(base, adapter_folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("bits", "told"), [(16, ""), (4, "beside a full-precision base this"), (None, "nothing records how this")]
+)
+def test_an_adapter_of_4_bits_is_not_the_model_that_was_trained(base, adapter_folder, tmp_path, capsys, bits, told):
     adapter = adapter_folder(base)
-    seal(adapter, {"run": {"settings": {"base_bits": 16, "compute_dtype": "float32"}}})
+    if bits:
+        seal(adapter, {"run": {"settings": {"base_bits": bits, "compute_dtype": "float32"}}})
     run("--to", "adapter", "--base", base, "--adapter", adapter, "--output", tmp_path / "out")
-    assert "not the model" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(told)
+    assert ("is not the model that was trained" in said) == (bits != 16)
+    assert ("If it was trained in 4 bits" in said) == (bits is None)
+
+
+def test_an_adapter_of_another_base_is_refused(base, adapter_folder, model_folder, tmp_path, capsys):
+    adapter = adapter_folder(model_folder("llama"))
+    told = refusal(capsys, "--to", "adapter", "--base", base, "--adapter", adapter, "--output", tmp_path / "out")
+    assert f"has no place in '{base}'; give its base" in told
 
 
 def test_dora_has_no_gguf_and_says_so(base, adapter_folder, tmp_path, capsys):
     adapter = adapter_folder(base, target_modules=["dense"], use_dora=True, task_type="CAUSAL_LM")
     run("--to", "adapter", "--base", base, "--adapter", adapter, "--output", tmp_path / "out")
-    assert "no adapter.gguf: llama.cpp knows no DoRA" in capsys.readouterr().out
+    told = r"^no adapter\.gguf: .*use_dora is true, and llama\.cpp has no DoRA; merge it into its base with --to gguf\n"
+    assert re.search(told, capsys.readouterr().out)
     assert not (tmp_path / "out/adapter.gguf").exists()
 
 
-def test_every_export_reads_the_texts_as_ours(base, tmp_path):
+def test_transformers_reads_texts_as_ours(base, tmp_path):
     run("--to", "glm", "--base", base, "--output", tmp_path / "out")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), open_tokenizer(str(base))
     for text in ("你好", "  a\n\tb ", "people of philosophy"):
@@ -160,6 +197,7 @@ def test_every_export_reads_the_texts_as_ours(base, tmp_path):
         (["--to", "gguf", "--dtype", "float16"], "--dtype float16: goes with --to glm, and --to is gguf; leave it out"),
         (["--to", "glm", "--type", "q8_0"], "--type q8_0: goes with --to gguf"),
         (["--to", "glm", "--into", "full"], "--into full: nothing is merged here; leave it out"),
+        (["--to", "gguf", "--max_shard_size", "1GB"], "--max_shard_size 1GB: goes with --to glm, and --to is gguf"),
         (["--to", "glm", "--max_shard_size", "2 GB"], "--max_shard_size '2 GB': expected a size such as"),
         (["--to", "glm", "--adapter", "nowhere"], "nowhere: no adapter_config.json there"),
     ],
@@ -173,6 +211,20 @@ def test_a_base_must_be_named_or_be_that_of_an_adapter(tmp_path, capsys):
     assert "--adapter: give the folder" in refusal(capsys, "--to", "glm", "--output", tmp_path / "out")
     told = refusal(capsys, "--to", "glm", "--base", tmp_path / "none", "--output", tmp_path / "out")
     assert re.search(r"--base .*none: ", told)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_the_option_that_names_the_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("component.run.hub.silence_of", lambda _: "no route")
+    told = refusal(capsys, "--to", "glm", "--base", "someone/chatglm3", "--output", tmp_path / "out")
+    assert "a folder: --base=/path/to/chatglm3, with" in told
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_left_alone(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("component.export.output.check_output", lambda *_: None)
+    (tmp_path / "out").mkdir()
+    told = refusal(capsys, "--to", "glm", "--base", base, "--output", tmp_path / "out")
+    assert f"--output {tmp_path / 'out'}: another process has made it meanwhile; choose another name" in told
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_an_output_that_exists_is_left_alone(base, tmp_path, capsys):
@@ -190,10 +242,20 @@ def test_an_output_that_exists_is_left_alone(base, tmp_path, capsys):
 )
 def test_other_families_are_told_their_way(model_folder, adapter_folder, tmp_path, capsys, to, told):
     base = model_folder("llama")
-    options = ("--base", base, "--adapter", adapter_folder(base), "--output", tmp_path / "out")
-    error = refusal(capsys, "--to", to, *options)
-    assert "is of the type 'llama', and only ChatGLM2 and ChatGLM3 are exported" in error
-    assert told in error
+    adapter = adapter_folder(base)
+    for given in ((), ("--base", base)):
+        error = refusal(capsys, "--to", to, "--adapter", adapter, "--output", tmp_path / "out", *given)
+        assert "is of the type 'llama', and only ChatGLM2 and ChatGLM3 are exported" in error
+        assert told in error
+        merge = " ".join(map(str, ("script/merge_lora.py --adapter", adapter, *given, "--output MERGED")))
+        assert (merge in error) == (to != "adapter")
+
+
+def test_an_exported_folder_is_no_way_to_a_gguf(base, tmp_path, capsys):
+    """llama.cpp's converter ends on its tokenizer."""
+    run("--to", "glm", "--base", base, "--output", tmp_path / "glm")
+    told = refusal(capsys, "--to", "gguf", "--base", tmp_path / "glm", "--output", tmp_path / "out")
+    assert "export the ChatGLM that it was made of, with --base and --adapter" in told
 
 
 def test_a_layout_that_others_lack_is_refused(base, tmp_path, capsys):

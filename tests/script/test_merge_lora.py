@@ -150,6 +150,9 @@ def test_half_precision_is_saved_in_shards_of_the_size_asked_for(model_folder, a
     shards = sorted((tmp_path / "merged").glob("model-*.safetensors"))
     assert len(shards) > 1
     assert {str(w.dtype) for shard in shards for w in load_file(shard).values()} == {f"torch.{dtype}"}
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}  # and not the owner's alone
     expected = logits(base, adapter)
     assert difference(logits(tmp_path / "merged"), expected) < 0.03 * expected.abs().max()
 
@@ -347,7 +350,7 @@ def test_a_wrong_base_is_a_fault_of_what_was_given(model_folder, adapter_folder,
             raise fault
 
     monkeypatch.setattr("component.trust.cached_file", ask_the_hub)
-    monkeypatch.setattr("component.trust.require_hub_or_cache", lambda name: None)
+    monkeypatch.setattr("component.trust.require_hub_or_cache", lambda *_: None)
     usual = ("--adapter", adapter_folder(model_folder()), "--output", tmp_path / "merged")
     said = str(fault or "no config.json is to be had; give a folder")
     assert f"--base someone/nothing: {said}" in refusal(capsys, *usual, "--base", "someone/nothing")

@@ -10,6 +10,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from component.chatglm import ChatGLMConfig, ChatGLMTokenizer
 from component.export.gguf import (
     KINDS,
+    check_shape,
     converter_command,
     tokens,
     write_gguf,
@@ -20,6 +21,7 @@ from component.export.merge import merged_model, plan_merge, round_to_q8
 from component.export.tokenizer import export_template
 from component.export.weights import ChatGLMWeights
 from component.run.errors import ArgumentError
+from component.trust import check_adapter
 
 LAYER = "transformer.encoder.layers.1."
 TENSORS = {  # of one layer, and beside the layers
@@ -223,7 +225,8 @@ def test_a_value_that_is_too_large_is_named_and_no_file_is_left(base, written, t
     weights = weights_of(folder)
     weights[f"{LAYER}mlp.dense_h_to_4h.weight"][3, 5] = -value
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ArgumentError, match=rf"layers\.1\.mlp\.dense_h_to_4h\.weight .* {value:,.0f}.*--type bf16"):
+    told = rf"^--type {kind}: .*layers\.1\.mlp\.dense_h_to_4h\.weight .* {value:,.0f}.*--type bf16"
+    with pytest.raises(ArgumentError, match=told):
         written(folder, kind)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
 
@@ -235,14 +238,18 @@ def test_a_value_that_is_too_large_is_named_and_no_file_is_left(base, written, t
         ({"hidden_size": 40, "kv_channels": 10}, r"kv_channels is 10.*multiple of 4.*merge_lora"),
         ({"rmsnorm": False}, "rmsnorm is false"),
         ({"add_bias_linear": True}, "add_bias_linear is true"),
-        ({"padded_vocab_size": 128}, "padded_vocab_size is 128"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_model_that_llama_cpp_cannot_hold_is_refused_by_name(base, written, tmp_path, changes, said):
-    folder = base(**changes)
+def test_a_layout_that_llama_cpp_has_not_is_refused_by_name(changes, said):
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "kv_channels": 16}
     with pytest.raises(ArgumentError, match=said):
-        written(folder)
+        check_shape(ChatGLMConfig(**shape | changes))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused_by_name(base, written, tmp_path):
+    with pytest.raises(ArgumentError, match="padded_vocab_size is 128"):
+        written(base(padded_vocab_size=128))
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -259,7 +266,7 @@ def test_an_adapter_keeps_its_tensors_and_its_scale(base, adapter_folder, tmp_pa
     modules = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
     folder = base()
     adapter = adapter_folder(folder, task_type="CAUSAL_LM", target_modules=modules, **changes)  # of rank 4
-    write_gguf_adapter(adapter, ChatGLMConfig.from_pretrained(folder), tmp_path / "lora.gguf")
+    write_gguf_adapter(adapter, check_adapter(adapter), ChatGLMConfig.from_pretrained(folder), tmp_path / "lora.gguf")
     reader = gguf.GGUFReader(tmp_path / "lora.gguf")
     values, found = values_of(reader), tensors_of(reader)
     assert values == {
@@ -280,7 +287,7 @@ def test_an_adapter_keeps_its_tensors_and_its_scale(base, adapter_folder, tmp_pa
 def test_an_adapters_update_is_arranged_as_its_weight(base, adapter_folder, tmp_path):
     folder = base(multi_query_attention=False)
     adapter = adapter_folder(folder, task_type="CAUSAL_LM", target_modules=["query_key_value"], lora_alpha=4)
-    write_gguf_adapter(adapter, ChatGLMConfig.from_pretrained(folder), tmp_path / "lora.gguf")
+    write_gguf_adapter(adapter, check_adapter(adapter), ChatGLMConfig.from_pretrained(folder), tmp_path / "lora.gguf")
     found = tensors_of(gguf.GGUFReader(tmp_path / "lora.gguf"))
     official = load_file(adapter / "adapter_model.safetensors")
     rows = np.arange(192).reshape(4, 3, 16).transpose(1, 0, 2).ravel()
@@ -291,7 +298,7 @@ def test_an_adapters_update_is_arranged_as_its_weight(base, adapter_folder, tmp_
 def test_an_adapter_of_the_embedding_has_a_row_for_each_token(base, adapter_folder, tmp_path):
     folder = base()
     adapter = adapter_folder(folder, task_type="CAUSAL_LM", target_modules=["word_embeddings", "output_layer"])
-    write_gguf_adapter(adapter, ChatGLMConfig.from_pretrained(folder), tmp_path / "lora.gguf")
+    write_gguf_adapter(adapter, check_adapter(adapter), ChatGLMConfig.from_pretrained(folder), tmp_path / "lora.gguf")
     found = tensors_of(gguf.GGUFReader(tmp_path / "lora.gguf"))
     official = load_file(adapter / "adapter_model.safetensors")
     embedding = "base_model.model.transformer.embedding.word_embeddings.lora_embedding_"
@@ -307,7 +314,9 @@ def test_a_dora_is_refused_by_name(base, adapter_folder, tmp_path):
     folder = base()
     adapter = adapter_folder(folder, task_type="CAUSAL_LM", target_modules=["dense"], use_dora=True)
     with pytest.raises(ArgumentError, match=r"adapter_config\.json: use_dora is true.*--to gguf"):
-        write_gguf_adapter(adapter, ChatGLMConfig.from_pretrained(folder), tmp_path / "lora.gguf")
+        write_gguf_adapter(
+            adapter, check_adapter(adapter), ChatGLMConfig.from_pretrained(folder), tmp_path / "lora.gguf"
+        )
     assert not (tmp_path / "lora.gguf").exists()
 
 

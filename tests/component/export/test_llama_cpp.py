@@ -13,6 +13,7 @@ from component.export.gguf import KINDS, write_gguf, write_gguf_adapter
 from component.export.merge import merged_model
 from component.export.weights import ChatGLMWeights
 from component.model import open_tokenizer
+from component.trust import check_adapter
 from component.verify.llama_cpp import answers, chat, continuation, encoding, template
 
 from ...conftest import read_jsonl
@@ -181,7 +182,7 @@ def test_an_adapter_on_its_bases_file_answers_as_the_merged_model(odd_model, ada
     model, folder = odd_model(**shape)
     lora = {"task_type": "CAUSAL_LM", "target_modules": LAYERS, "lora_alpha": 16} | lora
     adapter = adapter_folder(folder, init_lora_weights=False, **lora)
-    write_gguf_adapter(adapter, model.config, tmp_path / "lora.gguf")
+    write_gguf_adapter(adapter, check_adapter(adapter), model.config, tmp_path / "lora.gguf")
     merged = merged_model(str(folder), adapter, "full", "float32").eval()
     asked = [continuation(prompt, LENGTH) for prompt in some_prompts()]
     file = export(folder, tmp_path / "base.gguf")
