@@ -141,8 +141,7 @@ def plan_glm(weights: ChatGLMWeights, tokenizer: ChatGLMTokenizer, max_shard_siz
         log_beginning(weights, "GlmForCausalLM")
         write_glm(weights, folder, stop_ids(tokenizer), max_shard_size)
         write_tokenizer(tokenizer, folder)
-        if tokenizer.chatglm_version == 3:
-            write_tool_parser(folder)
+        write_parser(folder, tokenizer)
         return finish(folder, "glm", weights)
 
     return Export(count(weights) * weights.dtype.itemsize, write)
@@ -155,6 +154,7 @@ def plan_gguf(weights: ChatGLMWeights, tokenizer: ChatGLMTokenizer, name: str, k
         log_beginning(weights, f"GGUF ({kind})")
         write_gguf(weights, tokenizer, folder / file, kind)
         write_modelfile(folder, file, tokenizer)
+        write_parser(folder, tokenizer)
         return finish(folder, "gguf", weights, kind)
 
     return Export(round(count(weights) * bytes_of(kind)), write)
@@ -163,6 +163,12 @@ def plan_gguf(weights: ChatGLMWeights, tokenizer: ChatGLMTokenizer, name: str, k
 def gguf_name(folder: str, base: str) -> str:
     """The name of a GGUF file, without its kind: its folder's, or its base's where the folder is called gguf alone."""
     return re.sub(r"(^|[-.])gguf$", "", folder) or base_name(base)
+
+
+def write_parser(folder: Path, tokenizer: ChatGLMTokenizer) -> None:
+    """Write the parser of ChatGLM3's calls; ChatGLM2 has none."""
+    if tokenizer.chatglm_version == 3:
+        write_tool_parser(folder)
 
 
 def log_beginning(weights: ChatGLMWeights, what: str) -> None:

@@ -110,7 +110,14 @@ def test_a_gguf_is_named_by_its_folder_and_type(base, adapter_folder, tmp_path):
     options = ("--base", base, "--adapter", adapter_folder(base), "--into", "trained")
     run("--to", "gguf", *options, "--output", tmp_path / "weather-gguf", "--type", "q8_0")
     names = {path.name for path in (tmp_path / "weather-gguf").iterdir()}
-    assert names == {"weather-q8_0.gguf", "Modelfile", "README.md", "merge.json", "MODEL_LICENSE"}
+    assert names == {
+        "weather-q8_0.gguf",
+        "Modelfile",
+        "chatglm3_tool_parser.py",
+        "README.md",
+        "merge.json",
+        "MODEL_LICENSE",
+    }
     assert "FROM ./weather-q8_0.gguf\n" in (tmp_path / "weather-gguf/Modelfile").read_text()
     reader = gguf.GGUFReader(tmp_path / "weather-gguf/weather-q8_0.gguf")
     merged = merged_model(str(base), tmp_path / "adapter", "trained").transformer.encoder.layers[0].mlp.dense_h_to_4h
