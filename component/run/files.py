@@ -73,11 +73,11 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
             try:
                 make(temporary)
                 publish(temporary, folder)
-                with suppress(OSError):
-                    os.unlink(lock.lock_file)  # whoever waits for it, or comes now, finds the folder
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     finally:
+        with suppress(OSError):
+            os.unlink(lock.lock_file)  # while it is held: whoever waits for it then takes the lock of a new file
         lock.release()
     return folder
 

@@ -26,7 +26,7 @@ def test_a_failure_leaves_nothing(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         make_once(tmp_path / "x", fail)
-    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    assert list(tmp_path.iterdir()) == []
     assert (make_once(tmp_path / "x", fill) / "a").exists()
 
 
@@ -65,6 +65,30 @@ def test_of_several_processes_one_makes_and_the_others_wait(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     assert (tmp_path / "makers").read_text() == "x"
+
+
+def fail_slowly(folder: Path) -> None:
+    (folder.parent / "busy").mkdir()  # fails where two make at once
+    time.sleep(0.02)
+    (folder.parent / "busy").rmdir()
+    raise OSError("disk full")
+
+
+def try_often(folder: Path) -> None:
+    for _ in range(6):
+        with pytest.raises(OSError, match="disk full"):
+            make_once(folder, fail_slowly)
+
+
+def test_of_several_processes_that_fail_no_two_make_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=try_often, args=(tmp_path / "x",)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_replaced_whole_and_a_link_not_followed(tmp_path, monkeypatch):
