@@ -108,6 +108,9 @@ OTHERS = {
     "--output models/chatglm3-6b-gguf",
     "python script/export.py --to adapter --adapter output/chatglm3-6b/final --base models/chatglm3-6b "
     "--output models/chatglm3-6b-lora",
+    "python script/export.py --to gguf --type f32 --adapter output/chatglm3-6b/final --base models/chatglm3-6b "
+    "--output models/exact-gguf",
+    "python script/export.py --to gguf --base models/chatglm3-6b --output models/base-gguf",
     # fixed: docs/deploy.md says of each whether it was run, and where it was read
     "vllm serve models/chatglm3-6b-glm --served-model-name chatglm3 --enable-auto-tool-choice "
     "--tool-parser-plugin models/chatglm3-6b-glm/chatglm3_tool_parser.py --tool-call-parser chatglm3",
@@ -117,7 +120,9 @@ OTHERS = {
     "python -m sglang.launch_server --model-path models/merged --served-model-name chatglm3",
     "python -m sglang.launch_server --model-path models/chatglm3-6b-glm --served-model-name chatglm3",
     "llama-server -m models/chatglm3-6b-gguf/chatglm3-6b-q8_0.gguf --skip-chat-parsing --port 8080",
-    "llama-server -m models/chatglm3-6b-gguf/chatglm3-6b-f32.gguf --skip-chat-parsing --port 8080 --flash-attn off "
+    "llama-server -m models/chatglm3-6b-gguf/chatglm3-6b-q8_0.gguf --skip-chat-parsing --special --reverse-prompt "
+    '"<eos>" --reverse-prompt "<|user|>" --reverse-prompt "<|observation|>" --port 8080',
+    "llama-server -m models/exact-gguf/exact-f32.gguf --skip-chat-parsing --port 8080 --flash-attn off "
     "--cache-type-k f32 --cache-type-v f32",
     "llama-server -m models/base-gguf/base-f16.gguf --lora models/chatglm3-6b-lora/adapter.gguf --skip-chat-parsing "
     "--port 8080",
@@ -333,7 +338,7 @@ def check_exports(told: str) -> None:
     """What `make demo-export` says, and docs/deploy.md's code where nothing of this project can be imported."""
     assert told.endswith("The exports answer as the tuned model, token for token.\n")
     assert len(re.findall(r"^(?:transformers alone|llama\.cpp) +the same \d+ \+ \d+ tokens$", told, re.MULTILINE)) == 4
-    (code,) = blocks("docs/deploy.md", "python")
+    code, _ = blocks("docs/deploy.md", "python")
     code = code.replace("models/chatglm3-6b-glm", str(ROOT / "output/exports/glm"))
     shown = subprocess.run([sys.executable, "-I", "-c", code], cwd="/", capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr

@@ -12,7 +12,7 @@ from loguru import logger
 from transformers import AutoConfig
 
 from ..card.card import write_card
-from ..card.facts import EXACT_AS_TRAINED, EXACT_BESIDE_FULL
+from ..card.facts import EXACT_AS_TRAINED, EXACT_BESIDE_FULL, carry, read_record
 from ..chatglm import ChatGLMConfig, ChatGLMTokenizer
 from ..model import DTYPES, check_fits, from_pretrained, open_tokenizer, read_training, sketch_base
 from ..run.errors import ArgumentError
@@ -212,7 +212,7 @@ def plan_adapter(sources: Sources, config: ChatGLMConfig) -> Export:
         except ArgumentError as error:
             notes.append(f"no {ADAPTER_GGUF}: {error}")
         write_card(folder, "glm-adapter", sources.base, adapter)
-        seal(folder, {"run": run_under_glm(adapter)})
+        seal(folder, carry(read_record(adapter)) | {"run": run_under_glm(adapter)})
         if bits != 16:
             notes.append(NOT_AS_TRAINED if bits else UNKNOWN_TRAINING + NOT_AS_TRAINED)
         return notes
