@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from loguru import logger
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..chatglm import ChatGLMConfig
 from ..run.errors import ArgumentError
@@ -195,8 +196,12 @@ def generation_config(base: str) -> dict:
         return {}
     values = read_model_json(file)
     kept = {key: values[key] for key in SAMPLING if isinstance(values.get(key), bool) or is_number(values.get(key))}
-    if others := [key for key, value in values.items() if value is not None and key not in (*kept, *NOT_SAMPLING)]:
-        logger.warning(f"{file}: only numbers of sampling are taken over, and not {', '.join(map(ascii, others))}")
+    defaults = GenerationConfig().to_dict() | {"use_cache": True}  # which transformers writes of every model
+    others = {key: value for key, value in values.items() if value not in (None, False, defaults.get(key))}
+    if others := others.keys() - {*kept, *NOT_SAMPLING}:
+        logger.warning(
+            f"{file}: only numbers of sampling are taken over, and not {', '.join(map(ascii, sorted(others)))}"
+        )
     return kept
 
 

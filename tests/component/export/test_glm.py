@@ -226,9 +226,11 @@ def test_generation_keeps_what_the_base_says_of_sampling_and_ends_at_the_stops(m
 def test_what_else_a_foreign_base_says_of_generation_is_left_out_and_told(model_folder, tmp_path, log):
     base = model_folder()
     odd = {"do_sample": True, "top_k": "5", "secret": 1, "custom_generate": "evil", "max_length": None, "top_h": 0.5}
-    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.8, "eos_token_id": 2} | odd))
+    (base / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.8, "eos_token_id": 2, "use_cache": True} | odd)
+    )
     assert generation_config(str(base)) == {"do_sample": True, "temperature": 0.8}
-    told = "only numbers of sampling are taken over, and not 'top_k', 'secret', 'custom_generate', 'top_h'"
+    told = "only numbers of sampling are taken over, and not 'custom_generate', 'secret', 'top_h', 'top_k'"
     assert [told in line for line in log] == [True]
 
 
