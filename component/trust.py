@@ -214,20 +214,11 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def is_text(value) -> bool:
-    return isinstance(value, str)
-
-
 # Keys of an adapter's settings: the check of the value, and what is expected. Every other key must have peft's default,
 # so that no key can make peft compute, import or match patterns.
 ADAPTER_KEYS = {
     "peft_type": (lambda value: value == "LORA", "'LORA'"),
     "task_type": (lambda value: value in ("CAUSAL_LM", None), "'CAUSAL_LM'"),
-    # Of adapters without a task_type: the class to import for peft's AutoPeftModel, which is not used here.
-    "auto_mapping": (
-        lambda value: value is None or (isinstance(value, dict) and all(map(is_text, (*value, *value.values())))),
-        "the names of a class and of its library",
-    ),
     "base_model_name_or_path": (lambda value: isinstance(value, str | None), "a folder's or model's name"),
     "peft_version": (lambda value: isinstance(value, str | None), "text"),
     "revision": (lambda value: isinstance(value, str | None), "text"),

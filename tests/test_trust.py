@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_qlora
-from script import chat_demo, export, inspect_data, merge_lora
+from script import chat_demo, inspect_data, merge_lora
 
 ROOT = Path(__file__).parents[1]
 ROW = {"conversations": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "world"}]}
@@ -276,8 +276,7 @@ HOSTILE_ADAPTERS = [
     ({"peft_type": "EVIL"}, "peft_type is 'EVIL'; expected 'LORA'"),
     ({"peft_type": ["LORA"]}, "peft_type is ['LORA']"),
     ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
-    ({"auto_mapping": {"base_model_class": ["Evil"]}}, "auto_mapping is {'base_model_class': ['Evil']}; expected the"),
-    ({"auto_mapping": "modeling_evil.Evil"}, "auto_mapping is 'modeling_evil.Evil'; expected the"),
+    ({"auto_mapping": {"base_model_class": "Evil", "parent_library": "modeling_evil"}}, "auto_mapping is {'base_model"),
     ({"megatron_config": {"a": 1}, "megatron_core": "modeling_evil"}, "megatron_config is {'a': 1}"),
     ({"megatron_core": "modeling_evil"}, "megatron_core is 'modeling_evil'"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
@@ -335,22 +334,6 @@ def test_no_run_begins_from_a_hostile_adapter(
     shown = refusal(capsys, train_qlora, *settings(model, adapter_name_or_path=str(adapter)))
     assert message in shown
     assert f"{adapter}/adapter_" in shown
-
-
-def test_the_class_that_an_adapter_without_a_task_names_is_never_imported(
-    model_folder, adapter_folder, settings, tmp_path, canary, monkeypatch
-):
-    model = model_folder()
-    adapter = adapter_folder(model)
-    plant_python(adapter, canary)
-    monkeypatch.syspath_prepend(str(adapter))
-    hostile = {"base_model_class": "Evil", "parent_library": "modeling_evil"}
-    edit(adapter / "adapter_config.json", task_type=None, auto_mapping=hostile)
-    call(merge_lora, "--adapter", adapter, "--output", tmp_path / "merged")
-    call(export, "--to", "adapter", "--adapter", adapter, "--output", tmp_path / "glm")
-    assert json.loads((tmp_path / "glm/adapter_config.json").read_text())["auto_mapping"] is None
-    call(train_qlora, *settings(model, adapter_name_or_path=str(adapter)))
-    assert "modeling_evil" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["../../etc", "../chatglm3-nano", "someone/else", "https://a:b@c/d", "", None])

@@ -27,7 +27,7 @@ def write_glm_adapter(adapter: Path, config: ChatGLMConfig, folder: Path) -> Non
     parts = {}
     for name, tensor in read_finite_adapter(adapter).items():
         parts |= to_glm(name, tensor, config)
-    changes = {"base_model_name_or_path": None, "revision": None, "auto_mapping": None}  # they are of ChatGLM's base
+    changes = {"base_model_name_or_path": None, "revision": None}  # they are of ChatGLM's base
     changes["target_modules"] = find_targets(parts, config)
     write_json(folder / "adapter_config.json", read_model_json(adapter / "adapter_config.json") | changes)
     save_file({name: part.clone() for name, part in parts.items()}, folder / ADAPTER[0], {"format": "pt"})

@@ -198,6 +198,7 @@ def count(weights: ChatGLMWeights) -> int:
 
 
 def plan_adapter(sources: Sources, config: ChatGLMConfig) -> Export:
+    """The adapter alone. Its manifest is written last, since it has the sums of all other files."""
     adapter = sources.adapter
     check_layout(config)
     check_fits(adapter, sketch_base(sources.base))

@@ -169,6 +169,7 @@ def check_shape(config: ChatGLMConfig) -> None:
 
 
 def add_shape(writer: GGUFWriter, config: ChatGLMConfig) -> None:
+    """Tell llama.cpp the sizes of a model, in its own terms."""
     writer.add_context_length(config.seq_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.ffn_hidden_size)

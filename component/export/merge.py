@@ -420,8 +420,9 @@ def save_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Rounding:
         save_for_others(tokenizer, folder)
     else:
         tokenizer.save_pretrained(folder)
-    (folder / RECORD).write_text(json.dumps(plan.record(), indent=1) + "\n", encoding="utf-8")
-    write_card(folder, "merged", plan.base, plan.adapter, plan.record())
+    record = plan.record()
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_card(folder, "merged", plan.base, plan.adapter, record)
     for file in folder.glob("*.safetensors"):  # which safetensors lets only the owner read
         file.chmod((folder / RECORD).stat().st_mode)
     return rounding

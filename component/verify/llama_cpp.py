@@ -57,6 +57,7 @@ def template(messages: list[dict], **options) -> tuple[str, dict]:
 
 
 def serve(gguf: str, lora: str | None, parses: bool, requests: list) -> list:
+    """Start the server in this process, and answer what `answers` was asked."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
