@@ -98,6 +98,11 @@ def plan_export(
     config = from_pretrained(AutoConfig, sources.base)
     if not isinstance(config, ChatGLMConfig):
         raise ArgumentError(other_family(to, sources, config.model_type, bool(base), kind or KIND))
+    if config.hidden_dropout:
+        logger.warning(
+            f"{sources.config}: hidden_dropout {config.hidden_dropout:g} is left out: it acts in training alone, and "
+            "other programs have none"
+        )
     if to == "adapter":
         return plan_adapter(sources, config)
     (check_shape if to == "gguf" else check_layout)(config)

@@ -241,6 +241,15 @@ def test_a_folder_that_another_process_makes_meanwhile_is_left_alone(base, tmp_p
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_dropout_that_other_programs_lack_is_told_once(base, adapter_folder, tmp_path, capsys):
+    config = json.loads((base / "config.json").read_text()) | {"hidden_dropout": 0.1}
+    (base / "config.json").write_text(json.dumps(config))
+    options = ("--base", base, "--adapter", adapter_folder(base), "--output", tmp_path / "out")
+    capsys.readouterr()
+    run("--to", "adapter", *options)
+    assert capsys.readouterr().err.count("hidden_dropout 0.1 is left out") == 1
+
+
 def test_an_output_that_exists_is_left_alone(base, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     assert "exists; choose another name" in refusal(capsys, "--to", "glm", "--base", base, "--output", tmp_path / "out")
