@@ -20,7 +20,7 @@ class RowContext(NamedTuple):
     bounds: Bounds
     cos: torch.Tensor  # float32 (tokens, angles)
     sin: torch.Tensor
-    seed: int | None  # of dropout; None for no dropout
+    seeds: torch.Tensor | None  # int64, of the dropout mask of each projection by its number; None for no dropout
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Layer:
     def forward(self, hidden: torch.Tensor, row: RowContext) -> tuple[torch.Tensor, Activations]:
         """(the layer's output (tokens, hidden_size), what a backward needs)."""
         kept = self.up_to_gate(hidden, row)
-        out, low = self.down.forward(self.ops.swiglu(kept.gate_up, self.down.room), row.seed)
+        out, low = self.down.forward(self.ops.swiglu(kept.gate_up, self.down.room), row.seeds)
         kept.low += (low,)
         return out.add_(kept.middle), kept
 
@@ -81,7 +81,7 @@ class Layer:
         """Run the layer as far as a backward needs it: without SwiGLU and the `down` projection."""
         ops = self.ops
         normed, _ = ops.rms_norm(hidden, self.norm, self.eps, room=self.qkv.room)
-        qkv, low_qkv = self.qkv.forward(normed, row.seed)
+        qkv, low_qkv = self.qkv.forward(normed, row.seeds)
         qkv = qkv.unflatten(1, (-1, self.head_dim))
         turned = qkv[:, : self.heads + self.groups]
         raw = turned.clone() if self.head_norms else None
@@ -91,10 +91,10 @@ class Layer:
         ops.rotate_(turned, row.cos, row.sin, interleaved=self.interleaved)
         context, saved = self.attention.forward(*self.split_heads(qkv), row.bounds, self.scaling)
         context = context.flatten(1)
-        attended, low_out = self.out.forward(context, row.seed)
+        attended, low_out = self.out.forward(context, row.seeds)
 
         normed, middle = ops.rms_norm(hidden, self.second_norm, self.eps, attended, self.gate_up.room)
-        gate_up, low_gate_up = self.gate_up.forward(normed, row.seed)
+        gate_up, low_gate_up = self.gate_up.forward(normed, row.seeds)
         return Activations(hidden, raw, qkv, context, saved, middle, gate_up, (low_qkv, low_out, low_gate_up))
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -104,25 +104,25 @@ class Layer:
         self, grad: torch.Tensor, kept: Activations, row: RowContext, needs_input_grad: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """(gradient of the layer's input, gradients of `adapters`). `kept.gate_up` is overwritten."""
-        ops, seed = self.ops, row.seed
+        ops, seeds = self.ops, row.seeds
         low_qkv, low_out, low_gate_up, *low_down = kept.low
         gate_up = kept.gate_up
         if gate_up is None:
             normed, _ = ops.rms_norm(kept.middle, self.second_norm, self.eps, room=self.gate_up.room)
-            gate_up, _ = self.gate_up.forward(normed, seed)
-        activated, low_grad = self.down.input_grad(grad, seed)
+            gate_up, _ = self.gate_up.forward(normed, seeds)
+        activated, low_grad = self.down.input_grad(grad, seeds)
         ops.swiglu_backward_(activated, gate_up)
-        (low,) = low_down or (self.down.low(activated, seed),)
-        down_grads = self.down.adapter_grads(grad, low_grad, activated, low, seed)
+        (low,) = low_down or (self.down.low(activated, seeds),)
+        down_grads = self.down.adapter_grads(grad, low_grad, activated, low, seeds)
         del activated
 
-        inner, low_grad = self.gate_up.input_grad(gate_up, seed)
+        inner, low_grad = self.gate_up.input_grad(gate_up, seeds)
         middle_grad, normed = ops.rms_norm_backward(inner, kept.middle, self.second_norm, self.eps, grad)
-        gate_up_grads = self.gate_up.adapter_grads(gate_up, low_grad, normed, low_gate_up, seed)
+        gate_up_grads = self.gate_up.adapter_grads(gate_up, low_grad, normed, low_gate_up, seeds)
         del gate_up, inner, normed
 
-        context_grad, low_grad = self.out.input_grad(middle_grad, seed)
-        out_grads = self.out.adapter_grads(middle_grad, low_grad, kept.context, low_out, seed)
+        context_grad, low_grad = self.out.input_grad(middle_grad, seeds)
+        out_grads = self.out.adapter_grads(middle_grad, low_grad, kept.context, low_out, seeds)
         by_head = (context_grad.unflatten(1, (self.heads, -1)), *self.split_heads(kept.qkv))
         context = kept.context.unflatten(1, (self.heads, -1))
         qkv_grad = torch.cat(self.attention.backward(*by_head, context, kept.attention, row.bounds, self.scaling), 1)
@@ -136,12 +136,12 @@ class Layer:
 
         qkv_grad = qkv_grad.flatten(1)
         if needs_input_grad:
-            inner, low_grad = self.qkv.input_grad(qkv_grad, seed)
+            inner, low_grad = self.qkv.input_grad(qkv_grad, seeds)
             hidden_grad, normed = ops.rms_norm_backward(inner, kept.hidden, self.norm, self.eps, middle_grad)
         else:  # the first layer's input is the embedding, which is frozen
             hidden_grad, low_grad = None, self.qkv.low_grad(qkv_grad)
             normed, _ = ops.rms_norm(kept.hidden, self.norm, self.eps)
-        qkv_grads = self.qkv.adapter_grads(qkv_grad, low_grad, normed, low_qkv, seed)
+        qkv_grads = self.qkv.adapter_grads(qkv_grad, low_grad, normed, low_qkv, seeds)
         return hidden_grad, qkv_grads + out_grads + gate_up_grads + down_grads
 
 

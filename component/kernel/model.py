@@ -130,12 +130,18 @@ class PackedForward:
         """(tokens, hidden size) what the fused layers make of a row, before the final norm."""
         hidden = self.model.get_input_embeddings()(input_ids)
         cos, sin = rotary_angles(self.model, position_ids)
-        seed = int(torch.randint(1 << 31, ())) if self.model.training else None
-        row = RowContext(Bounds(ends, longest), cos, sin, seed)
+        seeds = self.draw_seeds() if self.model.training else None
+        row = RowContext(Bounds(ends, longest), cos, sin, seeds)
         host = self.host if torch.is_grad_enabled() else None  # an evaluation has no backward to keep anything for
         for layer in self.layers:
             hidden = LayerFunction.apply(hidden, layer, row, host, *layer.adapters)
         return hidden
+
+    def draw_seeds(self) -> torch.Tensor:
+        """A seed for the dropout mask of each projection, all from one random number of the host."""
+        number = int(torch.randint(1 << 31, ()))
+        numbers = torch.arange(4 * len(self.layers), device=self.model.device)
+        return numbers.mul_(0x9E3779B9).add_(number).bitwise_and_(0xFFFFFFFF)
 
     def head_loss(self, hidden, learned, targets) -> torch.Tensor:
         norm, eps = norm_of(final_norm(self.model))

@@ -2,7 +2,8 @@
 
 `tokens` is the length of a packed row. Operations whose name ends in `_` overwrite their first argument. Gradients of
 adapters are float32, everything else has its input's dtype; norms and rotations are computed in float32. `room`
-asks for an output with that many spare columns after each row, as a view of a wider matrix.
+asks for an output with that many spare columns after each row, as a view of a wider matrix. The `seed` of a dropout
+mask is one int64 value on the device, which a kernel reads when it runs; 0 to 2**32 - 1.
 """
 
 import torch
@@ -89,10 +90,12 @@ def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
     gate.copy_(grad_gate)
 
 
-def dropout_mask(tokens: int, width: int, dropout: float, seed: int, device: torch.device) -> torch.Tensor:
+def dropout_mask(
+    tokens: int, width: int, dropout: float, seed: torch.Tensor | int, device: torch.device
+) -> torch.Tensor:
     """(tokens, width) bool, True where an element is kept: a hash of its place and the seed, the same on any device."""
     kept = torch.empty(tokens * width, dtype=torch.bool, device=device)
-    chunk = CHUNK[device.type]
+    chunk, seed = CHUNK[device.type], int(seed)
     for start in range(0, len(kept), chunk):
         part = kept[start : start + chunk]
         x = torch.arange(len(part), dtype=torch.int32, device=device)
@@ -113,21 +116,23 @@ def threshold(dropout: float) -> int:
     return round(dropout * 2**32)
 
 
-def dropped(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+def dropped(x: torch.Tensor, dropout: float, seed: torch.Tensor | int) -> torch.Tensor:
     """Apply dropout to `x`: the elements that are kept are scaled so that the mean stays."""
     return masked(x, dropout, seed) / (1 - dropout) if dropout else x
 
 
-def masked(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+def masked(x: torch.Tensor, dropout: float, seed: torch.Tensor | int) -> torch.Tensor:
     return x * dropout_mask(*x.shape, dropout, seed, x.device) if dropout else x
 
 
-def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+def lora_down_(
+    out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: float, seed: torch.Tensor | int
+) -> torch.Tensor:
     """dropout(x) @ down.T into `out` (tokens, rank), from x (tokens, width) and down (rank, width)."""
     return torch.mm(dropped(x, dropout, seed), down.t(), out=out)
 
 
-def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: torch.Tensor | int) -> torch.Tensor:
     """The gradient of `down`: grad.T @ dropout(x), float32 (rank, width), from grad (tokens, rank).
 
     It is scaled after the sum, so that nothing is rounded to half precision in between.
@@ -136,7 +141,7 @@ def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: in
 
 
 def lora_input_grad_(
-    total: torch.Tensor, grad: torch.Tensor, down: torch.Tensor, dropout: float, seed: int
+    total: torch.Tensor, grad: torch.Tensor, down: torch.Tensor, dropout: float, seed: torch.Tensor | int
 ) -> torch.Tensor:
     """Add the low-rank path's input gradient, grad @ down through dropout, to `total` (tokens, width)."""
     if not dropout:

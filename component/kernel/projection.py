@@ -93,7 +93,7 @@ class Projection:
         """All low-rank paths' first halves, (rank, in_features)."""
         return joined([path.down.detach().to(self.dtype) for path in self.paths])
 
-    def forward(self, x: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x: torch.Tensor, seeds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(output (tokens, width), what the low-rank paths hold between their halves (tokens, rank)).
 
         If the input has `room` spare columns, the low-rank paths' first halves write there. Their second halves stand
@@ -101,9 +101,9 @@ class Projection:
         to the update, and so in both cases the sum is rounded once: a small update is not lost in a rounded output.
 
         Args:
-            seed: of the row's dropout; None for no dropout.
+            seeds: of the row's dropout masks, by `number`; None for no dropout.
         """
-        low = self.low(x, seed)
+        low = self.low(x, seeds)
         if self.plain is not None and self.paths:
             ups = self.fill_ups_(x.new_empty(self.width, self.rank))
             return self.product(low, ups).addmm_(x, self.plain.t()), low
@@ -134,20 +134,20 @@ class Projection:
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x @ weight.t() if self.bias is None else torch.addmm(self.bias, x, weight.t())
 
-    def low(self, x: torch.Tensor, seed: int | None) -> torch.Tensor | None:
+    def low(self, x: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor | None:
         if not self.paths:
             return None
         if x.stride(0) == self.in_features:
             out = x.new_empty(len(x), self.rank)
         else:
             out = x.as_strided((len(x), self.rank), (x.stride(0), 1), x.storage_offset() + self.in_features)
-        return self.ops.lora_down_(out, x, self.down(), *self.drop(seed))
+        return self.ops.lora_down_(out, x, self.down(), *self.drop(seeds))
 
-    def input_grad(self, grad: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def input_grad(self, grad: torch.Tensor, seeds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(gradient of the input, gradient between the halves of the low-rank paths)."""
         total, low_grad = grad @ self.weight(), self.low_grad(grad)
         if low_grad is not None:
-            self.ops.lora_input_grad_(total, low_grad, self.down(), *self.drop(seed))
+            self.ops.lora_input_grad_(total, low_grad, self.down(), *self.drop(seeds))
         return total, low_grad
 
     def low_grad(self, grad: torch.Tensor) -> torch.Tensor | None:
@@ -160,21 +160,21 @@ class Projection:
         low_grad: torch.Tensor | None,
         x: torch.Tensor,
         low: torch.Tensor | None,
-        seed: int | None,
+        seeds: torch.Tensor | None,
     ) -> list[torch.Tensor]:
         """Float32 gradients in the order of `adapters`."""
         if not self.paths:
             return []
-        downs = self.ops.lora_down_grad(low_grad, x, *self.drop(seed))
+        downs = self.ops.lora_down_grad(low_grad, x, *self.drop(seeds))
         grads = []
         for path in self.paths:
             up = self.ops.matmul_float32(grad[:, path.columns].t(), low[:, path.ranks])
             grads += [downs[path.ranks], up.mul_(path.scaling)]
         return grads
 
-    def drop(self, seed: int | None) -> tuple[float, int]:
+    def drop(self, seeds: torch.Tensor | None) -> tuple[float, torch.Tensor | int]:
         """(share of the elements that is dropped, seed of this projection's mask)."""
-        return (0.0, 0) if seed is None else (self.dropout, (seed + 0x9E3779B9 * self.number) & 0xFFFFFFFF)
+        return (0.0, 0) if seeds is None else (self.dropout, seeds[self.number])
 
 
 def is_plain(base: nn.Linear, dtype: torch.dtype) -> bool:

@@ -224,7 +224,7 @@ def kept(rows, columns, width, seed, limit):
     return (x ^ (x >> 16)) >= limit.to(tl.uint32)
 
 
-def masked(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+def masked(x: torch.Tensor, dropout: float, seed: torch.Tensor) -> torch.Tensor:
     tokens, width = x.shape
     out = x.new_empty(tokens, width)
     masked_kernel[(tokens, triton.cdiv(width, BLOCK))](
@@ -233,9 +233,10 @@ def masked(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["seed", "limit"])
-def masked_kernel(x_ptr, out_ptr, width, stride, seed, limit, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["seed_ptr", "limit"])
+def masked_kernel(x_ptr, out_ptr, width, stride, seed_ptr, limit, SIZE: tl.constexpr):
     """SIZE columns of one token."""
+    seed = tl.load(seed_ptr)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = columns < width
@@ -250,7 +251,9 @@ def uses_tensor_cores(x: torch.Tensor) -> bool:
     return x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+def lora_down_(
+    out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: float, seed: torch.Tensor
+) -> torch.Tensor:
     if not dropout:
         return torch.mm(x, down.t(), out=out)
     if not uses_tensor_cores(x):
@@ -266,12 +269,13 @@ def lora_down_(out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: 
     return out
 
 
-@triton.jit(do_not_specialize=["tokens", "seed", "limit"])
+@triton.jit(do_not_specialize=["tokens", "seed_ptr", "limit"])
 def lora_down_kernel(
-    x_ptr, down_ptr, out_ptr, tokens, width, rank, x_stride, out_stride, seed, limit, scale,
+    x_ptr, down_ptr, out_ptr, tokens, width, rank, x_stride, out_stride, seed_ptr, limit, scale,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """TOKENS rows and RANK columns of the output, over the whole width."""
+    seed = tl.load(seed_ptr)
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     ranks = tl.program_id(1) * RANK + tl.arange(0, RANK)
     x_rows = x_ptr + rows[:, None].to(tl.int64) * x_stride
@@ -290,7 +294,7 @@ def lora_down_kernel(
     tl.store(places, (total * scale).to(out_ptr.dtype.element_ty), (rows[:, None] < tokens) & (ranks[None, :] < rank))
 
 
-def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: torch.Tensor) -> torch.Tensor:
     if not dropout:
         return matmul_float32(grad.t(), x)
     if not uses_tensor_cores(x):
@@ -308,12 +312,13 @@ def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: in
     return sums.sum(0)
 
 
-@triton.jit(do_not_specialize=["tokens", "seed", "limit", "share"])
+@triton.jit(do_not_specialize=["tokens", "seed_ptr", "limit", "share"])
 def lora_down_grad_kernel(
-    grad_ptr, x_ptr, sums_ptr, tokens, width, rank, seed, limit, scale, share,
+    grad_ptr, x_ptr, sums_ptr, tokens, width, rank, seed_ptr, limit, scale, share,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """RANK rows and WIDTH columns of one part's sum, over that part's `share` of the tokens."""
+    seed = tl.load(seed_ptr)
     columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
     first = tl.program_id(1) * share
@@ -338,7 +343,7 @@ def lora_down_grad_kernel(
 
 
 def lora_input_grad_(
-    total: torch.Tensor, grad: torch.Tensor, down: torch.Tensor, dropout: float, seed: int
+    total: torch.Tensor, grad: torch.Tensor, down: torch.Tensor, dropout: float, seed: torch.Tensor
 ) -> torch.Tensor:
     if not dropout:
         return total.addmm_(grad, down)
@@ -355,12 +360,13 @@ def lora_input_grad_(
     return total
 
 
-@triton.jit(do_not_specialize=["tokens", "seed", "limit"])
+@triton.jit(do_not_specialize=["tokens", "seed_ptr", "limit"])
 def lora_input_grad_kernel(
-    total_ptr, grad_ptr, down_ptr, tokens, width, rank, seed, limit, scale,
+    total_ptr, grad_ptr, down_ptr, tokens, width, rank, seed_ptr, limit, scale,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """TOKENS rows and WIDTH columns of the total."""
+    seed = tl.load(seed_ptr)
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     ranks = tl.arange(0, RANK)

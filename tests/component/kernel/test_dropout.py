@@ -18,7 +18,8 @@ def test_what_is_kept_is_scaled_so_that_the_mean_stays(dropout):
 
 def test_every_projection_of_every_layer_has_a_mask_of_its_own():
     forward = PackedForward(make_model("llama", dropout=0.5), 64)
-    drops = [projection.drop(123) for layer in forward.layers for projection in layer.projections]
+    seeds = forward.draw_seeds()
+    drops = [projection.drop(seeds) for layer in forward.layers for projection in layer.projections]
     masks = [plain.dropout_mask(64, 64, *drop, torch.device("cpu")) for drop in drops]
     assert len(masks) == 4 * len(forward.layers)
     for i, one in enumerate(masks):

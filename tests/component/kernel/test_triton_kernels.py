@@ -13,7 +13,8 @@ from component.kernel import plain, triton_kernels  # noqa: E402
 
 pytestmark = pytest.mark.gpu if ON_CARD else pytest.mark.slow
 DEVICE = "cuda" if ON_CARD else "cpu"
-TOKENS, WIDTH, RANK, SEED = 70, 96, 8, 2**32 - 5
+TOKENS, WIDTH, RANK = 70, 96, 8
+SEED = torch.tensor(2**32 - 5, device=DEVICE)
 # The interpreter multiplies bfloat16 as if its bits were integers.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_CARD else [])]
 
