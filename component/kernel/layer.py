@@ -1,6 +1,6 @@
-"""A whole decoder layer as one autograd function, whose backward keeps little and recomputes what is cheap."""
+"""Decoder layers with a backward of their own, which keeps little and computes again what is cheap."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class Activations:
     attention: tuple = ()
     middle: torch.Tensor | None = None  # (tokens, hidden_size), after attention
     gate_up: torch.Tensor | None = None  # (tokens, 2 * intermediate_size)
-    low: tuple = ()  # (tokens, rank) of each projection, between the halves of its low-rank paths
+    low: tuple = ()  # (tokens, rank) of each projection, between the halves of its low-rank paths; that of `down` stays
 
 
 @dataclass
@@ -77,6 +77,30 @@ class Layer:
         kept.low += (low,)
         return out.add_(kept.middle), kept
 
+    def keep(self, kept: Activations, host: "HostMemory | None") -> Activations:
+        """What stays in memory until the backward, by `checkpointing`; the input waits in `host`, if there is one."""
+        if self.checkpointing in (FULL, OFFLOAD):
+            kept = Activations(kept.hidden, low=kept.low[-1:])
+        elif self.checkpointing == SELECTIVE:
+            kept.gate_up = None
+        if host is not None:
+            host.put(self.number, kept.hidden)
+            kept.hidden = None
+        return kept
+
+    def restore(self, kept: Activations, row: RowContext, host: "HostMemory | None") -> Activations:
+        """All that the backward needs, from what was kept."""
+        if kept.hidden is None:
+            kept.hidden = host.take(self.number)
+        if kept.qkv is None:
+            low_down = kept.low
+            kept = self.up_to_gate(kept.hidden, row)
+            kept.low += low_down
+        elif kept.gate_up is None:
+            normed, _ = self.ops.rms_norm(kept.middle, self.second_norm, self.eps, room=self.gate_up.room)
+            kept.gate_up, _ = self.gate_up.forward(normed, row.seeds)
+        return kept
+
     def up_to_gate(self, hidden: torch.Tensor, row: RowContext) -> Activations:
         """Run the layer as far as a backward needs it: without SwiGLU and the `down` projection."""
         ops = self.ops
@@ -101,19 +125,15 @@ class Layer:
         return qkv.split((self.heads, self.groups, self.groups), dim=1)
 
     def backward(
-        self, grad: torch.Tensor, kept: Activations, row: RowContext, needs_input_grad: bool
+        self, grad: torch.Tensor, kept: Activations, row: RowContext
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """(gradient of the layer's input, gradients of `adapters`). `kept.gate_up` is overwritten."""
-        ops, seeds = self.ops, row.seeds
-        low_qkv, low_out, low_gate_up, *low_down = kept.low
-        gate_up = kept.gate_up
-        if gate_up is None:
-            normed, _ = ops.rms_norm(kept.middle, self.second_norm, self.eps, room=self.gate_up.room)
-            gate_up, _ = self.gate_up.forward(normed, seeds)
+        """(gradient of the layer's input, gradients of `adapters`). The first layer's input, which is a frozen
+        embedding, has no gradient. `kept.gate_up` is overwritten."""
+        ops, seeds, gate_up = self.ops, row.seeds, kept.gate_up
+        low_qkv, low_out, low_gate_up, low_down = kept.low
         activated, low_grad = self.down.input_grad(grad, seeds)
         ops.swiglu_backward_(activated, gate_up)
-        (low,) = low_down or (self.down.low(activated, seeds),)
-        down_grads = self.down.adapter_grads(grad, low_grad, activated, low, seeds)
+        down_grads = self.down.adapter_grads(grad, low_grad, activated, low_down, seeds)
         del activated
 
         inner, low_grad = self.gate_up.input_grad(gate_up, seeds)
@@ -135,51 +155,58 @@ class Layer:
                 part.copy_(ops.rms_norm_backward(*flat, weight, self.eps)[0].view_as(part))
 
         qkv_grad = qkv_grad.flatten(1)
-        if needs_input_grad:
+        if self.number:
             inner, low_grad = self.qkv.input_grad(qkv_grad, seeds)
             hidden_grad, normed = ops.rms_norm_backward(inner, kept.hidden, self.norm, self.eps, middle_grad)
-        else:  # the first layer's input is the embedding, which is frozen
+        else:
             hidden_grad, low_grad = None, self.qkv.low_grad(qkv_grad)
             normed, _ = ops.rms_norm(kept.hidden, self.norm, self.eps)
         qkv_grads = self.qkv.adapter_grads(qkv_grad, low_grad, normed, low_qkv, seeds)
         return hidden_grad, qkv_grads + out_grads + gate_up_grads + down_grads
 
 
-class LayerFunction(torch.autograd.Function):
-    """Layer.forward and Layer.backward for autograd: (hidden, layer, row, host, *layer.adapters) to hidden."""
+class LayersFunction(torch.autograd.Function):
+    """All layers as one function for autograd: (hidden, layers, row, host, trains) to hidden.
+
+    The backward adds the gradients of the layers' adapters to their `grad` itself, and gives back none: a layer's input
+    is the output of another, or of an embedding, which is frozen.
+
+    Args:
+        hidden: (tokens, hidden_size), which requires a gradient if a backward will come.
+        host: where layers' inputs wait for the backward, or None.
+        trains: whether a backward will come.
+    """
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, layer: Layer, row: RowContext, host: "HostMemory | None", *adapters: torch.Tensor
-    ):
-        out, kept = layer.forward(hidden, row)
-        ctx.layer, ctx.row, ctx.host = layer, row, host
-        if layer.checkpointing in (FULL, OFFLOAD):
-            kept = Activations(hidden)
-        elif layer.checkpointing == SELECTIVE:
-            kept.gate_up = None
-        if host is not None:
-            host.put(layer.number, hidden)
-            kept.hidden = None
-        values = [getattr(kept, item.name) for item in fields(kept)]
-        flat = [value for value in values if not isinstance(value, tuple)]
-        ctx.sizes = [len(value) for value in values if isinstance(value, tuple)]
-        ctx.save_for_backward(*flat, *kept.attention, *kept.low)
-        return out
+        ctx, hidden: torch.Tensor, layers: list[Layer], row: RowContext, host: "HostMemory | None", trains: bool
+    ) -> torch.Tensor:
+        ctx.layers, ctx.row, ctx.host, ctx.kept = layers, row, host, []
+        for layer in layers:
+            hidden, kept = layer.forward(hidden, row)
+            if trains:
+                ctx.kept.append(layer.keep(kept, host))
+        return hidden
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        layer, row, host = ctx.layer, ctx.row, ctx.host
-        hidden, raw, qkv, context, middle, gate_up, *rest = ctx.saved_tensors
-        attention, low = tuple(rest[: ctx.sizes[0]]), tuple(rest[ctx.sizes[0] :])
-        if hidden is None:
-            hidden = host.take(layer.number)
-        kept = Activations(hidden, raw, qkv, context, attention, middle, gate_up, low)
-        if qkv is None:
-            kept = layer.up_to_gate(hidden, row)
-        hidden_grad, adapter_grads = layer.backward(grad.contiguous(), kept, row, ctx.needs_input_grad[0])
-        return hidden_grad, None, None, None, *adapter_grads
+        grad = grad.contiguous()
+        for layer in reversed(ctx.layers):
+            kept = layer.restore(ctx.kept.pop(), ctx.row, ctx.host)
+            grad, adapter_grads = layer.backward(grad, kept, ctx.row)
+            del kept
+            add_to_gradients(layer.adapters, adapter_grads)
+        return (None,) * 5
+
+
+def add_to_gradients(weights: list[torch.nn.Parameter], parts: list[torch.Tensor]) -> None:
+    earlier = [(weight.grad, part) for weight, part in zip(weights, parts, strict=True) if weight.grad is not None]
+    if earlier:
+        torch._foreach_add_(*zip(*earlier, strict=True))
+    for weight, part in zip(weights, parts, strict=True):
+        if weight.grad is None:
+            weight.grad = part
 
 
 class HostMemory:

@@ -18,7 +18,7 @@ from ..chatglm.modeling_chatglm import rotary_embedding
 from . import plain
 from .attention import FLASH, Bounds, choose_attention
 from .head import HeadLoss
-from .layer import NONE, OFFLOAD, HostMemory, Layer, LayerFunction, RowContext
+from .layer import NONE, OFFLOAD, HostMemory, Layer, LayersFunction, RowContext
 from .projection import Projection
 
 ROPES = ("default", "linear", "llama3", "yarn")  # rotary embeddings whose angles do not depend on the batch
@@ -62,14 +62,26 @@ class PackedForward:
     def vocab(self) -> int:
         return len(self.model.get_output_embeddings().weight)
 
-    def use(self, checkpointing: str) -> None:
-        """Set what layers keep, one of layer.CHECKPOINTING; a model's own layers keep all, or their input alone."""
+    def use(self, checkpointing: str, keeps_weights: bool = False) -> None:
+        """Set what layers keep, one of layer.CHECKPOINTING; a model's own layers keep all, or their input alone.
+
+        Args:
+            keeps_weights: whether weights stay in the type that they are multiplied in, from row to row.
+        """
         if not self.layers and checkpointing != NONE:
             name = "activation_checkpointing_enable"  # its name from transformers 5.2x on
             enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        projections = [projection for layer in self.layers for projection in layer.projections]
+        for projection in projections:
+            projection.kept = None  # before any other is made
         for layer in self.layers:
             layer.checkpointing = checkpointing
+        if keeps_weights:
+            for projection in projections:
+                projection.keep()
+        copies = [copy for projection in projections for copy in projection.copies()]
+        self.copy_adapter = self.layers[0].ops.copier(copies) if copies else lambda: None
         self.host = HostMemory(self.model.device) if checkpointing == OFFLOAD and self.on_cuda else None
 
     @property
@@ -133,9 +145,11 @@ class PackedForward:
         seeds = self.draw_seeds() if self.model.training else None
         row = RowContext(Bounds(ends, longest), cos, sin, seeds)
         host = self.host if torch.is_grad_enabled() else None  # an evaluation has no backward to keep anything for
-        for layer in self.layers:
-            hidden = LayerFunction.apply(hidden, layer, row, host, *layer.adapters)
-        return hidden
+        trains = torch.is_grad_enabled()
+        if trains and not hidden.requires_grad:
+            hidden.requires_grad_()
+        self.copy_adapter()
+        return LayersFunction.apply(hidden, self.layers, row, host, trains)
 
     def draw_seeds(self) -> torch.Tensor:
         """A seed for the dropout mask of each projection, all from one random number of the host."""

@@ -6,6 +6,8 @@ asks for an output with that many spare columns after each row, as a view of a w
 mask is one int64 value on the device, which a kernel reads when it runs; 0 to 2**32 - 1.
 """
 
+from collections.abc import Callable
+
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch.nn.functional import silu
@@ -17,6 +19,20 @@ CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
 def dequantize_(out: torch.Tensor, packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     """Fill `out` (out_features, in_features), whose rows may stand apart, from 4-bit values, two a byte."""
     return out.copy_(dequantize_4bit(packed, state))
+
+
+def copier(copies: list[tuple[torch.Tensor, torch.Tensor, float]]) -> Callable[[], None]:
+    """A function that copies matrices of float32 into others of any type, each times its factor.
+
+    Args:
+        copies: (source, target, factor); sources are dense, rows of targets may stand apart.
+    """
+
+    def copy() -> None:
+        for source, target, factor in copies:
+            torch.mul(source.detach(), factor, out=target)
+
+    return copy
 
 
 def rms_norm(

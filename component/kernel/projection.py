@@ -19,6 +19,14 @@ class LowRankPath(NamedTuple):
     ranks: slice  # this path's part of all paths' ranks
 
 
+class Kept(NamedTuple):
+    """A projection's matrices in the type of its arithmetic, made once."""
+
+    weight: torch.Tensor  # (width, in_features + room), the bases and, in spare columns, `ups`
+    ups: torch.Tensor  # (width, rank), the second halves of all low-rank paths, scaled; zero where a path has no part
+    downs: torch.Tensor  # (rank, in_features), their first halves
+
+
 class Projection:
     """Linear layers of one input as one layer, their outputs side by side.
 
@@ -27,6 +35,9 @@ class Projection:
 
     Bases that are plain, of `dtype`, are used as they lie. If they are several, their weights are moved into one matrix
     first, of which the layers' own parameters become views, so that nothing lies twice.
+
+    By default its matrices are made for each product and then dropped. After `keep` they stay, and whoever changes the
+    adapter must copy it to them (`copies`) before the next row.
 
     Args:
         layers: nn.Linear, bitsandbytes' Linear4bit, or peft's LoRA layer around one.
@@ -53,6 +64,7 @@ class Projection:
                 rank = ranks.stop
             column += base.out_features
         self.plain = join_weights(self.bases) if all(is_plain(base, dtype) for base in self.bases) else None
+        self.kept: Kept | None = None
         self.bias = None
         if any(base.bias is not None for base in self.bases):
             biases = [
@@ -77,6 +89,8 @@ class Projection:
 
     def weight(self, room: int = 0) -> torch.Tensor:
         """The bases as one matrix (width, in_features + room), whose last `room` columns are not filled."""
+        if self.kept is not None and room <= self.room:
+            return self.kept.weight[:, : self.in_features + room]
         if self.plain is not None and not room:
             return self.plain
         device = self.bases[0].weight.device
@@ -91,6 +105,8 @@ class Projection:
 
     def down(self) -> torch.Tensor:
         """All low-rank paths' first halves, (rank, in_features)."""
+        if self.kept is not None:
+            return self.kept.downs
         return joined([path.down.detach().to(self.dtype) for path in self.paths])
 
     def forward(self, x: torch.Tensor, seeds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -105,14 +121,10 @@ class Projection:
         """
         low = self.low(x, seeds)
         if self.plain is not None and self.paths:
-            ups = self.fill_ups_(x.new_empty(self.width, self.rank))
-            return self.product(low, ups).addmm_(x, self.plain.t()), low
+            return self.product(low, self.ups()).addmm_(x, self.plain.t()), low
         if x.stride(0) == self.in_features:
             out = self.product(x, self.weight())
-            for path in self.paths:
-                up = path.up.detach().to(self.dtype)
-                out[:, path.columns].addmm_(low[:, path.ranks], up.t(), alpha=path.scaling)
-            return out, low
+            return (out.addmm_(low, self.ups().t()) if self.paths else out), low
         weight = self.weight_beside_ups()
         wide = x.as_strided((len(x), weight.shape[1]), (x.stride(0), 1))
         return self.product(wide, weight), low.clone()  # a copy, so that the wide input can be freed
@@ -120,16 +132,40 @@ class Projection:
     def weight_beside_ups(self) -> torch.Tensor:
         """The bases and, in `rank` columns beside them, the scaled second halves of the low-rank paths."""
         weight = self.weight(self.rank)
-        self.fill_ups_(weight[:, self.in_features :])
+        if self.kept is None:
+            self.fill_ups_(weight[:, self.in_features :])
         return weight
 
+    def ups(self) -> torch.Tensor:
+        """All low-rank paths' second halves, scaled, (width, rank)."""
+        if self.kept is not None:
+            return self.kept.ups
+        device = self.bases[0].weight.device
+        return self.fill_ups_(torch.empty(self.width, self.rank, dtype=self.dtype, device=device))
+
     def fill_ups_(self, ups: torch.Tensor) -> torch.Tensor:
-        """All low-rank paths' second halves, scaled, into `ups` (width, rank)."""
         if len(self.bases) > 1:  # a path fills only its own columns and ranks
             ups.zero_()
         for path in self.paths:
             torch.mul(path.up.detach(), path.scaling, out=ups[path.columns, path.ranks])
         return ups
+
+    def keep(self) -> None:
+        """Make the matrices, the adapter's part apart, and keep them."""
+        weight, ups = self.weight(self.room), None
+        if self.room:
+            ups = weight[:, self.in_features :].zero_()
+        elif self.paths:
+            ups = weight.new_zeros(self.width, self.rank)
+        self.kept = Kept(weight, ups, weight.new_empty(self.rank, self.in_features))
+
+    def copies(self) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """(weight of the adapter, its place in the kept matrices, factor) of each half of each path."""
+        if self.kept is None:
+            return []
+        downs = [(path.down, self.kept.downs[path.ranks], 1.0) for path in self.paths]
+        ups = [(path.up, self.kept.ups[path.columns, path.ranks], path.scaling) for path in self.paths]
+        return downs + ups
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x @ weight.t() if self.bias is None else torch.addmm(self.bias, x, weight.t())
@@ -151,8 +187,7 @@ class Projection:
         return total, low_grad
 
     def low_grad(self, grad: torch.Tensor) -> torch.Tensor | None:
-        parts = [grad[:, path.columns] @ (path.up.detach() * path.scaling).to(self.dtype) for path in self.paths]
-        return joined(parts, dim=1) if parts else None
+        return grad @ self.ups() if self.paths else None
 
     def adapter_grads(
         self,

@@ -3,6 +3,9 @@
 plain.py describes them. A kernel's docstring names the part of the output that one of its programs computes.
 """
 
+from collections.abc import Callable
+from itertools import accumulate
+
 import torch
 import triton
 import triton.language as tl
@@ -45,6 +48,47 @@ def dequantize_kernel(
     values = tl.interleave(tl.load(code_ptr + (packed >> 4)) * absmax, tl.load(code_ptr + (packed & 15)) * absmax)
     columns = tl.program_id(1) * 2 * SIZE + tl.arange(0, 2 * SIZE)
     tl.store(out_ptr + row * stride + columns, values.to(out_ptr.dtype.element_ty), columns < width)
+
+
+def copier(copies: list[tuple[torch.Tensor, torch.Tensor, float]]) -> Callable[[], None]:
+    """One launch for all of them, by a table that is made again when an address has changed."""
+    table: list = []
+
+    def copy() -> None:
+        places = [source.data_ptr() for source, *_ in copies]
+        if not table or table[0] != places:
+            table[:] = places, *copy_table(copies)
+        _, blocks, numbers, factors = table
+        copy_kernel[(len(blocks),)](blocks, numbers, factors, copies[0][1], len(copies), BLOCK, num_warps=4)
+
+    return copy
+
+
+def copy_table(copies: list[tuple[torch.Tensor, torch.Tensor, float]]) -> tuple[torch.Tensor, ...]:
+    """(number of the copy of each block, facts of each copy (6, copies), factor of each copy)."""
+    device = copies[0][0].device
+    counts = [triton.cdiv(source.numel(), BLOCK) for source, *_ in copies]
+    firsts = [0, *accumulate(counts)][:-1]
+    facts = [
+        (source.data_ptr(), target.data_ptr(), source.numel(), source.shape[1], target.stride(0), first)
+        for (source, target, _), first in zip(copies, firsts, strict=True)
+    ]
+    blocks = torch.arange(len(copies)).repeat_interleave(torch.tensor(counts)).int()
+    factors = torch.tensor([factor for *_, factor in copies])
+    return blocks.to(device), torch.tensor(facts).t().contiguous().to(device), factors.to(device)
+
+
+@triton.jit
+def copy_kernel(blocks_ptr, facts_ptr, factors_ptr, like_ptr, copies, SIZE: tl.constexpr):
+    """SIZE values of one copy; `like_ptr` has the targets' type."""
+    copy = tl.load(blocks_ptr + tl.program_id(0))
+    facts = facts_ptr + copy
+    source = tl.load(facts).to(tl.pointer_type(tl.float32))
+    target = tl.load(facts + copies).to(like_ptr.dtype)
+    count, width, stride = tl.load(facts + 2 * copies), tl.load(facts + 3 * copies), tl.load(facts + 4 * copies)
+    places = (tl.program_id(0) - tl.load(facts + 5 * copies)) * SIZE + tl.arange(0, SIZE)
+    values = tl.load(source + places, places < count, 0.0) * tl.load(factors_ptr + copy)
+    tl.store(target + places // width * stride + places % width, values.to(like_ptr.dtype.element_ty), places < count)
 
 
 def rms_norm(

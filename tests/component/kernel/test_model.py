@@ -72,6 +72,23 @@ def test_what_layers_keep_changes_no_gradient(family, checkpointing):
     assert_equal(packed(model, samples), expected, 1e-6)
 
 
+@pytest.mark.parametrize("rank", [8, 16], ids=["beside the weights", "in spare columns"])
+def test_weights_that_are_kept_change_no_gradient_and_follow_the_adapter(family, rank, bits):
+    model, samples = make_model(family, dropout=0.3, rank=rank, bits=bits), make_samples()
+    forward = PackedForward(model, 64)
+    forward.use("none", keeps_weights=True)
+    for factor in (1, 3):
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data * factor
+        torch.manual_seed(3)
+        kept = packed(model, samples, 13)
+        forward.use("none")
+        torch.manual_seed(3)
+        assert_equal(kept, packed(model, samples, 13), 1e-6)
+        forward.use("full", keeps_weights=True)
+
+
 def test_inputs_go_to_the_hosts_memory_and_come_back_but_not_in_evaluation():
     class Host(dict):
         def put(self, number, hidden):

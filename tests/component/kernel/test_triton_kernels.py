@@ -99,6 +99,20 @@ def test_low_rank_path(dtype, dropout, rank, tensor_cores, monkeypatch):
     assert_close(ours, plain.lora_input_grad_(x.clone(), grad, down, dropout, SEED))
 
 
+def test_copies_of_all_sizes_go_in_one_launch_and_follow_a_source_that_moves(dtype):
+    sources = [draw(*shape) for shape in ((3, 5), (40, 96), (1, 3000))]
+    wide = draw(40, 100, dtype=dtype)
+    targets = [draw(3, 5, dtype=dtype), wide[:, 4:], draw(1, 3000, dtype=dtype)]
+    copy = triton_kernels.copier(list(zip(sources, targets, (1.0, 0.25, 2.0), strict=True)))
+    beside = wide[:, :4].clone()
+    for _ in range(2):
+        copy()
+        for source, target, factor in zip(sources, targets, (1.0, 0.25, 2.0), strict=True):
+            assert torch.equal(target, (source * factor).to(dtype))
+        assert torch.equal(wide[:, :4], beside)
+        sources[1].data = draw(40, 96)
+
+
 def test_cross_entropy(dtype):
     logits, targets = draw(9, 5000, dtype=dtype), torch.randint(5000, (9,), device=DEVICE)
     ours, theirs = logits.clone(), logits.clone()
