@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
+from loguru import logger
 from torch.nn.functional import scaled_dot_product_attention
+
+from . import cudnn
 
 Saved = tuple[torch.Tensor, ...]
 
@@ -21,43 +25,50 @@ class Bounds(NamedTuple):
 class Attention:
     """One way to compute attention.
 
-    forward(query, key, value, bounds, scale) -> (context, saved); backward(grad, query, key, value, context, saved,
-    bounds, scale) -> the gradients of query, key and value. query and context: (tokens, heads, head_dim); key and
-    value: (tokens, groups, head_dim), `groups` dividing `heads`.
+    forward(query, key, value, bounds, scale, room=0) -> (context, saved). query: (tokens, heads, head_dim), key and
+    value: (tokens, groups, head_dim), `groups` dividing `heads`; context: (tokens, heads * head_dim). Where a way can
+    do it for free, `room` makes the context a view of a matrix with that many spare columns.
+
+    backward(grad, query, key, value, context, saved, bounds, scale) -> gradients (tokens, heads + 2 * groups, head_dim)
+    of query, key and value. grad: (tokens, heads * head_dim), whose rows may stand apart.
     """
 
     name: str
     forward: Callable[..., tuple[torch.Tensor, Saved]]
-    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    backward: Callable[..., torch.Tensor]
 
 
-def flash_forward(query, key, value, bounds: Bounds, scale: float) -> tuple[torch.Tensor, Saved]:
+def flash_forward(query, key, value, bounds: Bounds, scale: float, room: int = 0) -> tuple[torch.Tensor, Saved]:
     context, log_sums, *random_state, _ = torch.ops.aten._flash_attention_forward(
         query, key, value, bounds.ends, bounds.ends, bounds.longest, bounds.longest, 0.0, True, False, scale=scale
     )
-    return context, (log_sums, *random_state)
+    return context.flatten(1), (log_sums, *random_state)
 
 
-def flash_backward(grad, query, key, value, context, saved: Saved, bounds: Bounds, scale: float):
+def flash_backward(grad, query, key, value, context, saved: Saved, bounds: Bounds, scale: float) -> torch.Tensor:
     log_sums, *random_state = saved
     ends, longest = bounds
-    return torch.ops.aten._flash_attention_backward(
+    grad, context = (x.unflatten(1, query.shape[1:]) for x in (grad, context))
+    grads = torch.ops.aten._flash_attention_backward(
         grad, query, key, value, context, log_sums, ends, ends, longest, longest, 0.0, True, *random_state, scale=scale
     )
+    return torch.cat(grads, 1)
 
 
-def sample_by_sample_forward(query, key, value, bounds: Bounds, scale: float) -> tuple[torch.Tensor, Saved]:
+def sample_by_sample_forward(
+    query, key, value, bounds: Bounds, scale: float, room: int = 0
+) -> tuple[torch.Tensor, Saved]:
     samples = [attend(*parts, scale) for parts in zip(*(split(x, bounds) for x in (query, key, value)), strict=True)]
-    return torch.cat(samples), ()
+    return torch.cat(samples).flatten(1), ()
 
 
 def sample_by_sample_backward(grad, query, key, value, context, saved: Saved, bounds: Bounds, scale: float):
-    grads = []
+    grad, grads = grad.unflatten(1, query.shape[1:]), []
     with torch.enable_grad():
         for part, *inputs in zip(*(split(x, bounds) for x in (grad, query, key, value)), strict=True):
             inputs = [x.detach().requires_grad_() for x in inputs]
-            grads.append(torch.autograd.grad(attend(*inputs, scale), inputs, part))
-    return tuple(map(torch.cat, zip(*grads, strict=True)))
+            grads.append(torch.cat(torch.autograd.grad(attend(*inputs, scale), inputs, part), 1))
+    return torch.cat(grads)
 
 
 def attend(query, key, value, scale: float) -> torch.Tensor:
@@ -71,16 +82,42 @@ def split(x: torch.Tensor, bounds: Bounds) -> tuple[torch.Tensor, ...]:
 
 
 FLASH = Attention("flash", flash_forward, flash_backward)
+CUDNN = Attention("cuDNN", cudnn.forward, cudnn.backward)
 SAMPLE_BY_SAMPLE = Attention("sample by sample", sample_by_sample_forward, sample_by_sample_backward)
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
-    """Choose torch's variable-length flash attention if card, type and head size allow it, else SAMPLE_BY_SAMPLE."""
+    """Choose the fastest way that card, type and head size allow.
+
+    These are cuDNN's attention, which is for Hopper and newer and needs the package nvidia-cudnn-frontend; torch's
+    variable-length flash attention, for Ampere and newer; else SAMPLE_BY_SAMPLE.
+    """
     fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and head_dim % 8 == 0
-    if (
-        fits
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and torch.backends.cuda.is_flash_attention_available()
-    ):
-        return FLASH
-    return SAMPLE_BY_SAMPLE
+    capability = torch.cuda.get_device_capability(device) if fits else (0, 0)
+    if capability < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
+        return SAMPLE_BY_SAMPLE
+    if capability >= (9, 0) and head_dim <= 128 and head_dim % 16 == 0 and cudnn_serves(device, dtype, head_dim):
+        return CUDNN
+    return FLASH
+
+
+@cache
+def cudnn_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether cuDNN computes a small row's attention and gradients as flash attention does; logs why if it does not."""
+    try:
+        ends = torch.tensor([0, 5, 133, 390], dtype=torch.int32, device=device)  # not a power of two of samples
+        draw = torch.Generator(device).manual_seed(0)
+        states = torch.randn(390, 3 * 4, head_dim, dtype=dtype, device=device, generator=draw)
+        *states, grad = states.split((4, 2, 2, 4), 1)
+        results = []
+        for way in (FLASH, CUDNN):
+            context, saved = way.forward(*states, Bounds(ends, 257), head_dim**-0.5)
+            grads = way.backward(grad.flatten(1), *states, context, saved, Bounds(ends, 257), head_dim**-0.5)
+            results.append(torch.cat((context, grads.flatten(1)), 1).float())
+        error = (results[1] - results[0]).norm() / results[0].norm()
+        if not error < 0.02:  # half precision rounds by less, and NaN is not less
+            raise ArithmeticError(f"its results differ from those of flash attention by {error:.1%}")
+    except Exception as error:  # cuDNN has errors of its own for what a version or a card cannot do
+        logger.info(f"attention {FLASH.name}, which is slower here than cuDNN's: {type(error).__name__}: {error}")
+        return False
+    return True

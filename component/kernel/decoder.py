@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..run.errors import ArgumentError
 from ..run.log import counted
-from .attention import FLASH
+from .attention import SAMPLE_BY_SAMPLE
 from .layer import Layer, RowContext
 from .model import final_norm, find_layers, norm_of, rotary_angles
 from .projection import Projection
@@ -59,10 +59,10 @@ class FlashCache:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         self.keys, self.values = keys, values
 
-    def forward(self, query, key, value, places: Places, scale: float) -> tuple[torch.Tensor, tuple]:
+    def forward(self, query, key, value, places: Places, scale: float, room: int = 0) -> tuple[torch.Tensor, tuple]:
         self.keys.index_copy_(0, places.rows, key)
         self.values.index_copy_(0, places.rows, value)
-        return self.attend(query, places, scale), ()
+        return self.attend(query, places, scale).flatten(1), ()
 
     def attend(self, query: torch.Tensor, places: Places, scale: float) -> torch.Tensor:
         # Causal from the last query back. One query for each conversation takes the kernel that splits the keys.
@@ -181,7 +181,7 @@ class Decoder:
         self.slots, self.capacity = fit_cache(tokens, slots, capacity, limit)
         # The last row takes what the unused places of a graph write.
         shape = (len(tuned), 2, self.slots * self.capacity + 1, one.groups, one.head_dim)
-        self.is_flash = one.attention is FLASH
+        self.is_flash = one.attention is not SAMPLE_BY_SAMPLE
         make = torch.zeros if self.is_flash else torch.empty  # an empty one takes its memory as it fills
         self.cache = make(shape, dtype=self.head.dtype, device=self.device)
         for *layers, states in zip(tuned, base, self.cache, strict=True):

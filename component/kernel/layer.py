@@ -114,7 +114,6 @@ class Layer:
                 part.copy_(ops.rms_norm(part.reshape(-1, self.head_dim), weight, self.eps)[0].view_as(part))
         ops.rotate_(turned, row.cos, row.sin, interleaved=self.interleaved)
         context, saved = self.attention.forward(*self.split_heads(qkv), row.bounds, self.scaling)
-        context = context.flatten(1)
         attended, low_out = self.out.forward(context, row.seeds)
 
         normed, middle = ops.rms_norm(hidden, self.second_norm, self.eps, attended, self.gate_up.room)
@@ -143,9 +142,10 @@ class Layer:
 
         context_grad, low_grad = self.out.input_grad(middle_grad, seeds)
         out_grads = self.out.adapter_grads(middle_grad, low_grad, kept.context, low_out, seeds)
-        by_head = (context_grad.unflatten(1, (self.heads, -1)), *self.split_heads(kept.qkv))
-        context = kept.context.unflatten(1, (self.heads, -1))
-        qkv_grad = torch.cat(self.attention.backward(*by_head, context, kept.attention, row.bounds, self.scaling), 1)
+        by_head = self.split_heads(kept.qkv)
+        qkv_grad = self.attention.backward(
+            context_grad, *by_head, kept.context, kept.attention, row.bounds, self.scaling
+        )
         turned = qkv_grad[:, : self.heads + self.groups]
         ops.rotate_(turned, row.cos, row.sin, interleaved=self.interleaved, inverse=True)
         if self.head_norms:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..chatglm.modeling_chatglm import rotary_embedding
 from . import plain
-from .attention import FLASH, Bounds, choose_attention
+from .attention import SAMPLE_BY_SAMPLE, Bounds, choose_attention
 from .head import HeadLoss
 from .layer import NONE, OFFLOAD, HostMemory, Layer, LayersFunction, RowContext
 from .projection import Projection
@@ -202,7 +202,7 @@ def find_layers(model: PreTrainedModel, max_length: int, adapted: bool = True) -
     device, dtype = model.device, model.get_input_embeddings().weight.dtype
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 has none
     attention, ops = choose_attention(device, dtype, head_dim), choose_ops(device)
-    if device.type == "cuda" and attention is not FLASH:
+    if device.type == "cuda" and attention is SAMPLE_BY_SAMPLE:
         logger.warning(
             f"attention {attention.name}: flash attention needs Ampere or newer, half precision, and a head_dim of at "
             f"most 256 that 8 divides, not {head_dim}"

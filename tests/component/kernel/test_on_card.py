@@ -40,18 +40,79 @@ def test_fused_equals_the_models_own_layers(family, dtype, tolerance, checkpoint
         assert (grads[name] - grad).norm() <= tolerance * 2 * grad.norm(), name
 
 
+def attend(way, states, grad, bounds, room=0):
+    context, saved = way.forward(*states, bounds, 0.125, room)
+    return context, way.backward(grad, *states, context, saved, bounds, 0.125)
+
+
+def make_row(lengths, heads, groups, head_dim, dtype, spare=0):
+    torch.manual_seed(0)
+    ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    states = torch.randn(sum(lengths), heads + 2 * groups, head_dim, device=DEVICE).to(dtype)
+    grad = torch.randn(sum(lengths), heads * head_dim + spare, device=DEVICE).to(dtype)[:, : heads * head_dim]
+    return states.split((heads, groups, groups), 1), grad, Bounds(ends, max(lengths))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_flash_equals_attention_sample_by_sample(dtype):
     torch.manual_seed(0)
     bounds = Bounds(torch.tensor([0, 100, 101, 300], dtype=torch.int32, device=DEVICE), 199)
     query, key, value = (torch.randn(300, heads, 64, device=DEVICE, dtype=dtype) for heads in (8, 2, 2))
-    grad = torch.randn_like(query)
+    grad = torch.randn_like(query).flatten(1)
     results = []
     for way in (attention.FLASH, attention.SAMPLE_BY_SAMPLE):
-        context, saved = way.forward(query, key, value, bounds, 0.125)
-        results.append((context, *way.backward(grad, query, key, value, context, saved, bounds, 0.125)))
+        context, grads = attend(way, (query, key, value), grad, bounds)
+        results.append((context, *grads.split((8, 2, 2), 1)))
     for one, other in zip(*results, strict=True):
         assert (one.float() - other.float()).norm() < 1e-2 * other.float().norm()
+
+
+def needs_cudnn(dtype, head_dim):
+    if attention.choose_attention(torch.device(DEVICE), dtype, head_dim) is not attention.CUDNN:
+        pytest.skip("cuDNN's attention needs Hopper or newer and the package nvidia-cudnn-frontend")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "groups", "head_dim", "room"),
+    [
+        ([100, 1, 199, 77, 1], 32, 2, 128, 0),
+        ([100, 1, 199, 77, 1], 32, 8, 128, 64),
+        ([511], 9, 3, 64, 16),
+        ([1], 1, 1, 64, 0),
+        ([1 + 7 * at % 90 for at in range(33)], 14, 2, 64, 4),
+        ([130, 33, 260], 4, 2, 80, 0),
+        ([3000, 1, 9], 2, 1, 16, 0),
+    ],
+)
+def test_cudnn_equals_attention_sample_by_sample(dtype, lengths, heads, groups, head_dim, room):
+    needs_cudnn(dtype, head_dim)
+    states, grad, bounds = make_row(lengths, heads, groups, head_dim, dtype, spare=room)
+    context, grads = attend(attention.CUDNN, states, grad, bounds, room)
+    exact = attend(attention.SAMPLE_BY_SAMPLE, [x.float() for x in states], grad.float(), bounds)
+    sizes = heads, groups, groups
+    for one, other in zip((context, *grads.split(sizes, 1)), (exact[0], *exact[1].split(sizes, 1)), strict=True):
+        # A sample of one token has no gradient of queries and keys, but for the rounding of its terms.
+        assert (one.float() - other).norm() <= 1e-2 * other.norm() + 1e-2 * (other.norm() < 1e-3)
+
+
+def test_cudnn_in_a_recorded_graph_takes_the_samples_of_each_replay():
+    needs_cudnn(torch.bfloat16, 128)
+    states, grad, bounds = make_row([300, 1, 57, 200, 466], 32, 2, 128, torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        attend(attention.CUDNN, states, grad, bounds)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = attend(attention.CUDNN, states, grad, bounds)
+    for ends in ([0, 511, 512, 700, 701, 1024], [0, 300, 301, 358, 558, 1024]):
+        bounds.ends.copy_(torch.tensor(ends, dtype=torch.int32))
+        graph.replay()
+        for one, other in zip(
+            recorded, attend(attention.FLASH, states, grad, bounds._replace(longest=512)), strict=True
+        ):
+            assert (one.float() - other.float()).norm() < 1e-2 * other.float().norm()
 
 
 def test_two_runs_are_one_bit_for_bit():
