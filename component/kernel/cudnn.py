@@ -112,7 +112,7 @@ class Plan:
         for row, (name, (tensor, at, _)) in zip(begins, self.packed.items(), strict=True):
             pointers |= {tensor: tensors[name].data_ptr(), at: row.data_ptr()}
         workspace = ends.new_empty(max(self.workspace, 1), dtype=torch.uint8)
-        load_frontend().set_stream(self.handle, torch.cuda.current_stream(ends.device).cuda_stream)
+        load_frontend().set_stream(handle=self.handle, stream=torch.cuda.current_stream(ends.device).cuda_stream)
         self.graph.execute(pointers, workspace.data_ptr(), handle=self.handle)
 
 

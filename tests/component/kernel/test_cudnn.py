@@ -95,6 +95,8 @@ class Graph:
             views = []
             for tensor in (*self.inputs, *self.outputs):
                 assert tensor.dim[0] == samples and tensor.dim[2] >= length
+                assert tensor.stride[0] == tensor.dim[2] * tensor.stride[2]
+                assert tensor.kind == torch.float32 or tensor.stride[2] % 8 == 0  # 16 bytes
                 begin = read(tensor.begins, samples + 1)[number]
                 shape, strides = (tensor.dim[1], length, tensor.dim[3]), tensor.stride[1:]
                 views.append(at_address(pointers[tensor], tensor.kind, begin, shape, strides) if length else None)
