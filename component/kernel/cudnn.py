@@ -153,7 +153,8 @@ def forward(query, key, value, bounds, scale: float, room: int = 0) -> tuple[tor
 
 def backward(grad, query, key, value, context, saved, bounds, scale: float) -> torch.Tensor:
     log_sums, ends, lengths = saved
-    grad = grad.contiguous() if grad.stride(0) % ALIGNMENT else grad
+    if grad.stride(0) % ALIGNMENT:
+        grad = grad.clone(memory_format=torch.contiguous_format)
     tokens, heads, head_dim = query.shape
     groups = key.shape[1]
     joint = query.new_empty(tokens, heads + 2 * groups, head_dim)
