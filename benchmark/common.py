@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,11 +24,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Trainer,
     TrainerCallback,
 )
 from transformers.quantizers import AutoHfQuantizer
 
+from benchmark.kernels import Recorder, summarise
 from component.chatglm import ChatGLMConfig
 from component.model import four_bit
 
@@ -38,6 +41,8 @@ SAMPLES = BATCH * ACCUMULATION  # all of them are one update
 MEDIAN_LENGTH, LENGTH_SPREAD = 0.38, 0.7  # of the log-normal, the median as a share of the longest: a mean of 456
 LEARNED_SHARE = 0.6
 LORA_RANK, LORA_ALPHA = 64, 16
+WARM_UP = 2  # updates before those that are timed
+AUTO = "auto"  # rows as long as a run would choose them
 INITIAL_STD = 0.02
 
 LLAMA_3_ROPE = {
@@ -66,8 +71,26 @@ def llama_config(**changes) -> LlamaConfig:
     return LlamaConfig(**(sizes | heads | tokens | {"rms_norm_eps": 1e-5} | changes))
 
 
+def qwen_config(**changes) -> Qwen2Config:
+    """Qwen2.5-0.5B, whose head is its embedding; queries, keys and values have biases."""
+    sizes = {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "max_position_embeddings": 32_768}
+    tokens = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "tie_word_embeddings": True}
+    return Qwen2Config(**(sizes | heads | rope | tokens | {"rms_norm_eps": 1e-6} | changes))
+
+
+def smollm2_config() -> LlamaConfig:
+    """SmolLM2-135M, whose head is its embedding."""
+    sizes = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": True}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}, "max_position_embeddings": 8192}
+    return llama_config(**sizes, **heads, **rope)
+
+
 TINY = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
 TINY_HF = TINY | {"intermediate_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+TINY_QWEN = {key: size for key, size in TINY_HF.items() if key != "head_dim"}  # Qwen2 has none
 TINY_CHATGLM = {"hidden_size": 64, "ffn_hidden_size": 128, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 16}
 
 DEMO = {"hidden_size": 256, "ffn_hidden_size": 704, "num_layers": 4, "num_attention_heads": 8, "kv_channels": 32}
@@ -75,12 +98,16 @@ DEMO = {"hidden_size": 256, "ffn_hidden_size": 704, "num_layers": 4, "num_attent
 # Name to (configuration, longest sample in tokens).
 SHAPES: dict[str, tuple[Callable[[], PreTrainedConfig], int]] = {
     "chatglm3-6b": (ChatGLMConfig, 1024),
+    "chatglm3-6b-32k": (lambda: ChatGLMConfig(rope_ratio=50.0, seq_length=32_768), 1024),
     "glm-6b": (glm_config, 1024),
     "llama-16": (llama_config, 1024),
+    "qwen-0.5b": (qwen_config, 1024),
+    "smollm2-135m": (smollm2_config, 1024),
     "demo": (lambda: ChatGLMConfig(padded_vocab_size=2048, **DEMO), 1024),
     "tiny-chatglm": (lambda: ChatGLMConfig(padded_vocab_size=512, **TINY_CHATGLM), 64),
     "tiny-glm": (lambda: glm_config(**TINY_HF), 64),
     "tiny-llama": (lambda: llama_config(**TINY_HF), 64),
+    "tiny-qwen": (lambda: qwen_config(**TINY_QWEN), 64),
 }
 
 
@@ -89,14 +116,20 @@ class Run:
     """What a variant is given.
 
     Args:
-        updates: that are timed, after one of warm-up.
+        updates: that are timed, after WARM_UP others.
         folder: for what its program writes; removed after the last variant.
+        rows: tokens of this project's packed rows at most, or AUTO; None for what the variant has.
+        length: of every sample, in tokens; None for the shape's mixed lengths.
+        count: of the samples of that length.
     """
 
     variant: str
     shape: str
     updates: int
     folder: Path
+    rows: int | str | None = None
+    length: int | None = None
+    count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
 
     @property
@@ -105,7 +138,17 @@ class Run:
 
     @property
     def longest(self) -> int:
-        return SHAPES[self.shape][1]
+        return self.length or SHAPES[self.shape][1]
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether there is an update after the timed ones whose kernels are recorded, so that timing is undisturbed."""
+        return self.device.type == "cuda"
+
+    @property
+    def steps(self) -> int:
+        """All updates."""
+        return WARM_UP + self.updates + self.is_recorded
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -115,19 +158,24 @@ class Run:
         return build_model(self.shape, self.device, self.dtype, bits=bits)
 
     def samples(self) -> list[dict[str, list[int]]]:
-        return make_samples(self.config.vocab_size, longest=self.longest)
+        lengths = [self.length] * self.count if self.length else None
+        return make_samples(self.config.vocab_size, longest=self.longest, lengths=lengths)
 
 
-def make_samples(vocab: int, seed: int = 0, longest: int = 1024) -> list[dict[str, list[int]]]:
-    """64 samples of random ids, the last 60% of each learned: `input_ids` and `target_mask`, 1 where learned.
+def make_samples(
+    vocab: int, seed: int = 0, longest: int = 1024, lengths: list[int] | None = None
+) -> list[dict[str, list[int]]]:
+    """Make samples of random ids, the last 60% of each learned: `input_ids` and `target_mask`, 1 where learned.
 
-    Lengths are log-normal, at least 16 and at most `longest`; their mean is 456 where that is 1,024. The first and the
-    last ids of the vocabulary, where special tokens are, do not occur.
+    Without `lengths` there are 64, whose lengths are log-normal, at least 16 and at most `longest`; their mean is 456
+    where that is 1,024. The first and the last ids of the vocabulary, where special tokens are, do not occur.
     """
     generator = random.Random(seed)
-    sizes = [longest * generator.lognormvariate(math.log(MEDIAN_LENGTH), LENGTH_SPREAD) for _ in range(SAMPLES)]
+    if lengths is None:
+        sizes = [longest * generator.lognormvariate(math.log(MEDIAN_LENGTH), LENGTH_SPREAD) for _ in range(SAMPLES)]
+        lengths = [min(max(round(size), 16), longest) for size in sizes]
     samples = []
-    for length in (min(max(round(size), 16), longest) for size in sizes):
+    for length in lengths:
         learned = round(LEARNED_SHARE * length)
         ids = [generator.randrange(16, vocab - vocab // 16) for _ in range(length)]
         samples.append({"input_ids": ids, "target_mask": [0] * (length - learned) + [1] * learned})
@@ -145,6 +193,7 @@ def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int 
 
     Weights are normal with deviation 0.02, biases zero, norms one. Embedding, head and norms are in `dtype`, which is
     also the dtype of the 4-bit layers' arithmetic. One layer at a time exists unquantised.
+    A tied head is the embedding itself.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SHAPES[shape][0](), dtype=dtype)
@@ -160,12 +209,15 @@ def build_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int 
         elif any(buffer.is_meta for buffer in layer.buffers(recurse=False)):  # the rotary frequencies
             with torch.device(device):
                 model.set_submodule(name, type(layer)(config=model.config))
+    made = {}  # by the weight on the meta device, of which tied layers have one
     for layer in model.modules():
         for name, weight in layer.named_parameters(recurse=False):
             if weight.is_meta:
-                fill = torch.zeros if name == "bias" else torch.ones
-                data = normal(weight.shape) if weight.dim() > 1 else fill(weight.shape, device=device, dtype=dtype)
-                setattr(layer, name, nn.Parameter(data, requires_grad=False))
+                if weight not in made:
+                    fill = torch.zeros if name == "bias" else torch.ones
+                    data = normal(weight.shape) if weight.dim() > 1 else fill(weight.shape, device=device, dtype=dtype)
+                    made[weight] = nn.Parameter(data, requires_grad=False)
+                setattr(layer, name, made[weight])
 
     if bits == 4:  # what from_pretrained would have noted
         model.hf_quantizer = AutoHfQuantizer.from_config(four_bit(dtype), pre_quantized=True)
@@ -192,6 +244,8 @@ def save_checkpoint(run: Run, folder: Path) -> None:
     model = run.model()
     folder.mkdir(parents=True)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:  # the file has the embedding alone
+        del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -254,26 +308,36 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 class Clock(TrainerCallback):
-    """Takes the time at the end of each update, once the device is done with it. Made when the base model is loaded."""
+    """Takes the time at the end of each update, once the device is done with it, and records the kernels of the last
+    one, if the run wants that. Made when the base model is loaded."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.load_peak = peak_memory(device)
-        if device.type == "cuda":
+    def __init__(self, run: Run):
+        self.run = run
+        self.load_peak = peak_memory(run.device)
+        if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.started = now(device)
+        self.recorder = Recorder(run.folder / "trace.json") if run.is_recorded else None
+        self.recorded: dict | None = None
+        self.started = now(run.device)
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(now(self.device))
+        self.ends.append(now(self.run.device))
+        if self.recorder and len(self.ends) == self.run.steps - 1:
+            self.recorder.start()
+        elif self.recorder and len(self.ends) == self.run.steps:
+            self.recorded = summarise(self.recorder.stop())
 
     def figures(self) -> dict:
-        """Seconds of the first update and of each after it, from end to end, so that data is part of them; memory."""
+        """Seconds of the first update and of each timed one, from end to end, so that data is part of them; memory; and
+        what kernels.summarise says of the recorded update, or None."""
+        timed = self.ends[WARM_UP - 1 : WARM_UP + self.run.updates]
         return {
             "warmup_seconds": self.ends[0] - self.started,
-            "update_seconds": [end - begin for begin, end in zip(self.ends, self.ends[1:], strict=False)],
+            "update_seconds": [end - begin for begin, end in pairwise(timed)],
+            "recorded": self.recorded,
             "load_peak_gib": self.load_peak,
-            "peak_gib": peak_memory(self.device),
+            "peak_gib": peak_memory(self.run.device),
         }
 
 
@@ -303,8 +367,8 @@ def measure(
     useful_tokens, learned_tokens = count(run.samples())
     if (learned := count_learned(trainer)) != learned_tokens:
         raise ValueError(f"{learned} tokens are learned, not the {learned_tokens} of the samples")
-    if len(losses) != run.updates + 1 or not all(map(math.isfinite, losses)):
-        raise ValueError(f"{run.updates + 1} finite losses are expected, got {losses}")
+    if len(losses) != run.steps or not all(map(math.isfinite, losses)):
+        raise ValueError(f"{run.steps} finite losses are expected, got {losses}")
     return clock.figures() | {
         "useful_tokens": useful_tokens,
         "learned_tokens": learned_tokens,

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 
-from benchmark.common import ACCUMULATION, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, make_tokenizer, measure
-from component.kernel.memory import choose_plan
+from benchmark.common import ACCUMULATION, AUTO, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, make_tokenizer, measure
+from component.kernel.memory import GIB, Plan, choose_plan, estimate, fixed_bytes
 from component.kernel.model import PackedForward
 from component.train.batch import PackingCollator
 from component.train.loss import TargetLMLoss
@@ -22,7 +22,7 @@ from component.train.trainer import LoRATrainer
 def seed(run: Run, grouped: bool = False) -> dict:
     """Measure the recipe this project began with: padded, checkpointed, float32 norms and head, all tokens' logits."""
     model = run.model()
-    clock = Clock(run.device)
+    clock = Clock(run)
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
     return train_plainly(
         run,
@@ -36,7 +36,7 @@ def seed(run: Run, grouped: bool = False) -> dict:
 def plain(run: Run) -> dict:
     """Measure PEFT and transformers' Trainer as they come: padded, no checkpointing."""
     model = run.model()
-    clock = Clock(run.device)
+    clock = Clock(run)
     return train_plainly(run, get_peft_model(model, lora(0.05)), clock, checkpointing=False)
 
 
@@ -78,7 +78,7 @@ def trainer_settings(run: Run) -> dict:
         "output_dir": str(run.folder / run.variant),
         "per_device_train_batch_size": BATCH,
         "gradient_accumulation_steps": ACCUMULATION,
-        "max_steps": run.updates + 1,
+        "max_steps": run.steps,
         "learning_rate": 2e-4,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
@@ -104,7 +104,7 @@ def trl(run: Run, checkpointing: bool) -> dict:
         for sample in samples
     ]
     model = run.model()
-    clock = Clock(run.device)
+    clock = Clock(run)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**trainer_settings(run), max_length=run.longest, gradient_checkpointing=checkpointing),
@@ -133,7 +133,7 @@ def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=str(checkpoint_folder(run)), max_seq_length=run.longest, dtype=run.dtype, load_in_4bit=True
     )
-    clock = Clock(run.device)
+    clock = Clock(run)
     model = FastLanguageModel.get_peft_model(
         model,
         r=LORA_RANK,
@@ -165,13 +165,21 @@ def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
 
 
 def luciole(
-    run: Run, checkpointing: str = "none", dropout: float = 0.05, packing_length: int = 8192, bits: int = 4
+    run: Run, checkpointing: str = "none", dropout: float = 0.05, rows: int | str = 8192, bits: int = 4
 ) -> dict:
-    """Measure this project's own step: packed rows, fused layers, the loss of learned tokens alone."""
+    """Measure this project's own step: packed rows, fused layers, the loss of learned tokens alone.
+
+    Args:
+        checkpointing: what layers keep for their backward; auto for what a run chooses.
+        rows: tokens of a packed row at most, or AUTO. The longest sample always fits.
+    """
     model = run.model(bits)
-    clock = Clock(run.device)
+    clock = Clock(run)
     model = get_peft_model(model, lora(dropout))
-    plan = choose_plan(PackedForward(model, run.longest), packing_length, checkpointing, run.longest, optimizer_bytes=0)
+    forward = PackedForward(model, run.longest)
+    rows = run.rows or rows
+    tokens = None if rows == AUTO else max(rows, run.longest)
+    plan = choose_plan(forward, tokens, checkpointing, run.longest, optimizer_bytes=0)
     trainer = LoRATrainer(
         model=model,
         args=TrainingArguments(**trainer_settings(run)),
@@ -179,7 +187,14 @@ def luciole(
         data_collator=PackingCollator(plan.tokens),
         loss=TargetLMLoss(),
     )
-    return measure(run, trainer, clock, checkpointing in ("full", "offload"), count_learned)
+    runs_twice = plan.checkpointing in ("full", "offload")
+    return measure(run, trainer, clock, runs_twice, count_learned) | describe_plan(forward, plan)
+
+
+def describe_plan(forward: PackedForward, plan: Plan) -> dict:
+    """The rows of a plan, what it keeps, and its memory by estimate, with the optimizer's state on the host."""
+    size = estimate(forward.layers, forward.vocab, fixed_bytes(forward, optimizer_bytes=0), plan)
+    return {"rows": plan.tokens, "kept": plan.checkpointing, "estimate_gib": size / GIB}
 
 
 def count_learned(trainer: LoRATrainer) -> int:
@@ -199,7 +214,8 @@ VARIANTS: dict[str, tuple[str, Callable[[Run], dict]]] = {
     "luciole-selective": ("chatglm3-6b", partial(luciole, checkpointing="selective")),
     "luciole-full": ("chatglm3-6b", partial(luciole, checkpointing="full")),
     "luciole-offload": ("chatglm3-6b", partial(luciole, checkpointing="offload")),
-    "luciole-small": ("chatglm3-6b", partial(luciole, checkpointing="offload", packing_length=2048)),
+    "luciole-small": ("chatglm3-6b", partial(luciole, checkpointing="offload", rows=2048)),
+    "luciole-auto": ("chatglm3-6b", partial(luciole, checkpointing="auto", rows=AUTO)),
     "luciole-llama-d05": ("llama-16", luciole),
     "luciole-llama-d0": ("llama-16", partial(luciole, dropout=0.0)),
     "seed": ("chatglm3-6b", seed),
@@ -212,3 +228,11 @@ VARIANTS: dict[str, tuple[str, Callable[[Run], dict]]] = {
     "unsloth-d0": ("llama-16", unsloth),
     "unsloth-packing": ("llama-16", partial(unsloth, packing=True)),
 }
+for name, shape in {"qwen": "qwen-0.5b", "smol": "smollm2-135m"}.items():  # small models
+    VARIANTS |= {
+        f"luciole-{name}-d05": (shape, partial(luciole, checkpointing="auto", rows=AUTO)),
+        f"luciole-{name}-d0": (shape, partial(luciole, checkpointing="auto", rows=AUTO, dropout=0.0)),
+        f"trl-{name}-nockpt": (shape, partial(trl, checkpointing=False)),
+        f"unsloth-{name}-d05": (shape, partial(unsloth, dropout=0.05)),
+        f"unsloth-{name}-packing": (shape, partial(unsloth, packing=True)),
+    }

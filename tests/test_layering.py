@@ -29,8 +29,9 @@ ROOMS = {  # room: the rooms that it imports
     "run": set(),
 }
 # Parts of benchmark/step.py and benchmark/scaling.py, of benchmark/scorecard.py, and what others use of them.
-PARTS = ("benchmark.common", "benchmark.variants", "benchmark.lab", "benchmark.cases", "benchmark.runs")
-PARTS += ("benchmark.serving", "benchmark.faults", "benchmark.scaling", "script.make_tiny_model.train_tokenizer")
+PARTS = ("benchmark.common", "benchmark.variants", "benchmark.kernels", "benchmark.lab", "benchmark.cases")
+PARTS += ("benchmark.runs", "benchmark.serving", "benchmark.faults", "benchmark.scaling")
+PARTS += ("script.make_tiny_model.train_tokenizer",)
 PROGRAMS = [ROOT / "train_qlora.py", *sorted(ROOT.glob("script/*.py")), *sorted(ROOT.glob("benchmark/*.py"))]
 
 
