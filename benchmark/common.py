@@ -41,7 +41,6 @@ SAMPLES = BATCH * ACCUMULATION  # all of them are one update
 MEDIAN_LENGTH, LENGTH_SPREAD = 0.38, 0.7  # of the log-normal, the median as a share of the longest: a mean of 456
 LEARNED_SHARE = 0.6
 LORA_RANK, LORA_ALPHA = 64, 16
-WARM_UP = 2  # updates before those that are timed
 AUTO = "auto"  # rows as long as a run would choose them
 INITIAL_STD = 0.02
 
@@ -116,11 +115,12 @@ class Run:
     """What a variant is given.
 
     Args:
-        updates: that are timed, after WARM_UP others.
+        updates: that are timed.
         folder: for what its program writes; removed after the last variant.
         rows: tokens of this project's packed rows at most, or AUTO; None for what the variant has.
         length: of every sample, in tokens; None for the shape's mixed lengths.
         count: of the samples of that length.
+        warm_up: updates before the timed ones, at least 1.
     """
 
     variant: str
@@ -130,6 +130,7 @@ class Run:
     rows: int | str | None = None
     length: int | None = None
     count: int = 1
+    warm_up: int = 2
     device: torch.device = field(default_factory=lambda: torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
 
     @property
@@ -148,7 +149,7 @@ class Run:
     @property
     def steps(self) -> int:
         """All updates."""
-        return WARM_UP + self.updates + self.is_recorded
+        return self.warm_up + self.updates + self.is_recorded
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -331,7 +332,8 @@ class Clock(TrainerCallback):
     def figures(self) -> dict:
         """Seconds of the first update and of each timed one, from end to end, so that data is part of them; memory; and
         what kernels.summarise says of the recorded update, or None."""
-        timed = self.ends[WARM_UP - 1 : WARM_UP + self.run.updates]
+        begin = self.run.warm_up - 1
+        timed = self.ends[begin : begin + 1 + self.run.updates]
         return {
             "warmup_seconds": self.ends[0] - self.started,
             "update_seconds": [end - begin for begin, end in pairwise(timed)],

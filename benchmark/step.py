@@ -2,9 +2,9 @@
 
 python benchmark/step.py [--variants a,b,c] [--shape SHAPE] [--rows 8192,32768] [--lengths 32768] [--json FILE]
 
-Useful tokens are those that are not padding. The first two updates are warm-up; the speed is the median of those after
-them. The share is of the card's measured matrix-product ceiling, by the fewest FLOPs that a step of the variant can
-cost. The card is busy while any kernel runs, in one further update.
+Useful tokens are those that are not padding. The speed is the median of the updates after warm-up. The share is of the
+card's measured matrix-product ceiling, by the fewest FLOPs that a step of the variant can cost. The card is busy while
+any kernel runs, in one further update.
 """
 
 import argparse
@@ -49,13 +49,17 @@ def parse_command_line() -> argparse.Namespace:
     lengths = "of all samples in tokens, comma-separated [mixed, at most 1024]"
     parser.add_argument("--lengths", type=listed(int), help=lengths)
     parser.add_argument("--samples", type=int, default=1, help="of an update, with --lengths [1]")
-    parser.add_argument("--updates", type=int, default=8, help="timed updates, after two of warm-up [8]")
+    parser.add_argument("--updates", type=int, default=8, help="that are timed [8]")
+    parser.add_argument("--warm-up", type=int, default=2, help="updates before them, at least 1 [2]")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels of each variant")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures, rewritten after each variant")
     parser.add_argument("--limit", type=int, default=600, help="seconds that a variant may take [600]")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    cli = parser.parse_args()
+    if cli.warm_up < 1:
+        parser.error("--warm-up: the first update compiles kernels, so it cannot be timed; give 1 or more")
+    return cli
 
 
 def listed(kind: Callable) -> Callable[[str], list]:
@@ -117,7 +121,7 @@ def list_tasks(cli: argparse.Namespace, shapes: dict[str, str]) -> list[Task]:
 def start(task: Task, cli: argparse.Namespace, folder: Path) -> dict:
     """Do one task in a process of its own. Returns its figures, or its `error` and the end of its `log`."""
     command = [sys.executable, __file__, "--task", json.dumps(task), "--folder", str(folder)]
-    command += ["--updates", str(cli.updates), "--samples", str(cli.samples)]
+    command += ["--updates", str(cli.updates), "--samples", str(cli.samples), "--warm-up", str(cli.warm_up)]
     offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     own = {"HF_DATASETS_CACHE": str(folder / "datasets"), "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth_compiled")}
     answer = folder / f"{task.name}.json"
@@ -151,7 +155,8 @@ def run_one(cli: argparse.Namespace) -> None:
         from benchmark.common import Run, matmul_ceiling, save_checkpoint
         from benchmark.variants import VARIANTS, checkpoint_folder
 
-        run = Run(task.name, task.shape, cli.updates, cli.folder, task.rows, task.length, cli.samples)
+        given = {"rows": task.rows, "length": task.length, "count": cli.samples, "warm_up": cli.warm_up}
+        run = Run(task.name, task.shape, cli.updates, cli.folder, **given)
         if task.name == CEILING:
             result = {"ceiling_flops": matmul_ceiling(run.device)}
         elif task.name == CHECKPOINT:

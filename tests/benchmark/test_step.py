@@ -204,6 +204,13 @@ def test_kernels_are_recorded_in_one_update_after_the_timed_ones(monkeypatch, tm
     assert (figures["recorded"]["busy_ms"], figures["recorded"]["kernels"]) == (2.0, 1)
 
 
+def test_the_first_update_is_never_timed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--warm-up", "0"])
+    with pytest.raises(SystemExit):
+        step.parse_command_line()
+    assert "--warm-up: the first update compiles kernels" in capsys.readouterr().err
+
+
 def test_the_cells_of_a_card_say_how_much_longer_an_update_takes_than_it_is_busy():
     recorded = {"busy_ms": 200.0, "attention_ms": 50.0, "kernels": 3911}
     assert step.describe_card(290.4, recorded) == ["290", "200", "1.45", "3,911", "25.0%"]
