@@ -20,6 +20,7 @@ from ..run.process import Interrupted, SignalWatch
 from ..run.ranks import copy_from_rank_zero, known_to_all, largest_over_ranks, sum_over_ranks
 from ..run.resume import FINAL
 from ..settings.optimization import FOLLOWING_EVALUATIONS
+from .adamw import fused_if_possible
 from .checkpoint import Checkpoints, Counters
 from .early_stopping import metric_of
 from .health import Health
@@ -366,6 +367,13 @@ class LoRATrainer(Trainer):
     def call_back(self, event: str, *facts) -> None:
         with faults_of_trackers():
             self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, *facts)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None) -> tuple[type, dict]:
+        """The optimizer that Trainer chooses, fused where it can be."""
+        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        weights = [weight for weight in model.parameters() if weight.requires_grad] if model else []
+        return fused_if_possible(optimizer, settings, weights), settings
 
     def get_train_dataloader(self) -> DataLoader:
         """A loader of the samples of this rank's share of each update; of its rows, for a stream."""

@@ -9,7 +9,9 @@ from bitsandbytes.functional import quantize_4bit
 ON_CARD = torch.cuda.is_available()
 if not ON_CARD and "TRITON_INTERPRET" not in os.environ:  # which must be set before anything imports Triton
     pytest.skip("needs a card, or Triton's interpreter: make test-slow", allow_module_level=True)
-from component.kernel import plain, triton_kernels  # noqa: E402
+from component.kernel import plain, triton_adamw, triton_kernels  # noqa: E402
+
+from ..train import plain_adamw  # noqa: E402
 
 pytestmark = pytest.mark.gpu if ON_CARD else pytest.mark.slow
 DEVICE = "cuda" if ON_CARD else "cpu"
@@ -146,3 +148,14 @@ def test_the_mask_drops_its_share_and_no_two_seeds_agree():
         assert (mask[:, 1:] & mask[:, :-1]).float().mean().item() == pytest.approx(0.95**2, abs=1e-3)
         assert (mask[1:] & mask[:-1]).float().mean().item() == pytest.approx(0.95**2, abs=1e-3)
     assert (masks[0] & masks[1]).float().mean().item() == pytest.approx(0.95**2, abs=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(4096, 48, 2048, 2064), (5000, 1, 2049, 7)], ids=["aligned", "unaligned"])
+def test_adamw(sizes):
+    ours = [tuple(part.abs() if at == 3 else part for at, part in enumerate(draw(4, size))) for size in sizes]
+    theirs = [tuple(part.clone() for part in parts) for parts in ours]
+    figures = [(0.9 - n / 10, 0.1 + n / 10, 0.99, 0.01, 1e-3, 0.1 * n, 1 - n / 100) for n in range(len(sizes))]
+    triton_adamw.adamw_(ours, figures)
+    plain_adamw.adamw_(theirs, figures)
+    for parts in zip(ours, theirs, strict=True):
+        assert_close(*parts)
