@@ -41,7 +41,8 @@ class FusedAdamW(AdamW):
             key = id(group), state["step"]
             if key not in known:
                 known[key] = figures_of(group, state["step"])
-            weight.data = weight.data.contiguous()
+            if not weight.is_contiguous():
+                weight.data = weight.contiguous()
             tensors.append((weight, weight.grad.contiguous(), *(state[name] for name in MOMENTS)))
             figures.append(known[key])
         for piece in self.paged:
