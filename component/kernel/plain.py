@@ -94,7 +94,54 @@ def empty_with_room(tokens: int, width: int, room: int, like: torch.Tensor) -> t
     return like.new_empty(tokens, width + room)[:, :width]
 
 
-def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
+def swiglu_low(
+    gate_up: torch.Tensor, room: int, down: torch.Tensor, dropout: float, seed: torch.Tensor | int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(swiglu(gate_up, room), dropout(that) @ down.T (tokens, rank)); the latter lies in the room if it fills that."""
+    activated = swiglu(gate_up, room)
+    return activated, lora_down_(empty_beside(activated, len(down)), activated, down, dropout, seed)
+
+
+def empty_beside(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """(tokens, rank) in the spare columns of `x` where it has just so many, else in memory of its own."""
+    tokens, width = x.shape
+    if x.stride(0) != width + rank:
+        return x.new_empty(tokens, rank)
+    return x.as_strided((tokens, rank), x.stride(), x.storage_offset() + width)
+
+
+def swiglu_backward_(
+    grad: torch.Tensor,
+    gate_up: torch.Tensor,
+    low_grad: torch.Tensor | None,
+    down: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | int,
+    lows: list[tuple[slice, torch.Tensor]],
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """The MLP's backward between its two products: `gate_up` becomes its gradient, and `grad` is used up.
+
+    Args:
+        grad: (tokens, width), the gradient of swiglu(gate_up) through the base of the product that reads it.
+        gate_up: (tokens, 2 * width).
+        low_grad: (tokens, rank), the gradient between the halves of that product's low-rank path; None without one.
+        down: (rank, width), the path's first half.
+        dropout, seed: of the path's input.
+        lows: columns of `gate_up`, and what the low-rank path that was added to them holds between its halves (tokens,
+            its rank).
+
+    Returns:
+        The gradient of `down`, or None; for each of `lows`, the gradient of the second half (columns, its rank) that
+        is still to be scaled.
+    """
+    if low_grad is not None:
+        lora_input_grad_(grad, low_grad, down, dropout, seed)
+    swiglu_grad_(grad, gate_up)
+    down_grad = None if low_grad is None else lora_down_grad(low_grad, grad, dropout, seed)
+    return down_grad, [matmul_float32(gate_up[:, columns].t(), low) for columns, low in lows]
+
+
+def swiglu_grad_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
     """Turn `gate_up` (tokens, 2 * width) into its gradient, and `grad` (tokens, width) into swiglu(gate_up)."""
     gate, up = gate_up.chunk(2, dim=-1)
     wide_gate, wide_up, wide_grad = gate.float(), up.float(), grad.float()

@@ -12,9 +12,24 @@ import triton.language as tl
 from bitsandbytes.functional import QuantState
 
 from . import plain
-from .plain import empty_with_room, matmul_float32, threshold
+from .plain import empty_with_room, matmul_float32
+from .triton_fused import swiglu, swiglu_backward_, swiglu_low
+from .triton_low_rank import BLOCK, lora_down_, lora_down_grad, lora_input_grad_
 
-BLOCK = 1024  # elements that one program of an elementwise kernel handles
+__all__ = [
+    "cross_entropy_",
+    "dequantize_",
+    "lora_down_",
+    "lora_down_grad",
+    "lora_input_grad_",
+    "matmul_float32",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotate_",
+    "swiglu",
+    "swiglu_backward_",
+    "swiglu_low",
+]
 
 
 def dequantize_(out: torch.Tensor, packed: torch.Tensor, state: QuantState) -> torch.Tensor:
@@ -215,219 +230,6 @@ def rotate_kernel(
         one, two = first.to(tl.float32), tl.load(base + angles + angle, inside, 0.0).to(tl.float32)
         tl.store(base + angle, (one * cos - two * sin).to(first.dtype), inside)
         tl.store(base + angles + angle, (two * cos + one * sin).to(first.dtype), inside)
-
-
-def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
-    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = empty_with_room(tokens, width, room, gate_up)
-    swiglu_kernel[(tokens, triton.cdiv(width, BLOCK))](gate_up, out, width, out.stride(0), BLOCK, num_warps=4)
-    return out
-
-
-@triton.jit
-def swiglu_kernel(gate_up_ptr, out_ptr, width, stride, SIZE: tl.constexpr):
-    """SIZE columns of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    inside = columns < width
-    gate = tl.load(gate_up_ptr + token * 2 * width + columns, inside, 0.0)
-    up = tl.load(gate_up_ptr + token * 2 * width + width + columns, inside, 0.0).to(tl.float32)
-    wide = gate.to(tl.float32)
-    tl.store(out_ptr + token * stride + columns, (wide * tl.sigmoid(wide) * up).to(gate.dtype), inside)
-
-
-def swiglu_backward_(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
-    tokens, width = grad.shape
-    swiglu_backward_kernel[(tokens, triton.cdiv(width, BLOCK))](grad, gate_up, width, BLOCK, num_warps=4)
-
-
-@triton.jit
-def swiglu_backward_kernel(grad_ptr, gate_up_ptr, width, SIZE: tl.constexpr):
-    """SIZE columns of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    inside = columns < width
-    gates = gate_up_ptr + token * 2 * width + columns
-    gate = tl.load(gates, inside, 0.0)
-    wide = gate.to(tl.float32)
-    up = tl.load(gates + width, inside, 0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + token * width + columns, inside, 0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(wide)
-    activated = wide * sigmoid
-    tl.store(grad_ptr + token * width + columns, (activated * up).to(gate.dtype), inside)
-    tl.store(gates + width, (grad * activated).to(gate.dtype), inside)
-    tl.store(gates, (grad * up * sigmoid * (1 + wide * (1 - sigmoid))).to(gate.dtype), inside)
-
-
-@triton.jit
-def kept(rows, columns, width, seed, limit):
-    """Elements of plain.dropout_mask at these places."""
-    x = (rows * width + columns).to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)) >= limit.to(tl.uint32)
-
-
-def masked(x: torch.Tensor, dropout: float, seed: torch.Tensor) -> torch.Tensor:
-    tokens, width = x.shape
-    out = x.new_empty(tokens, width)
-    masked_kernel[(tokens, triton.cdiv(width, BLOCK))](
-        x, out, width, x.stride(0), seed, threshold(dropout), BLOCK, num_warps=4
-    )
-    return out
-
-
-@triton.jit(do_not_specialize=["seed_ptr", "limit"])
-def masked_kernel(x_ptr, out_ptr, width, stride, seed_ptr, limit, SIZE: tl.constexpr):
-    """SIZE columns of one token."""
-    seed = tl.load(seed_ptr)
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    inside = columns < width
-    x = tl.load(x_ptr + row * stride + columns, inside, 0.0)
-    x = tl.where(kept(row, columns, width, seed, limit), x, 0.0).to(x.dtype)
-    tl.store(out_ptr + row * width + columns, x, inside)
-
-
-def uses_tensor_cores(x: torch.Tensor) -> bool:
-    """Whether Triton multiplies by tensor cores. Without them its products do not fit the registers, on Turing not even
-    the shared memory, and torch's are used instead."""
-    return x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def lora_down_(
-    out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, dropout: float, seed: torch.Tensor
-) -> torch.Tensor:
-    if not dropout:
-        return torch.mm(x, down.t(), out=out)
-    if not uses_tensor_cores(x):
-        return torch.mm(masked(x, dropout, seed), down.t(), out=out).div_(1 - dropout)
-    tokens, width = x.shape
-    rank = down.shape[0]
-    ranks = min(max(triton.next_power_of_2(rank), 16), 128)
-    grid = (triton.cdiv(tokens, 32), triton.cdiv(rank, ranks))
-    lora_down_kernel[grid](
-        x, down, out, tokens, width, rank, x.stride(0), out.stride(0), seed, threshold(dropout), 1 / (1 - dropout),
-        32, 128, ranks, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit(do_not_specialize=["tokens", "seed_ptr", "limit"])
-def lora_down_kernel(
-    x_ptr, down_ptr, out_ptr, tokens, width, rank, x_stride, out_stride, seed_ptr, limit, scale,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """TOKENS rows and RANK columns of the output, over the whole width."""
-    seed = tl.load(seed_ptr)
-    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    ranks = tl.program_id(1) * RANK + tl.arange(0, RANK)
-    x_rows = x_ptr + rows[:, None].to(tl.int64) * x_stride
-    total = tl.zeros((TOKENS, RANK), tl.float32)
-    for start in range(0, width, WIDTH):
-        columns = start + tl.arange(0, WIDTH)
-        x = tl.load(x_rows + columns[None, :], (rows[:, None] < tokens) & (columns[None, :] < width), 0.0)
-        x = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), x, 0.0).to(x.dtype)
-        down = tl.load(
-            down_ptr + ranks[None, :] * width + columns[:, None],
-            (ranks[None, :] < rank) & (columns[:, None] < width),
-            0.0,
-        )
-        total += tl.dot(x, down)
-    places = out_ptr + rows[:, None].to(tl.int64) * out_stride + ranks[None, :]
-    tl.store(places, (total * scale).to(out_ptr.dtype.element_ty), (rows[:, None] < tokens) & (ranks[None, :] < rank))
-
-
-def lora_down_grad(grad: torch.Tensor, x: torch.Tensor, dropout: float, seed: torch.Tensor) -> torch.Tensor:
-    if not dropout:
-        return matmul_float32(grad.t(), x)
-    if not uses_tensor_cores(x):
-        return matmul_float32(grad.t(), masked(x, dropout, seed)) / (1 - dropout)
-    tokens, width = x.shape
-    rank = grad.shape[1]
-    ranks = min(max(triton.next_power_of_2(rank), 16), 128)
-    columns, parts = triton.cdiv(width, 64), max(1, min(triton.cdiv(tokens, 1024), 8))
-    share = triton.cdiv(triton.cdiv(tokens, parts), 64) * 64  # tokens that one program sums over
-    sums = grad.new_empty(parts, rank, width, dtype=torch.float32)  # added up in order, so that runs are repeatable
-    lora_down_grad_kernel[(columns, parts, triton.cdiv(rank, ranks))](
-        grad, x, sums, tokens, width, rank, seed, threshold(dropout), 1 / (1 - dropout), share, 64, 64, ranks,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-    return sums.sum(0)
-
-
-@triton.jit(do_not_specialize=["tokens", "seed_ptr", "limit", "share"])
-def lora_down_grad_kernel(
-    grad_ptr, x_ptr, sums_ptr, tokens, width, rank, seed_ptr, limit, scale, share,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """RANK rows and WIDTH columns of one part's sum, over that part's `share` of the tokens."""
-    seed = tl.load(seed_ptr)
-    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    first = tl.program_id(1) * share
-    total = tl.zeros((RANK, WIDTH), tl.float32)
-    for start in range(first, tl.minimum(first + share, tokens), TOKENS):
-        rows = start + tl.arange(0, TOKENS)
-        inside = rows < tl.minimum(first + share, tokens)
-        x = tl.load(
-            x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :],
-            inside[:, None] & (columns[None, :] < width),
-            0.0,
-        )
-        x = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), x, 0.0).to(x.dtype)
-        grad = tl.load(
-            grad_ptr + rows[None, :].to(tl.int64) * rank + ranks[:, None],
-            inside[None, :] & (ranks[:, None] < rank),
-            0.0,
-        )
-        total += tl.dot(grad, x)
-    places = sums_ptr + tl.program_id(1).to(tl.int64) * rank * width + ranks[:, None] * width + columns[None, :]
-    tl.store(places, total * scale, (ranks[:, None] < rank) & (columns[None, :] < width))
-
-
-def lora_input_grad_(
-    total: torch.Tensor, grad: torch.Tensor, down: torch.Tensor, dropout: float, seed: torch.Tensor
-) -> torch.Tensor:
-    if not dropout:
-        return total.addmm_(grad, down)
-    tokens, width = total.shape
-    rank = down.shape[0]
-    ranks = max(triton.next_power_of_2(rank), 16)
-    if ranks > 256 or not uses_tensor_cores(total):  # a block of more ranks does not fit the registers either
-        return total.add_(masked(grad @ down, dropout, seed), alpha=1 / (1 - dropout))
-    grid = (triton.cdiv(tokens, 64), triton.cdiv(width, 128))
-    lora_input_grad_kernel[grid](
-        total, grad, down, tokens, width, rank, seed, threshold(dropout), 1 / (1 - dropout), 64, 128, ranks,
-        num_warps=8, num_stages=2,
-    )  # fmt: skip
-    return total
-
-
-@triton.jit(do_not_specialize=["tokens", "seed_ptr", "limit"])
-def lora_input_grad_kernel(
-    total_ptr, grad_ptr, down_ptr, tokens, width, rank, seed_ptr, limit, scale,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """TOKENS rows and WIDTH columns of the total."""
-    seed = tl.load(seed_ptr)
-    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    ranks = tl.arange(0, RANK)
-    grad = tl.load(
-        grad_ptr + rows[:, None].to(tl.int64) * rank + ranks[None, :],
-        (rows[:, None] < tokens) & (ranks[None, :] < rank),
-        0.0,
-    )
-    down = tl.load(
-        down_ptr + ranks[:, None] * width + columns[None, :], (ranks[:, None] < rank) & (columns[None, :] < width), 0.0
-    )
-    share = tl.dot(grad, down) * scale
-    share = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), share, 0.0)
-    places = total_ptr + rows[:, None].to(tl.int64) * width + columns[None, :]
-    inside = (rows[:, None] < tokens) & (columns[None, :] < width)
-    total = tl.load(places, inside, 0.0)
-    tl.store(places, (total.to(tl.float32) + share).to(total.dtype), inside)
 
 
 def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

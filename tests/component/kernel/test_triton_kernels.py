@@ -79,19 +79,11 @@ def test_swiglu(dtype):
     assert_close(triton_kernels.swiglu(gate_up, 16), plain.swiglu(gate_up))
 
 
-def test_swiglu_backward(dtype):
-    gate_up, grad = draw(TOKENS, 2 * WIDTH, dtype=dtype), draw(TOKENS, WIDTH, dtype=dtype)
-    ours, theirs = (gate_up.clone(), grad.clone()), (gate_up.clone(), grad.clone())
-    triton_kernels.swiglu_backward_(ours[1], ours[0])
-    plain.swiglu_backward_(theirs[1], theirs[0])
-    assert_close(ours, theirs)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("rank", [RANK, 200, 300])
 @pytest.mark.parametrize("tensor_cores", [False, True], ids=["Turing", "Ampere"])
 def test_low_rank_path(dtype, dropout, rank, tensor_cores, monkeypatch):
-    monkeypatch.setattr(triton_kernels, "uses_tensor_cores", lambda x: tensor_cores and x.dtype != torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if tensor_cores else (7, 5))
     x, down, grad = draw(TOKENS, WIDTH, dtype=dtype), draw(rank, WIDTH, dtype=dtype), draw(TOKENS, rank, dtype=dtype)
     wide = torch.cat((x, x), 1)[:, :WIDTH]
     ours = triton_kernels.lora_down_(x.new_empty(TOKENS, rank + 8)[:, :rank], wide, down, dropout, SEED)
