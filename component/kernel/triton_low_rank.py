@@ -1,5 +1,7 @@
 """Triton kernels of the low-rank paths and of their dropout."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,17 @@ import triton.language as tl
 from .plain import matmul_float32, threshold
 
 BLOCK = 1024  # elements that one program of an elementwise kernel handles
+RANKS = 128  # that one program of a fused kernel takes
+
+
+class Blocks(NamedTuple):
+    """What one program of a kernel handles at a time, and how."""
+
+    tokens: int
+    width: int
+    warps: int
+    stages: int
+    registers: int | None = None  # of a thread, at most
 
 
 @triton.jit
@@ -44,6 +57,11 @@ def uses_tensor_cores(x: torch.Tensor) -> bool:
     """Whether Triton multiplies by tensor cores. Without them its products do not fit the registers, on Turing not even
     the shared memory, and torch's are used instead."""
     return x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def fits(x: torch.Tensor, *ranks: int) -> bool:
+    """Whether a kernel can do the work of low-rank paths on its way."""
+    return uses_tensor_cores(x) and max(ranks) <= RANKS
 
 
 def block_of(rank: int) -> int:

@@ -29,7 +29,7 @@ if importlib.util.find_spec("triton") is None or "TRITON_INTERPRET" in os.enviro
 import triton
 from triton.backends.compiler import GPUTarget
 
-from component.kernel import triton_kernels
+from component.kernel import triton_kernels, triton_low_rank, triton_mlp, triton_norm
 
 pytestmark = pytest.mark.slow
 # KiB of shared memory that a block may have, by compute capability (NVIDIA's CUDA programming guide).
@@ -156,5 +156,8 @@ def test_every_kernel_that_a_step_launches_fits_the_card(compile_for, capability
     print(f"{len(found)} kernels, at most {shared} bytes shared, {registers} registers, {spilled} bytes spilled")
     assert not [kernel for kernel in found if not kernel.fits(capability)]
     of_tensor_cores = {"lora_down_kernel", "lora_down_grad_kernel", "lora_input_grad_kernel"}
-    kernels = {name for name in vars(triton_kernels) if name.endswith("_kernel")}
+    of_tensor_cores |= {"swiglu_low_kernel", "swiglu_backward_kernel", "rms_norm_low_kernel"}
+    of_tensor_cores |= {"rms_norm_low_backward_kernel"}
+    modules = triton_kernels, triton_low_rank, triton_mlp, triton_norm
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {kernel.name for kernel in found} == (kernels - of_tensor_cores if capability < (8, 0) else kernels)

@@ -1,6 +1,4 @@
-"""Triton kernels that do a low-rank path's work where they read its input anyway."""
-
-from typing import NamedTuple
+"""Triton kernels between the MLP's two products: SwiGLU, and what low-rank paths do with the tensors that it reads."""
 
 import torch
 import triton
@@ -9,34 +7,19 @@ import triton.language as tl
 from .plain import empty_beside, empty_with_room, matmul_float32, threshold
 from .triton_low_rank import (
     BLOCK,
+    Blocks,
     block_of,
+    fits,
     kept,
     lora_down_,
     lora_down_grad,
     lora_input_grad_,
-    uses_tensor_cores,
 )
-
-
-class Blocks(NamedTuple):
-    """What one program of a kernel handles at a time, and how."""
-
-    tokens: int
-    width: int
-    warps: int
-    stages: int
-    registers: int | None = None  # of a thread, at most
-
 
 LOW = Blocks(32, 128, 4, 2)
 BACKWARD = Blocks(64, 32, 4, 2)
 WIDE_BACKWARD = Blocks(128, 32, 8, 1)
 PROGRAMS = 1056  # that share the backward of a row: four for each place on an H100, where two are at work per processor
-RANKS = 128  # that a program can hold the sums of
-
-
-def fits(x: torch.Tensor, *ranks: int) -> bool:
-    return uses_tensor_cores(x) and max(ranks) <= RANKS
 
 
 def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
