@@ -102,6 +102,7 @@ class FrozenProjection:
 
     def __init__(self, projection: Projection, wide: bool):
         self.in_features, self.bias, self.rank = projection.in_features, projection.bias, projection.rank
+        self.ops = projection.ops
         self.room = self.spare_columns(projection, wide)
         self.weight = projection.weight_beside_ups() if self.room else projection.weight()
         parts = self.weight[:, : self.in_features].split([base.out_features for base in projection.bases])
@@ -125,7 +126,14 @@ class FrozenProjection:
         base.room, base.downs, base.paths = 0, None, []
         return base
 
-    def forward(self, x: torch.Tensor, seed: None) -> tuple[torch.Tensor, None]:
+    def rms_norm(self, x, weight, eps, seeds: None, update=None) -> tuple[torch.Tensor, None, torch.Tensor]:
+        normed, total = self.ops.rms_norm(x, weight, eps, update, self.room)
+        return normed, None, total
+
+    def swiglu(self, gate_up: torch.Tensor, seeds: None) -> tuple[torch.Tensor, None]:
+        return self.ops.swiglu(gate_up, self.room), None
+
+    def forward(self, x: torch.Tensor, low: None, seeds: None) -> tuple[torch.Tensor, None]:
         """(output (tokens, width), None), rounded as Projection.forward rounds."""
         if self.room:
             wide = x.as_strided((len(x), self.weight.shape[1]), (x.stride(0), 1))

@@ -8,6 +8,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
+from .plain import empty_beside
+
 
 class LowRankPath(NamedTuple):
     """A layer's low-rank update: `scaling * up(down(dropout(x)))`, added to some columns of the output."""
@@ -109,7 +111,30 @@ class Projection:
             return self.kept.downs
         return joined([path.down.detach().to(self.dtype) for path in self.paths])
 
-    def forward(self, x: torch.Tensor, seeds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        seeds: torch.Tensor | None,
+        update: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(norm of x + update, `low` of it, x + update): this projection's input, with `room` spare columns."""
+        if not self.paths:
+            normed, total = self.ops.rms_norm(x, weight, eps, update, self.room)
+            return normed, None, total
+        normed, total, low = self.ops.rms_norm_low(x, weight, eps, update, self.room, self.down(), *self.drop(seeds))
+        return normed, low, total
+
+    def swiglu(self, gate_up: torch.Tensor, seeds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(SwiGLU of gate_up, `low` of it): this projection's input, with `room` spare columns."""
+        if not self.paths:
+            return self.ops.swiglu(gate_up, self.room), None
+        return self.ops.swiglu_low(gate_up, self.room, self.down(), *self.drop(seeds))
+
+    def forward(
+        self, x: torch.Tensor, low: torch.Tensor | None, seeds: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(output (tokens, width), what the low-rank paths hold between their halves (tokens, rank)).
 
         If the input has `room` spare columns, the low-rank paths' first halves write there. Their second halves stand
@@ -117,9 +142,10 @@ class Projection:
         to the update, and so in both cases the sum is rounded once: a small update is not lost in a rounded output.
 
         Args:
+            low: `low` of the input, in its spare columns if it has any; None to have it computed.
             seeds: of the row's dropout masks, by `number`; None for no dropout.
         """
-        low = self.low(x, seeds)
+        low = self.low(x, seeds) if low is None else low
         if self.plain is not None and self.paths:
             return self.product(low, self.ups()).addmm_(x, self.plain.t()), low
         if x.stride(0) == self.in_features:
@@ -171,39 +197,71 @@ class Projection:
         return x @ weight.t() if self.bias is None else torch.addmm(self.bias, x, weight.t())
 
     def low(self, x: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor | None:
+        """The first halves of the low-rank paths, dropout(x) @ down.T (tokens, rank)."""
         if not self.paths:
             return None
-        if x.stride(0) == self.in_features:
-            out = x.new_empty(len(x), self.rank)
-        else:
-            out = x.as_strided((len(x), self.rank), (x.stride(0), 1), x.storage_offset() + self.in_features)
-        return self.ops.lora_down_(out, x, self.down(), *self.drop(seeds))
+        return self.ops.lora_down_(empty_beside(x, self.rank), x, self.down(), *self.drop(seeds))
 
-    def input_grad(self, grad: torch.Tensor, seeds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(gradient of the input, gradient between the halves of the low-rank paths)."""
-        total, low_grad = grad @ self.weight(), self.low_grad(grad)
-        if low_grad is not None:
-            self.ops.lora_input_grad_(total, low_grad, self.down(), *self.drop(seeds))
-        return total, low_grad
+    def by_path(self, low: torch.Tensor | None) -> list[tuple[slice, torch.Tensor]]:
+        """(columns of the output, part of `low`) of each path."""
+        return [(path.columns, low[:, path.ranks]) for path in self.paths]
+
+    def input_grad(self, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(gradient of the input through the bases alone, gradient between the halves of the low-rank paths)."""
+        return grad @ self.weight(), self.low_grad(grad)
 
     def low_grad(self, grad: torch.Tensor) -> torch.Tensor | None:
         return grad @ self.ups() if self.paths else None
 
-    def adapter_grads(
+    def add_low_rank_(self, grad: torch.Tensor, low_grad: torch.Tensor | None, seeds: torch.Tensor | None) -> None:
+        """Add the low-rank paths' part to a gradient of the input."""
+        if self.paths:
+            self.ops.lora_input_grad_(grad, low_grad, self.down(), *self.drop(seeds))
+
+    def rms_norm_backward(
         self,
         grad: torch.Tensor,
-        low_grad: torch.Tensor | None,
         x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        residual: torch.Tensor,
+        low_grad: torch.Tensor | None,
         low: torch.Tensor | None,
         seeds: torch.Tensor | None,
-    ) -> list[torch.Tensor]:
-        """Float32 gradients in the order of `adapters`."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gradient of the norm's input plus `residual`, the norm's output), from `grad` through the bases alone."""
         if not self.paths:
-            return []
-        downs = self.ops.lora_down_grad(low_grad, x, *self.drop(seeds))
+            return self.ops.rms_norm_backward(grad, x, weight, eps, residual)
+        return self.ops.rms_norm_low_backward(
+            grad, x, weight, eps, residual, low_grad, low, self.down(), *self.drop(seeds)
+        )
+
+    def swiglu_backward_(
+        self,
+        grad: torch.Tensor,
+        gate_up: torch.Tensor,
+        low_grad: torch.Tensor | None,
+        lows: list[tuple[slice, torch.Tensor]],
+        seeds: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """plain.swiglu_backward_ with this projection's paths."""
+        down = self.down() if self.paths else None
+        return self.ops.swiglu_backward_(grad, gate_up, low_grad, down, *self.drop(seeds), lows)
+
+    def down_grads(
+        self, low_grad: torch.Tensor | None, x: torch.Tensor, seeds: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Gradient of all first halves, float32 (rank, in_features)."""
+        return self.ops.lora_down_grad(low_grad, x, *self.drop(seeds)) if self.paths else None
+
+    def up_grads(self, grad: torch.Tensor, low: torch.Tensor | None) -> list[torch.Tensor]:
+        """Gradient of each second half, float32, which is still to be scaled."""
+        return [self.ops.matmul_float32(grad[:, columns].t(), part) for columns, part in self.by_path(low)]
+
+    def adapter_grads(self, downs: torch.Tensor | None, ups: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients in the order of `adapters`, of `down_grads` and `up_grads`."""
         grads = []
-        for path in self.paths:
-            up = self.ops.matmul_float32(grad[:, path.columns].t(), low[:, path.ranks])
+        for path, up in zip(self.paths, ups, strict=True):
             grads += [downs[path.ranks], up.mul_(path.scaling)]
         return grads
 
