@@ -316,6 +316,11 @@ def sum_over_ranks(*tensors: torch.Tensor) -> torch.Tensor | None:
     return tensors[0] if tensors else None
 
 
+def total_over_ranks(device: torch.device, value: torch.Tensor) -> float | int:
+    """The sum over all ranks of a scalar on the host. With several ranks, it is added up on `device`."""
+    return sum_over_ranks(value.to(device, copy=True)).item() if dist.is_initialized() else value.item()
+
+
 def buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Group tensors, in order: as many at a time as fit into BUCKET bytes, but at least one."""
     bucket, size = [], 0

@@ -34,7 +34,7 @@ HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "al
 
 
 class Counters:
-    """Counts what a run has done.
+    """Counts what a run has done, on the host.
 
     Each rank has its own `loss`, its part of the sum of the losses of `updates` updates, which are those since the last
     log line, and its own `tokens`, which it has learned from. All else is alike on all ranks. `norm` and `rate` are the
@@ -45,9 +45,9 @@ class Counters:
 
     ALIKE = ("updates", "skipped", "overflows", "rate", "epoch", "in_epoch", "epoch_has_ended", "asked")
 
-    def __init__(self, device: torch.device):
-        self.loss = torch.zeros((), device=device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+    def __init__(self):
+        self.loss = torch.zeros(())
+        self.tokens = torch.zeros((), dtype=torch.int64)
         self.norm, self.rate = torch.zeros(()), 0.0
         self.updates = self.skipped = self.overflows = self.epoch = self.in_epoch = 0
         self.epoch_has_ended = True  # False from an update until `end_epoch` has run
@@ -368,7 +368,7 @@ def read_progress(folder: Path) -> list[dict]:
 def require_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Raise NumericError if a trained weight or a figure of the optimizer is not finite."""
     states = chain.from_iterable(state.items() for state in optimizer.state.values())
-    tensors = chain(
+    tensors = chain(  # weights first: reading them waits for the card, which may still change paged states
         ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad),
         ((f"the optimizer's {name}", value) for name, value in states if isinstance(value, torch.Tensor)),
     )

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from itertools import chain, islice, repeat
 
 import torch
-from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from loguru import logger
 from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
+from ..kernel.decoder import upload
 from ..run.errors import NumericError, StorageError
 from ..run.folder import RunFolder
 from ..run.process import Interrupted, SignalWatch
-from ..run.ranks import copy_from_rank_zero, known_to_all, largest_over_ranks, sum_over_ranks
+from ..run.ranks import copy_from_rank_zero, known_to_all, largest_over_ranks, sum_over_ranks, total_over_ranks
 from ..run.resume import FINAL
 from ..settings.optimization import FOLLOWING_EVALUATIONS
 from .adamw import fused_if_possible
@@ -55,7 +55,7 @@ class LoRATrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.loss, self.watch = loss, watch or SignalWatch()
-        self.counters = Counters(self.args.device)
+        self.counters = Counters()
         self.checkpoints = Checkpoints(self, folder)
         self.health = Health(self, max_skipped_updates)
         self.signal = 0  # the one that all ranks know of
@@ -79,7 +79,7 @@ class LoRATrainer(Trainer):
             for update in self.rest_of_epoch():  # 1. take: this rank's share of the samples of an update
                 self.call_back("on_step_begin")
                 losses = self.forward_and_backward(update)  # 2. forward and backward
-                norm, is_usable = self.agree(losses, update)  # 3. agree: gradients, is all finite, did a signal come
+                losses, norm, is_usable = self.agree(losses, update)  # 3. agree: is all finite, did a signal come
                 self.step(losses, norm, is_usable)  # 4. step
                 self.log_evaluate_save()  # 5. log, evaluate, save, leave
                 self.leave_if_signalled()
@@ -93,13 +93,15 @@ class LoRATrainer(Trainer):
         args = self.args
         self.accelerator.free_memory()  # what an earlier call prepared
         self.optimizer, self.lr_scheduler = self.given
-        self.counters, self.checkpoints.saved_step, self.signal = Counters(args.device), 0, 0
+        self.counters, self.checkpoints.saved_step, self.signal = Counters(), 0, 0
         self.updates = make_updates(self.train_dataset, self.data_collator, args)
         max_steps = self.updates.steps
-        copy_from_rank_zero(weight.data for weight in self.trained_weights())
+        self.trained = list(self.trained_weights())  # as a walk through all modules takes milliseconds
+        copy_from_rank_zero(weight.data for weight in self.trained)
         self.create_optimizer()
         # This prepares half precision alone, without DistributedDataParallel: `agree` sums the gradients.
         self.model = self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self.modules = list(self.model.modules())
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.create_scheduler(num_training_steps=max_steps)
         handler = self.callback_handler
@@ -114,7 +116,7 @@ class LoRATrainer(Trainer):
         self.state.compute_steps(args, max_steps)
         self.state.init_training_references(self, max_steps, math.ceil(max_steps / self.updates.per_epoch), None)
         self.started, self.first_step = time.time(), self.state.global_step
-        self.total_loss = -sum_over_ranks(self.counters.loss.clone()).item()  # the checkpoint's, of earlier steps
+        self.total_loss = -total_over_ranks(args.device, self.counters.loss)  # the checkpoint's, of earlier steps
         self.model.zero_grad()
         self.call_back("on_train_begin")
         if checkpoint:
@@ -144,57 +146,60 @@ class LoRATrainer(Trainer):
 
     def rest_of_epoch(self) -> Iterator[Update]:
         """The updates that are left in this epoch."""
-        epoch, done = self.counters.epoch, self.counters.in_epoch
-        return islice(self.updates.of_epoch(epoch, done), self.updates.per_epoch - done)
+        return self.updates.rest_of_epoch(self.counters.epoch, self.counters.in_epoch)
 
     def forward_and_backward(self, update: Update) -> list[torch.Tensor]:
-        """Compute this rank's part of the gradients.
+        """Compute this rank's part of the gradients. With packed rows, nothing in it waits for a card.
 
         Returns:
             For each of its batches, a float64 scalar: what the batch adds to the update's loss.
         """
         self.watch.deferred = True  # from here on signals wait for `agree`, so that ranks leave together
-        self.model.train()
+        if not all(module.training for module in self.modules):
+            self.model.train()
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
         learned = sum(self.count_learned(part) for part in chain.from_iterable(update.batches))
-        learned = sum_over_ranks(torch.as_tensor(learned, device=self.args.device))
+        learned = sum_over_ranks(torch.full((), int(learned), device=self.args.device))
         losses = []
         for number, batch in enumerate(update.batches):
-            losses.append(sum(self.backward(part, learned) for part in map(self.on_device, batch)))
+            losses.append(sum(self.backward(part, learned) for part in batch))
             if number < len(update.batches) - 1:
                 self.call_back("on_substep_end")
         return losses
 
     def backward(self, part: dict, learned: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a part to those of the parts before. Returns what it adds to the update's loss."""
-        loss = self.summed_loss(part) / learned
+        loss = self.summed_loss(self.on_device(part)) / learned
         self.accelerator.backward(loss)
         self.counters.tokens += part["attention_mask"].sum() if "attention_mask" in part else len(part["input_ids"])
         return loss.detach()
 
-    def agree(self, losses: list[torch.Tensor], update: Update) -> tuple[torch.Tensor, bool]:
+    def agree(self, losses: list[torch.Tensor], update: Update) -> tuple[list[torch.Tensor], torch.Tensor, bool]:
         """Sum the gradients over all ranks, and let ranks agree whether all is finite and whether a signal came.
 
+        While a card is still at work on the update, the next one is fetched.
+
         Returns:
-            The gradients' norm before they are clipped, and whether the update may be used.
+            The losses and the gradients' norm before they are clipped, on the host, and whether the update may be used.
 
         Raises:
             NumericError: the update is not finite, and may not be left out.
         """
+        self.updates.fetch()
         self.sum_gradients()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
-        bad_loss, bad_norm = (~torch.isfinite(torch.as_tensor(value)) for value in (sum(losses), norm))
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm or math.inf)
+        *losses, norm = torch.stack([*losses, norm.to(self.args.device, torch.float64)]).cpu()  # waits for the card
+        bad_loss, bad_norm = (not math.isfinite(value) for value in (sum(losses), norm))
         self.signal, bad_loss, bad_norm = largest_over_ranks(self.args.device, self.watch.received, bad_loss, bad_norm)
-        return norm, self.health.accepts(update, bad_loss, bad_norm)
+        return losses, norm, self.health.accepts(update, bad_loss, bad_norm)
 
     def sum_gradients(self) -> None:
         """Sum the gradients over ranks. A weight without a gradient on any rank stays without, as in one process."""
         if self.args.world_size == 1:
             return
-        weights = list(self.trained_weights())
-        wanted = largest_over_ranks(self.args.device, *(weight.grad is not None for weight in weights))
-        weights = [weight for weight, is_wanted in zip(weights, wanted, strict=True) if is_wanted]
+        wanted = largest_over_ranks(self.args.device, *(weight.grad is not None for weight in self.trained))
+        weights = [weight for weight, is_wanted in zip(self.trained, wanted, strict=True) if is_wanted]
         for weight in weights:
             if weight.grad is None:  # this rank's share has no sample
                 weight.grad = torch.zeros_like(weight)
@@ -219,7 +224,8 @@ class LoRATrainer(Trainer):
             )
         elif self.args.lr_scheduler_type not in FOLLOWING_EVALUATIONS:
             self.lr_scheduler.step()
-        self.model.zero_grad()
+        for weight in self.trained:
+            weight.grad = None
         counters, batches = self.counters, self.updates.batches
         counters.in_epoch, counters.epoch_has_ended = counters.in_epoch + 1, False
         done = min(counters.in_epoch * self.args.gradient_accumulation_steps, batches)
@@ -241,7 +247,7 @@ class LoRATrainer(Trainer):
 
     def log_progress(self) -> None:
         """Log the mean loss since the last log line, over all ranks."""
-        loss, updates = sum_over_ranks(self.counters.loss.clone()).item(), self.counters.updates
+        loss, updates = total_over_ranks(self.args.device, self.counters.loss), self.counters.updates
         self.total_loss += loss
         self.counters.begin_line()
         logs = {"loss": loss / updates, "grad_norm": self.counters.norm.item(), "learning_rate": self.counters.rate}
@@ -290,7 +296,7 @@ class LoRATrainer(Trainer):
 
     def finish(self) -> TrainOutput:
         """Log the figures of the whole run, and load the best adapter if load_best_model_at_end asks for it."""
-        self.total_loss += sum_over_ranks(self.counters.loss.clone()).item()
+        self.total_loss += total_over_ranks(self.args.device, self.counters.loss)
         steps = self.state.global_step - self.first_step
         loss = self.total_loss / max(steps, 1)
         metrics = speed_metrics("train", self.started, steps * size_of_update(self.args), steps) | {"train_loss": loss}
@@ -319,10 +325,9 @@ class LoRATrainer(Trainer):
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
             for parts in islice(chain(batches, repeat([])), rounds):
-                for part in map(self.on_device, parts):
-                    totals += torch.stack(
-                        (self.summed_loss(part), torch.as_tensor(self.count_learned(part)).to(totals))
-                    )
+                for part in parts:
+                    totals[0] += self.summed_loss(self.on_device(part))
+                    totals[1] += int(self.count_learned(part))
                 self.leave_if_asked()  # the run that goes on evaluates anew
         self.watch.deferred = deferred
         totals = sum_over_ranks(totals)
@@ -351,14 +356,16 @@ class LoRATrainer(Trainer):
         return len(part["targets"]) if "targets" in part else self.loss.count_learned(part["target_mask"]).sum()
 
     def on_device(self, part: dict) -> dict:
-        return send_to_device(part, self.args.device)
+        """A part with its tensors on the device, which are copied while the host goes on."""
+        device = self.args.device
+        return {key: upload(value, device) if isinstance(value, torch.Tensor) else value for key, value in part.items()}
 
     def trained_weights(self) -> Iterator[torch.nn.Parameter]:
         return (weight for weight in self.model.parameters() if weight.requires_grad)
 
     def total_tokens(self) -> int:
         """Tokens of all ranks' samples so far. Unlearned tokens count, padding does not."""
-        return sum_over_ranks(self.counters.tokens.clone()).item()
+        return total_over_ranks(self.args.device, self.counters.tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         with faults_of_trackers():

@@ -41,7 +41,44 @@ def make_updates(dataset, layout: Layout, args) -> "FileUpdates | StreamUpdates"
     return (StreamUpdates if isinstance(dataset, IterableDataset) else FileUpdates)(dataset, layout, args)
 
 
-class FileUpdates:
+class Updates:
+    """Updates of a dataset, in order. The next one can be fetched before it is due.
+
+    What fetching changes in the state, or an error of it, shows no earlier than the update itself.
+    """
+
+    per_epoch: int
+    fetched: tuple[Update | None, Exception | None] | None = None  # the next update; (None, None) after the last
+
+    def rest_of_epoch(self, epoch: int, first: int) -> Iterator[Update]:
+        """This rank's share of an epoch's updates, from number `first` on, to the epoch's end."""
+        if self.fetched is not None:  # of an epoch that a callback ended
+            self.load_state_dict(self.place)
+        self.coming, self.fetched = islice(self.of_epoch(epoch, first), self.per_epoch - first), None
+        return iter(self.next_update, None)
+
+    def fetch(self) -> None:
+        """Fetch the next update, if there is one."""
+        self.place = self.state()
+        try:
+            self.fetched = next(self.coming, None), None
+        except Exception as error:
+            self.fetched = None, error
+
+    def next_update(self) -> Update | None:
+        if self.fetched is None:
+            self.fetch()
+        (update, error), self.fetched = self.fetched, None
+        if error is not None:
+            raise error
+        return update
+
+    def state_dict(self) -> dict:
+        """The place behind the last update that was due, as values for JSON."""
+        return self.state() if self.fetched is None else self.place
+
+
+class FileUpdates(Updates):
     """Updates of a dataset whose samples can be counted and read in any order.
 
     Args:
@@ -96,14 +133,14 @@ class FileUpdates:
         lengths = getattr(self.dataset, "lengths", None)
         return None if lengths is None else np.asarray(lengths)
 
-    def state_dict(self) -> dict:
+    def state(self) -> dict:
         return {}  # the step alone decides what comes next
 
     def load_state_dict(self, state: dict) -> None:
         pass
 
 
-class StreamUpdates:
+class StreamUpdates(Updates):
     """Updates of a component.data.stream.StreamingSFTDataset. All updates of the run are one epoch.
 
     Each rank renders its part of the next rows, and ranks exchange what they have rendered. As bad and too long rows
@@ -150,7 +187,7 @@ class StreamUpdates:
         except DataError as error:
             raise known_to_all(error) from None
 
-    def state_dict(self) -> dict:
+    def state(self) -> dict:
         return self.dataset.state_dict()
 
     def load_state_dict(self, state: dict) -> None:

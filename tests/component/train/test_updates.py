@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import IterableDataset
 
-from component.run.errors import ArgumentError
+from component.run.errors import ArgumentError, DataError
 from component.train.batch import PackingCollator, SFTDataCollator
-from component.train.updates import FileUpdates, count_steps, grouped_by_length, share
+from component.train.updates import FileUpdates, StreamUpdates, count_steps, grouped_by_length, share
 
 PADDED = SFTDataCollator(SimpleNamespace(pad_token_id=0), 64)
 
@@ -40,10 +41,37 @@ class Rows(list):
         self.lengths = lengths
 
 
+class Stream(IterableDataset):
+    """Rows without end, one token each, which is the row's number. The row `bad` cannot be taken."""
+
+    def __init__(self, bad: int | None = None):
+        self.place, self.bad = 0, bad
+
+    def __iter__(self):
+        for number in itertools.count(self.place):
+            yield SimpleNamespace(number=number, sample={"input_ids": [number], "target_mask": [0]})
+
+    def take(self, rows):
+        for row in rows:
+            if row.number == self.bad:
+                raise DataError("a bad row")
+            self.place = row.number + 1
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+def numbers(update) -> list[int]:
+    return [int(sample["input_ids"][0]) for sample in update.samples]
+
+
 def drawn(rows: Rows, layout, epoch: int = 0, first: int = 0, **settings) -> list[list[int]]:
     """The samples of each update, of one rank."""
     updates = FileUpdates(rows, layout, arguments(**settings)).of_epoch(epoch, first)
-    return [[int(sample["input_ids"][0]) for sample in update.samples] for update in updates]
+    return [numbers(update) for update in updates]
 
 
 def test_an_update_that_comes_later_is_drawn_without_those_before_it():
@@ -51,6 +79,47 @@ def test_an_update_that_comes_later_is_drawn_without_those_before_it():
     assert list(map(len, whole)) == [4, 4, 4, 4, 4, 2]
     assert drawn(Rows(22), PADDED, epoch=3, first=4) == whole[4:]
     assert drawn(Rows(22), PADDED, epoch=4) != whole
+
+
+def test_an_update_that_is_fetched_ahead_moves_the_place_when_it_is_due():
+    updates = StreamUpdates(Stream(), PADDED, arguments(max_steps=2))
+    rest = updates.rest_of_epoch(0, 0)
+    assert updates.state_dict() == {"place": 0}
+    assert numbers(next(rest)) == [0, 1, 2, 3]
+    updates.fetch()
+    assert updates.state_dict() == {"place": 4}
+    assert numbers(next(rest)) == [4, 5, 6, 7]
+    assert updates.state_dict() == {"place": 8}
+    updates.fetch()
+    assert updates.state_dict() == {"place": 8}
+    assert list(rest) == []
+
+
+def test_a_fault_of_an_update_that_is_fetched_ahead_is_raised_when_it_is_due():
+    updates = StreamUpdates(Stream(bad=5), PADDED, arguments(max_steps=2))
+    rest = updates.rest_of_epoch(0, 0)
+    next(rest)
+    updates.fetch()
+    assert updates.state_dict() == {"place": 4}
+    with pytest.raises(DataError, match="a bad row"):
+        next(rest)
+
+
+def test_an_update_that_was_fetched_ahead_in_an_epoch_that_ended_early_comes_next():
+    updates = StreamUpdates(Stream(), PADDED, arguments(max_steps=3))
+    next(updates.rest_of_epoch(0, 0))
+    updates.fetch()
+    assert numbers(next(updates.rest_of_epoch(1, 0))) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_updates_of_an_epoch_are_the_same_fetched_ahead_or_not(ahead):
+    updates, found = FileUpdates(Rows(22), PADDED, arguments()), []
+    for update in updates.rest_of_epoch(3, 2):
+        found.append(numbers(update))
+        if ahead:
+            updates.fetch()
+    assert found == drawn(Rows(22), PADDED, epoch=3)[2:]
 
 
 @given(
