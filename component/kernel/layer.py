@@ -188,23 +188,38 @@ class LayersFunction(torch.autograd.Function):
     def forward(
         ctx, hidden: torch.Tensor, layers: list[Layer], row: RowContext, host: "HostMemory | None", trains: bool
     ) -> torch.Tensor:
-        ctx.layers, ctx.row, ctx.host, ctx.kept = layers, row, host, []
-        for layer in layers:
-            hidden, kept = layer.forward(hidden, row)
-            if trains:
-                ctx.kept.append(layer.keep(kept, host))
+        ctx.layers, ctx.row, ctx.host = layers, row, host
+        hidden, ctx.kept = forward_layers(layers, hidden, row, host, trains)
         return hidden
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        grad = grad.contiguous()
-        for layer in reversed(ctx.layers):
-            kept = layer.restore(ctx.kept.pop(), ctx.row, ctx.host)
-            grad, adapter_grads = layer.backward(grad, kept, ctx.row)
-            del kept
-            add_to_gradients(layer.adapters, adapter_grads)
+        backward_layers(ctx.layers, grad.contiguous(), ctx.kept, ctx.row, ctx.host)
         return (None,) * 5
+
+
+def forward_layers(
+    layers: list[Layer], hidden: torch.Tensor, row: RowContext, host: "HostMemory | None", trains: bool
+) -> tuple[torch.Tensor, list[Activations]]:
+    """(output of the last layer, what each layer keeps for its backward, if one will come)."""
+    activations = []
+    for layer in layers:
+        hidden, kept = layer.forward(hidden, row)
+        if trains:
+            activations.append(layer.keep(kept, host))
+    return hidden, activations
+
+
+def backward_layers(
+    layers: list[Layer], grad: torch.Tensor, activations: list[Activations], row: RowContext, host: "HostMemory | None"
+) -> None:
+    """Add the gradients of the layers' adapters to their `grad`. `activations` are used up."""
+    for layer in reversed(layers):
+        kept = layer.restore(activations.pop(), row, host)
+        grad, adapter_grads = layer.backward(grad, kept, row)
+        del kept
+        add_to_gradients(layer.adapters, adapter_grads)
 
 
 def add_to_gradients(weights: list[torch.nn.Parameter], parts: list[torch.Tensor]) -> None:

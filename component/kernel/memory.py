@@ -139,7 +139,7 @@ def choose_plan(
     sizes = {plan: estimate(forward.layers, forward.vocab, fixed, plan) for plan in dict.fromkeys(plans)}
     fitting = [plan for plan, size in sizes.items() if size < SPARE * free] or [min(sizes, key=sizes.get)]
     for plan in fitting:
-        forward.use(plan.checkpointing)
+        forward.use(plan.checkpointing, tokens=plan.tokens)
         if least(forward.probe(plan.tokens, beside), device):
             logger.info(f"{plan}: about {sizes[plan] / GIB:.1f} of {free / GIB:.1f} GiB")
             return plan

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..chatglm.modeling_chatglm import rotary_embedding
 from . import plain
 from .attention import SAMPLE_BY_SAMPLE, Bounds, choose_attention
+from .graph import NotRecorded, Recorder, RowGraphs, suits
 from .head import HeadLoss
 from .layer import NONE, OFFLOAD, HostMemory, Layer, LayersFunction, RowContext
 from .projection import Projection
@@ -62,12 +63,14 @@ class PackedForward:
     def vocab(self) -> int:
         return len(self.model.get_output_embeddings().weight)
 
-    def use(self, checkpointing: str, keeps_weights: bool = False) -> None:
+    def use(self, checkpointing: str, keeps_weights: bool = False, tokens: int = 0) -> None:
         """Set what layers keep, one of layer.CHECKPOINTING; a model's own layers keep all, or their input alone.
 
         Args:
             keeps_weights: whether weights stay in the type that they are multiplied in, from row to row.
+            tokens: of a row at most, if rows that train may be recorded as CUDA graphs.
         """
+        self.graphs: RowGraphs | None = None  # before memory is taken
         if not self.layers and checkpointing != NONE:
             name = "activation_checkpointing_enable"  # its name from transformers 5.2x on
             enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
@@ -83,6 +86,13 @@ class PackedForward:
         copies = [copy for projection in projections for copy in projection.copies()]
         self.copy_adapter = self.layers[0].ops.copier(copies) if copies else lambda: None
         self.host = HostMemory(self.model.device) if checkpointing == OFFLOAD and self.on_cuda else None
+        if tokens and self.layers and suits(self.layers, checkpointing, tokens):
+            self.replay_rows(tokens, Recorder(self.model.device))
+
+    def replay_rows(self, tokens: int, record) -> None:
+        """Let graph.RowGraphs run rows that train, as far as they have at most `tokens` tokens."""
+        angles = rotary_angles(self.model, torch.arange(self.max_length, device=self.model.device))
+        self.graphs = RowGraphs(self.layers, self.model.get_input_embeddings(), angles, tokens, record)
 
     @property
     def on_cuda(self) -> bool:
@@ -91,13 +101,14 @@ class PackedForward:
     def probe(self, tokens: int, beside: int = 0) -> bool:
         """Whether a row of `tokens`, in samples of the greatest length, goes forward and backward within the memory,
         while `beside` bytes are reserved for what is still to come."""
-        device = self.model.device
+        device, training = self.model.device, self.model.training
         places = torch.arange(tokens, device=device)
         ids, longest = places % self.vocab, min(tokens, self.max_length)
         ends = torch.tensor([*range(0, tokens, longest), tokens], dtype=torch.int32, device=device)
         row = {"input_ids": ids, "position_ids": places % longest, "ends": ends, "longest": longest}
         try:
             reserved = torch.empty(beside, dtype=torch.uint8, device=device)
+            self.model.train()
             with torch.random.fork_rng(devices=[]):
                 self(**row, learned=places[:-1], targets=ids[1:]).backward()
             del reserved
@@ -107,6 +118,7 @@ class PackedForward:
         finally:
             for weight in self.model.parameters():
                 weight.grad = None
+            self.model.train(training)
             torch.cuda.empty_cache()
 
     @torch.no_grad()
@@ -139,16 +151,22 @@ class PackedForward:
         return self.head_loss(self.states(**row), learned, targets)
 
     def states(self, *, input_ids, position_ids, ends, longest, **_) -> torch.Tensor:
-        """(tokens, hidden size) what the fused layers make of a row, before the final norm."""
+        """(tokens, hidden size) what the fused layers make of a row, before the final norm. Padding may follow."""
+        seeds = self.draw_seeds() if self.model.training else None
+        trains = torch.is_grad_enabled()
+        self.copy_adapter()
+        if trains and seeds is not None and self.graphs is not None and self.graphs.takes(len(input_ids), longest):
+            try:
+                return self.graphs(input_ids, position_ids, ends, longest, seeds)
+            except NotRecorded as reason:
+                self.graphs = None
+                logger.warning(f"no CUDA graphs, without which a small model is slower: {reason}")
         hidden = self.model.get_input_embeddings()(input_ids)
         cos, sin = rotary_angles(self.model, position_ids)
-        seeds = self.draw_seeds() if self.model.training else None
         row = RowContext(Bounds(ends, longest), cos, sin, seeds)
-        host = self.host if torch.is_grad_enabled() else None  # an evaluation has no backward to keep anything for
-        trains = torch.is_grad_enabled()
+        host = self.host if trains else None  # an evaluation has no backward to keep anything for
         if trains and not hidden.requires_grad:
             hidden.requires_grad_()
-        self.copy_adapter()
         return LayersFunction.apply(hidden, self.layers, row, host, trains)
 
     def draw_seeds(self) -> torch.Tensor:

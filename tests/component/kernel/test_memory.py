@@ -24,7 +24,7 @@ def card(monkeypatch):
         monkeypatch.setattr(type(forward.model), "device", property(lambda self: device))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gib * 2**30), 0))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-        monkeypatch.setattr(forward, "use", lambda kept: probed.append(kept))
+        monkeypatch.setattr(forward, "use", lambda kept, tokens: probed.append(kept))
         monkeypatch.setattr(forward, "probe", lambda tokens, beside: tokens <= longest)
         return forward, probed
 
