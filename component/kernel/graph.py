@@ -25,9 +25,8 @@ from .attention import SAMPLE_BY_SAMPLE, Bounds
 from .layer import OFFLOAD, Layer, RowContext, backward_layers, forward_layers
 
 WORK = 5e11  # weights of a layer times tokens of a row, up to which launching may take longer than computing
-SIZES = 32  # that are kept; each takes some megabytes beside the pool
-SAMPLES = 64  # of a row at least; empty ones cost next to nothing
-STEP = 64  # tokens between two sizes, and tokens of the longest sample, at least
+SIZES = 64  # that are kept; each takes some megabytes beside the pool
+STEP, SAMPLES, LONGEST = 64, 64, 1024  # tokens between two sizes, samples, and tokens of the longest, at least
 
 Replay = Callable[[], None]
 
@@ -44,11 +43,19 @@ class Size(NamedTuple):
     longest: int  # a bound
 
 
-def fit_size(tokens: int, samples: int, longest: int, max_length: int) -> Size:
-    """Find the size to which a row is padded: with at most 63 tokens, or a sixteenth of its own."""
-    step = max(power_of_two(tokens) // 32, STEP)
+def fit_size(tokens: int, samples: int, longest: int, most: int, max_length: int) -> Size:
+    """Find the size to which a row is padded. It follows from the row alone, so that a resumed run finds the same.
+
+    Rows of at most `most` tokens have at most 48 sizes. The padding is at most a sixteenth of a row of most / 4 tokens
+    or more.
+
+    Args:
+        most: tokens of any row, at most.
+        max_length: tokens of any sample, at most.
+    """
+    step = max(power_of_two(tokens) // 32, power_of_two(most) // 64, STEP)
     padded = -(-tokens // step) * step
-    longest = min(power_of_two(max(longest, STEP)), max_length)
+    longest = min(power_of_two(max(longest, LONGEST, max_length // 8)), max_length)
     samples += -(-(padded - tokens) // longest)
     return Size(padded, power_of_two(max(samples, SAMPLES)), longest)
 
@@ -100,7 +107,8 @@ class RowGraphs:
         self.replays: dict[Size, tuple[Replay, ...]] = {}  # the last used last
         self.turn = 0  # number of the row whose activations are in the pool
 
-        device, tokens = embed.weight.device, fit_size(tokens, 1, 1, 1).tokens
+        device, self.most = embed.weight.device, tokens
+        tokens = self.fit(tokens, 1, 1).tokens
         self.ids, self.positions = torch.zeros(2, tokens, dtype=torch.long, device=device)
         self.ends = torch.zeros(power_of_two(max(tokens, SAMPLES)) + 1, dtype=torch.int32, device=device)
         self.seeds = torch.zeros(4 * len(layers), dtype=torch.long, device=device)
@@ -111,7 +119,10 @@ class RowGraphs:
         self.anchor = torch.zeros(0, device=device, requires_grad=True)  # makes autograd call the backward
 
     def takes(self, tokens: int, longest: int) -> bool:
-        return tokens <= len(self.ids) and longest <= len(self.cos)
+        return tokens <= self.most and longest <= len(self.cos)
+
+    def fit(self, tokens: int, samples: int, longest: int) -> Size:
+        return fit_size(tokens, samples, longest, self.most, len(self.cos))
 
     def __call__(
         self,
@@ -126,7 +137,7 @@ class RowGraphs:
         Raises:
             NotRecorded: for lack of memory, for instance. No more rows may be recorded then.
         """
-        size = fit_size(len(input_ids), len(ends) - 1, longest, len(self.cos))
+        size = self.fit(len(input_ids), len(ends) - 1, longest)
         self.turn += 1
         self.load(size, input_ids, position_ids, ends)
         self.seeds.copy_(seeds)

@@ -59,23 +59,26 @@ def both(family, tokens=64, rank=4, **kept):
 
 @pytest.mark.parametrize(
     ("tokens", "padded"),
-    [(1, 64), (64, 64), (65, 128), (1025, 1088), (2048, 2048), (2049, 2176), (16384, 16384), (29200, 29696)],
+    [(1, 512), (512, 512), (513, 1024), (8193, 8704), (16384, 16384), (16385, 17408), (29200, 29696), (32768, 32768)],
 )
-def test_a_row_is_padded_to_a_sixteenth_of_the_power_of_two_below_it(tokens, padded):
-    assert fit_size(tokens, 1, 1, 1024).tokens == padded
+def test_a_row_is_padded_to_a_sixteenth_of_the_power_of_two_below_it_or_a_64th_of_the_longest_row(tokens, padded):
+    assert fit_size(tokens, 1, 1, 32768, 1024).tokens == padded
 
 
-def test_few_rows_have_sizes_of_their_own():
-    sizes = {fit_size(tokens, 64, 1000, 1024) for tokens in range(16385, 32769)}
-    assert {size.tokens for size in sizes} == {*range(17408, 32769, 1024)}
+@pytest.mark.parametrize("most", [3000, 32768])
+def test_rows_have_few_sizes(most):
+    sizes = {fit_size(tokens, 64, 1000, most, 1024) for tokens in range(1, most + 1)}
+    assert len({size.tokens for size in sizes}) <= 48 <= graph.SIZES
     assert {size[1:] for size in sizes} == {(64, 1024), (128, 1024)}, "without a sample of padding, and with one"
+    assert all(fit_size(tokens, 1, 1, most, 1024).tokens <= tokens * 17 / 16 + 64 for tokens in range(most // 4, most))
 
 
 def test_samples_and_the_longest_are_bounded_by_powers_of_two_and_the_longest_sample_that_there_may_be():
-    assert fit_size(64, 64, 65, 1000) == Size(64, 64, 128)
-    assert fit_size(64, 65, 600, 1000) == Size(64, 128, 1000)
-    assert fit_size(60, 64, 3, 1000) == Size(64, 128, 64), "a sample of padding"
-    assert fit_size(65, 64, 10, 10) == Size(128, 128, 10), "7 samples of padding"
+    assert fit_size(64, 64, 64, 64, 1000) == Size(64, 64, 1000)
+    assert fit_size(64, 65, 1025, 64, 4000) == Size(64, 128, 2048)
+    assert fit_size(64, 65, 100, 64, 16384) == Size(64, 128, 2048), "an eighth"
+    assert fit_size(60, 64, 3, 64, 1000) == Size(64, 128, 1000), "a sample of padding"
+    assert fit_size(65, 64, 10, 128, 10) == Size(128, 128, 10), "7 samples of padding"
 
 
 def test_a_row_and_its_padding_lie_in_the_buffers():
@@ -84,8 +87,8 @@ def test_a_row_and_its_padding_lie_in_the_buffers():
     ids, positions, ends = torch.arange(5, 70), torch.arange(65) % 33, torch.tensor([0, 33, 65], dtype=torch.int32)
     graphs.ids.fill_(96)  # of an earlier row
     graphs.positions.fill_(39)
-    graphs.load(size := fit_size(65, 2, 33, 40), ids, positions, ends)
-    assert size == Size(128, 64, 40)
+    graphs.load(size := fit_size(65, 2, 33, 130, 40), ids, positions, ends)
+    assert size == Size(128, 64, 40) == graphs.fit(65, 2, 33)
     assert graphs.ids.tolist() == [*range(5, 70), *[5] * 63, *[96] * 64]
     assert graphs.positions[:128].tolist() == [*range(33), *range(32), *[0] * 63]
     assert graphs.ends[:65].tolist() == [0, 33, 65, 105, *[128] * 61]

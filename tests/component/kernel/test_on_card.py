@@ -5,6 +5,7 @@ import torch
 
 from component.kernel import attention, plain
 from component.kernel.attention import Bounds
+from component.kernel.graph import Recorder
 from component.kernel.head import HeadLoss
 from component.kernel.layer import CHECKPOINTING
 from component.kernel.memory import choose_plan
@@ -151,3 +152,95 @@ def test_a_mask_of_dropout_is_the_same_on_a_card():
     shape = 5000, 4096  # more than the card makes at a time
     masks = [plain.dropout_mask(*shape, 0.05, 2**32 - 5, torch.device(device)) for device in ("cpu", DEVICE)]
     assert torch.equal(masks[0], masks[1].cpu())
+
+
+ROWS = (70, 1, 129, 35), (40, 40, 40), (20, 3), (150, 60, 20)  # the first and the last are of one size
+
+
+def updates(model, rows=ROWS):
+    """(loss, gradients) of three updates: with fresh weights, with changed ones, with moved ones. An evaluation comes
+    between each row's forward and its backward."""
+    parts = [PackingCollator(512).lay_out(make_samples(lengths))[0] for lengths in rows]
+    parts = [{key: x.to(DEVICE) if torch.is_tensor(x) else x for key, x in part.items()} for part in parts]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    torch.manual_seed(4)
+    results = []
+    for number in range(3):
+        total = 0.0
+        for part in parts:
+            loss = model(**part)
+            model.eval()
+            with torch.no_grad():
+                model(**parts[0])
+            model.train()
+            loss.backward()
+            total += loss.item()
+        results.append((total, [weight.grad.clone() for weight in weights]))
+        with torch.no_grad():
+            for weight in weights:
+                if number:
+                    weight.data = weight.data.clone()
+                weight.sub_(weight.grad, alpha=0.1 / weight.grad.norm())
+        model.zero_grad()
+    return results
+
+
+def assert_close(one, other, tolerance):
+    for (loss, grads), (expected, others) in zip(one, other, strict=True):
+        assert loss == pytest.approx(expected, rel=tolerance)
+        for grad, wanted in zip(grads, others, strict=True):
+            assert (grad - wanted).norm() <= tolerance * 2 * wanted.norm()
+
+
+def results_by_recorder(family, checkpointing="none", keeps_weights=False):
+    """What `updates` returns, of rows that go the eager way, that are padded alone, and that are recorded."""
+    results = []
+    for record in (None, lambda *steps: steps, Recorder(torch.device(DEVICE))):
+        model = make_model(family, device=DEVICE, rank=16, dropout=0.1, dtype=torch.bfloat16)
+        forward = PackedForward(model, 512)
+        forward.use(checkpointing, keeps_weights)
+        if record:
+            forward.replay_rows(512, record)
+        results.append(updates(model))
+        assert (forward.graphs is not None) == (record is not None), "a recording failed"
+    assert [size.tokens for size in forward.graphs.replays] == [128, 64, 256], "the last used last"
+    return results
+
+
+@pytest.mark.parametrize("keeps_weights", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_recorded_rows_equal_others_whatever_is_kept(checkpointing, keeps_weights):
+    eager, padded, recorded = results_by_recorder("llama", checkpointing, keeps_weights)
+    assert_close(recorded, padded, 1e-4)
+    assert_close(recorded, eager, 4e-2)
+
+
+def test_recorded_rows_equal_others_in_every_family(family):
+    eager, padded, recorded = results_by_recorder(family)
+    assert_close(recorded, padded, 1e-4)
+    assert_close(recorded, eager, 4e-2)
+
+
+def test_what_cannot_be_recorded_goes_the_eager_way_and_leaves_the_stream(log):
+    model = make_model("llama", device=DEVICE, rank=16, dtype=torch.bfloat16)
+    forward = PackedForward(model, 512)
+    expected = updates(model)
+    model = make_model("llama", device=DEVICE, rank=16, dtype=torch.bfloat16)
+    forward = PackedForward(model, 512)
+    forward.replay_rows(512, Recorder(torch.device(DEVICE)))
+    embed = forward.graphs.embed
+    forward.graphs.embed = lambda ids: embed(
+        ids + (ids.sum().item() if torch.cuda.is_current_stream_capturing() else 0)
+    )
+    assert_close(updates(model), expected, 1e-4)
+    assert forward.graphs is None
+    assert "".join(log).count("no CUDA graphs") == 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_a_plan_is_proven_with_its_longest_row_recorded():
+    model = make_model("llama", device=DEVICE, dtype=torch.bfloat16)
+    forward = PackedForward(model, 512)
+    plan = choose_plan(forward, None, "auto", 512, 0)
+    (size,) = forward.graphs.replays
+    assert (size.tokens, size.longest) == (plan.tokens, 512)
