@@ -26,8 +26,9 @@ class Attention:
     """One way to compute attention.
 
     forward(query, key, value, bounds, scale, room=0) -> (context, saved). query: (tokens, heads, head_dim), key and
-    value: (tokens, groups, head_dim), `groups` dividing `heads`; context: (tokens, heads * head_dim). Where a way can
-    do it for free, `room` makes the context a view of a matrix with that many spare columns.
+    value: (tokens, groups, head_dim), `groups` dividing `heads`, views of one matrix that holds nothing else; context:
+    (tokens, heads * head_dim). Where a way can do it for free, `room` makes the context a view of a matrix with that
+    many spare columns.
 
     backward(grad, query, key, value, context, saved, bounds, scale) -> gradients (tokens, heads + 2 * groups, head_dim)
     of query, key and value. grad: (tokens, heads * head_dim), whose rows may stand apart.
@@ -107,12 +108,12 @@ def cudnn_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
     try:
         ends = torch.tensor([0, 5, 133, 390], dtype=torch.int32, device=device)  # not a power of two of samples
         draw = torch.Generator(device).manual_seed(0)
-        states = torch.randn(390, 3 * 4, head_dim, dtype=dtype, device=device, generator=draw)
-        *states, grad = states.split((4, 2, 2, 4), 1)
+        states, grad = torch.randn(2, 390, 8, head_dim, dtype=dtype, device=device, generator=draw)
+        states, grad = states.split((4, 2, 2), 1), grad[:, :4].flatten(1)
         results = []
         for way in (FLASH, CUDNN):
             context, saved = way.forward(*states, Bounds(ends, 257), head_dim**-0.5)
-            grads = way.backward(grad.flatten(1), *states, context, saved, Bounds(ends, 257), head_dim**-0.5)
+            grads = way.backward(grad, *states, context, saved, Bounds(ends, 257), head_dim**-0.5)
             results.append(torch.cat((context, grads.flatten(1)), 1).float())
         error = (results[1] - results[0]).norm() / results[0].norm()
         if not error < 0.02:  # half precision rounds by less, and NaN is not less

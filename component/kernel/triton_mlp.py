@@ -16,10 +16,10 @@ from .triton_low_rank import (
     lora_input_grad_,
 )
 
-LOW = Blocks(32, 128, 4, 2)
-BACKWARD = Blocks(64, 32, 4, 2)
+LOW = Blocks(32, 128, 4, 3)
+BACKWARD = Blocks(32, 64, 4, 3)
 WIDE_BACKWARD = Blocks(128, 32, 8, 1)
-PROGRAMS = 1056  # that share the backward of a row: four for each place on an H100, where two are at work per processor
+PROGRAMS = 1712  # that share the backward of a row
 
 
 def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
@@ -45,7 +45,7 @@ def swiglu_low(
     gate_up: torch.Tensor, room: int, down: torch.Tensor, dropout: float, seed: torch.Tensor | int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, width, rank = gate_up.shape[0], gate_up.shape[1] // 2, down.shape[0]
-    if not fits(gate_up, rank):
+    if not dropout or not fits(gate_up, rank):
         activated = swiglu(gate_up, room)
         return activated, lora_down_(empty_beside(activated, rank), activated, down, dropout, seed)
     activated = empty_with_room(tokens, width, room, gate_up)

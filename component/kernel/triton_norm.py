@@ -186,9 +186,9 @@ def rms_norm_low_backward_kernel(
         weight = tl.load(weight_ptr + columns, columns < width, 0.0).to(tl.float32)
         squares += x * x
         products += x * weight * tl.load(grad_ptr + lines + columns, inside, 0.0).to(tl.float32)
-    inside = (rows < tokens) & (ranks[None, :] < rank)
-    low_grad = tl.load(low_grad_ptr + rows.to(tl.int64) * low_grad_stride + ranks[None, :], inside, 0.0)
-    low = tl.load(low_ptr + rows.to(tl.int64) * low_stride + ranks[None, :], inside, 0.0)
+    of_rank = (rows < tokens) & (ranks[None, :] < rank)
+    low_grad = tl.load(low_grad_ptr + rows.to(tl.int64) * low_grad_stride + ranks[None, :], of_rank, 0.0)
+    low = tl.load(low_ptr + rows.to(tl.int64) * low_stride + ranks[None, :], of_rank, 0.0)
     inverse = tl.rsqrt(tl.sum(squares, 1) / width + eps)
     # The path is linear: its input gradient times its input is the gradient of its output times that.
     of_path = tl.sum(low_grad.to(tl.float32) * low.to(tl.float32), 1)
