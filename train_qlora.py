@@ -212,7 +212,13 @@ def choose_layout(model, args, training_args, begun_with: dict | None):
         longest=args.max_seq_length,
         optimizer_bytes=optimizer_bytes(training_args.optim, on_card=True),
         packing=args.packing and asked["tokens"] != PADDED,
+        samples=samples_of_rank(training_args),
     )
+
+
+def samples_of_rank(training_args) -> int:
+    """Samples of an update on one rank."""
+    return training_args.train_batch_size * training_args.gradient_accumulation_steps
 
 
 def make_callbacks(args, picture: Path) -> list:
@@ -284,7 +290,7 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
     """Print a run's settings, one sample, the estimated memory, and the number of updates. Nothing is trained."""
     from component.data.dataset import DATA_FORMATS
     from component.data.load import load_datasets
-    from component.kernel.memory import optimizer_bytes, table
+    from component.kernel.memory import list_plans, optimizer_bytes, possible_plans, table
     from component.kernel.model import PackedForward
     from component.model import sketch_model
     from component.run.ranks import on_rank_zero
@@ -302,8 +308,12 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
     forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.packing and args.fused_layers)
     if forward.layers:
         tokens = args.packing_length or max(8192, args.max_seq_length)
-        print(table(forward, tokens, optimizer_bytes(training_args.optim, on_card=True)))
-        print(f"{explain_memory(args.activation_checkpointing)}\n")
+        on_card, checkpointing = optimizer_bytes(training_args.optim, on_card=True), args.activation_checkpointing
+        print(table(forward, tokens, on_card))
+        print(explain_memory(checkpointing))
+        samples = samples_of_rank(training_args)
+        plans = possible_plans(args.packing_length, checkpointing, args.max_seq_length, samples)
+        print(f"{list_plans(forward, plans, on_card)}\n")
     rows = None if args.streaming else len(train_dataset)
     print(f"{describe_update(training_args)}\n{describe_schedule(rows, training_args)}")
     print(f"{count_steps(rows, training_args)} steps. No weights were loaded.")

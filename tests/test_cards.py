@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from component.kernel.memory import GIB, PLANS, SPARE, Plan, estimate, fixed_bytes, optimizer_bytes
+from component.kernel.memory import GIB, SPARE, estimate, fixed_bytes, optimizer_bytes, possible_plans
 from component.kernel.model import PackedForward
 from component.model import sketch_model
 from component.settings.schema import QLoRAArguments
@@ -56,13 +56,14 @@ def test_the_table_of_cards_says_what_the_estimate_chooses(at, bits, tmp_path):
     english = rows_of_cards("docs/speed.md", bits)
     chinese = rows_of_cards("README_zh.md") if bits == 4 else english
     assert list(english) == list(chinese) == ([8, 12, 16, 24, 48, 80] if bits == 4 else [16, 24, 48, 80])
+    plans = possible_plans(None, "auto", longest=1024, samples=16)
     for card, cells in english.items():
-        sizes = {plan: estimate(forward.layers, forward.vocab, fixed, Plan(*plan)) / GIB for plan in PLANS}
+        sizes = {plan: estimate(forward.layers, forward.vocab, fixed, plan) / GIB for plan in plans}
         fitting = [plan for plan, size in sizes.items() if size < SPARE * (card - TAKEN)]
         expected = "–"
         if fitting:
-            (tokens, kept) = fitting[0]
-            expected = f"`{kept}`, {tokens}: {sizes[fitting[0]]:.1f}"
+            plan = fitting[0]
+            expected = f"`{plan.checkpointing}`, {plan.tokens}{'+' * plan.keeps_weights}: {sizes[plan]:.1f}"
         assert cells[at] == chinese[card][at] == expected, card
 
 

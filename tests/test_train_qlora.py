@@ -263,6 +263,7 @@ def test_a_dry_run_shows_the_sample_and_the_steps_and_loads_no_weights(job, chec
     assert f"{update}\n{length} straight line to 0 (linear)\n6 steps. No weights were loaded." in shown
     assert "GPU memory by estimate, in GiB, with rows of 8,192 tokens: none " in shown
     assert "value of activation_checkpointing, the fastest first; auto takes the first that fits" in shown
+    assert re.search(r"A run takes .*\n +0\.\d  rows of [\d,]+ tokens, activation_checkpointing none, weights kept", shown)
     settings = re.search(r"Settings; .*:\n((?:  .*\n)+)", shown)[1].splitlines()
     given = ["model_name_or_path", "train_file", "output_dir"]
     given += ["disable_tqdm", "learning_rate", "logging_steps", "lora_dropout", "lora_rank", "num_train_epochs"]

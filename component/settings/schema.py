@@ -108,8 +108,9 @@ class QLoRAArguments:
     )
     packing_length: int | None = setting(
         None,
-        "Length of a packed row in tokens, at least max_seq_length. Default: 8192, or less if the card's memory asks "
-        "for it; 2048 without fused layers.",
+        "Length of a packed row in tokens, at least max_seq_length. Default: up to 32768, by the card's memory and the "
+        "samples of an update, with 4-bit weights kept unpacked if there is much room; 8192 without a card, 2048 "
+        "without fused layers.",
         lambda value: value is None or value > 0,
         "a positive integer",
     )

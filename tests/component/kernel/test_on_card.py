@@ -132,7 +132,7 @@ def test_a_plan_is_proven_and_leaves_nothing_behind():
     forward = PackedForward(model, 512)
     state = torch.get_rng_state()
     plan = choose_plan(forward, None, "auto", 512, 0)
-    assert (plan.tokens, plan.checkpointing) == (8192, "none")
+    assert (plan.tokens, plan.checkpointing, plan.keeps_weights) == (32768, "none", True)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(weight.grad is None for weight in model.parameters())
 
