@@ -96,6 +96,7 @@ def load_model(args: QLoRAArguments, training_args: TrainingArguments) -> PreTra
     dtype = getattr(torch, args.compute_dtype)
     model = load_base(args.model_name_or_path, args.base_bits, dtype, training_args.device)
     model.config.use_cache = False  # training does not use the cache of generation
+    warn_of_length(model, args)
     return model
 
 
@@ -150,6 +151,7 @@ def sketch_model(args: QLoRAArguments) -> PeftModel:
                 four_bits = Linear4bit(layer.in_features, layer.out_features, bias=False)
                 four_bits.bias = layer.bias
                 base.set_submodule(name, four_bits)
+        warn_of_length(base, args)
         return attach_lora(base, args)
 
 
@@ -158,6 +160,16 @@ def sketch_base(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> PreTr
     config = from_pretrained(AutoConfig, name_or_path)
     with faults_of(name_or_path), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def warn_of_length(base: PreTrainedModel, args: QLoRAArguments) -> None:
+    """Warn of samples that may be longer than any text that the base was made for."""
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if positions and args.max_seq_length > positions:
+        logger.warning(
+            f"max_seq_length is {args.max_seq_length:,}, and {args.model_name_or_path} was made for {positions:,} "
+            "tokens: beyond them it has learned nothing; lower max_seq_length, or take a base for longer texts"
+        )
 
 
 def warn_of_cpu(args: QLoRAArguments) -> None:

@@ -263,7 +263,9 @@ def test_a_dry_run_shows_the_sample_and_the_steps_and_loads_no_weights(job, chec
     assert f"{update}\n{length} straight line to 0 (linear)\n6 steps. No weights were loaded." in shown
     assert "GPU memory by estimate, in GiB, with rows of 8,192 tokens: none " in shown
     assert "value of activation_checkpointing, the fastest first; auto takes the first that fits" in shown
-    assert re.search(r"A run takes .*\n +0\.\d  rows of [\d,]+ tokens, activation_checkpointing none, weights kept", shown)
+    assert re.search(
+        r"A run takes .*\n +0\.\d  rows of [\d,]+ tokens, activation_checkpointing none, weights kept", shown
+    )
     settings = re.search(r"Settings; .*:\n((?:  .*\n)+)", shown)[1].splitlines()
     given = ["model_name_or_path", "train_file", "output_dir"]
     given += ["disable_tqdm", "learning_rate", "logging_steps", "lora_dropout", "lora_rank", "num_train_epochs"]
@@ -377,12 +379,13 @@ def test_bad_lines_and_no_lines_stop_before_the_model_loads(job, tmp_path, capsy
 
 
 def test_a_card_that_is_too_small_ends_with_exit_code_2_and_the_remedies(job, capsys, monkeypatch):
-    def refuse(*args, **kwargs):
+    def refuse(*args, samples, **kwargs):
+        assert samples == 4 * 3, "of an update on one rank, as no row is longer than they are"
         raise memory.DoesNotFit("rows of 8,192 tokens need about 9.0 GiB: lower packing_length")
 
     monkeypatch.setattr(memory, "choose_plan", refuse)
     with pytest.raises(SystemExit) as stop:
-        job()
+        job(gradient_accumulation_steps=3)
     assert stop.value.code == 2
     assert "need about 9.0 GiB: lower packing_length" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """What is said of a machine and a model before anything is loaded."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -7,8 +8,18 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from component.model import check_bits, find_linear_layers, find_stops, four_bit, load_base, sketch_base, warn_of_cpu
+from component.model import (
+    check_bits,
+    find_linear_layers,
+    find_stops,
+    four_bit,
+    load_base,
+    sketch_base,
+    sketch_model,
+    warn_of_cpu,
+)
 from component.run.errors import ArgumentError, DoesNotFit
+from component.settings.schema import QLoRAArguments
 from component.train.progress import ProgressReport
 
 QWEN = {"model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36}
@@ -35,6 +46,17 @@ def test_a_model_of_billions_without_cuda_is_warned_of(configured, monkeypatch, 
     assert len(log) == (not has_cuda), "a small one is not"
     warn_of_cpu(configured(bits=16))
     assert ["in float32, a base of 16 bits takes 12 GB" in line for line in log] == [False, True] * (not has_cuda)
+
+
+def test_samples_longer_than_the_base_was_made_for_are_warned_of(configured, log):
+    args = QLoRAArguments(configured(max_position_embeddings=32_768).model_name_or_path, "x", max_seq_length=32_768)
+    sketch_model(args)
+    assert not [line for line in log if "was made for" in line]
+    args = dataclasses.replace(args, max_seq_length=40_000)
+    sketch_model(args)
+    (line,) = [line for line in log if "was made for" in line]
+    assert "max_seq_length is 40,000, and " in line
+    assert " was made for 32,768 tokens: beyond them it has learned nothing; lower max_seq_length" in line
 
 
 @pytest.mark.parametrize("bits", [4, 16])

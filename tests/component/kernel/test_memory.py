@@ -238,6 +238,15 @@ def test_kept_weights_take_two_bytes_a_value_and_nothing_is_unpacked_beside_them
     assert kept - unpacked == 2 * (28 * (203_948_032 + 4_235_264) - 27_392 * 4_096)
 
 
+def test_what_layers_keep_grows_with_the_length_of_a_row(tmp_path):
+    """28 layers keep 64 values of a token between the halves of `down`'s low-rank path, and all but `offload` 4,096 of
+    their input; a layer's backward needs 69,632 more, and twice its input where that comes from the host."""
+    forward = sketch_chatglm3(tmp_path, 4)
+    for kept, values in (("offload", 28 * 64 + 2 * 4096 + 74_624), ("full", 28 * (4096 + 64) + 74_624)):
+        short, long = (estimate(forward.layers, 65_024, 0, Plan(tokens, kept)) for tokens in (65_536, 131_072))
+        assert long - short == 2 * 65_536 * values, kept
+
+
 def test_what_is_counted_for_kept_weights_is_what_is_kept(bits):
     forward = PackedForward(make_model("qwen2", bits=bits, rank=16), 64)
     forward.use("none", keeps_weights=True)
