@@ -79,7 +79,8 @@ def estimate(layers: list[Layer], vocab: int, fixed: int, plan: Plan) -> int:
     widest = 0 if plan.keeps_weights else max(unpacked, default=0)  # a plain base is used as it lies
     weights = sum(map(kept_elements, layer.projections)) if plan.keeps_weights else 0
     backward = plan.tokens * (again[plan.checkpointing] + intermediate + 5 * hidden) + widest
-    head = max(2 * LOGITS + plan.tokens * 3 * hidden, plan.tokens * 6 * hidden)  # forward; backward, all learned
+    logits = min(2 * LOGITS, plan.tokens * vocab)  # one piece is still there when the next is made
+    head = logits + plan.tokens * 3 * hidden  # its backward needs 6 * hidden, which is less than a layer's
     layers_keep = (plan.tokens * kept[plan.checkpointing] + weights) * len(layers)
     return fixed + (layers_keep + max(backward, head)) * size
 

@@ -256,7 +256,8 @@ def test_what_is_counted_for_kept_weights_is_what_is_kept(bits):
         storages.pop(part.kept.ups.data_ptr() if part.room else None, None)  # columns of the weight
         storages.pop(part.plain.data_ptr() if part.plain is not None else None, None)  # the base's own
     one, other = (estimate(forward.layers, forward.vocab, 0, Plan(8192, "none", keeps)) for keeps in (True, False))
-    assert one - other == sum(storages.values()), "a head's logits are more here than a weight that is unpacked"
+    widest = 4 * 2 * 96 * 64 if bits == 4 else 0  # values of 4 bytes, which need not be unpacked any more
+    assert one - other == sum(storages.values()) - widest
 
 
 def test_an_input_on_the_host_takes_a_power_of_two(tmp_path):
