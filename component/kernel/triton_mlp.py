@@ -18,7 +18,7 @@ from .triton_low_rank import (
 
 LOW = Blocks(32, 128, 4, 3)
 BACKWARD = Blocks(32, 64, 4, 3)
-WIDE_BACKWARD = Blocks(128, 32, 8, 1)
+WIDE_BACKWARD = Blocks(64, 32, 8, 1)
 PROGRAMS = 1712  # that share the backward of a row
 
 

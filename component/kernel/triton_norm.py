@@ -7,8 +7,8 @@ import triton.language as tl
 from .plain import empty_beside, empty_with_room, threshold
 from .triton_low_rank import Blocks, block_of, fits, kept, lora_down_, lora_input_grad_
 
-LOW = Blocks(16, 128, 4, 3)  # few tokens at a time, so that what is read twice is still in the card's cache
-BACKWARD = Blocks(16, 128, 4, 3)
+LOW = Blocks(16, 128, 8, 3)  # few tokens at a time, so that what is read twice is still in the card's cache
+BACKWARD = Blocks(16, 128, 8, 3)
 
 
 def rms_norm(
@@ -186,13 +186,13 @@ def rms_norm_low_backward_kernel(
         weight = tl.load(weight_ptr + columns, columns < width, 0.0).to(tl.float32)
         squares += x * x
         products += x * weight * tl.load(grad_ptr + lines + columns, inside, 0.0).to(tl.float32)
-    of_rank = (rows < tokens) & (ranks[None, :] < rank)
-    low_grad = tl.load(low_grad_ptr + rows.to(tl.int64) * low_grad_stride + ranks[None, :], of_rank, 0.0)
-    low = tl.load(low_ptr + rows.to(tl.int64) * low_stride + ranks[None, :], of_rank, 0.0)
+    of_path = (rows < tokens) & (ranks[None, :] < rank)
+    low_grad = tl.load(low_grad_ptr + rows.to(tl.int64) * low_grad_stride + ranks[None, :], of_path, 0.0)
+    low = tl.load(low_ptr + rows.to(tl.int64) * low_stride + ranks[None, :], of_path, 0.0)
     inverse = tl.rsqrt(tl.sum(squares, 1) / width + eps)
     # The path is linear: its input gradient times its input is the gradient of its output times that.
-    of_path = tl.sum(low_grad.to(tl.float32) * low.to(tl.float32), 1)
-    mean = ((tl.sum(products, 1) * inverse + of_path) / width)[:, None]
+    product = tl.sum(low_grad.to(tl.float32) * low.to(tl.float32), 1)
+    mean = ((tl.sum(products, 1) * inverse + product) / width)[:, None]
     inverse = inverse[:, None]
     if DROPS:
         seed = tl.load(seed_ptr)
