@@ -126,14 +126,10 @@ class FrozenProjection:
         base.room, base.downs, base.paths = 0, None, []
         return base
 
-    def rms_norm(self, x, weight, eps, seeds: None, update=None) -> tuple[torch.Tensor, None, torch.Tensor]:
-        normed, total = self.ops.rms_norm(x, weight, eps, update, self.room)
-        return normed, None, total
-
     def swiglu(self, gate_up: torch.Tensor, seeds: None) -> tuple[torch.Tensor, None]:
         return self.ops.swiglu(gate_up, self.room), None
 
-    def forward(self, x: torch.Tensor, low: None, seeds: None) -> tuple[torch.Tensor, None]:
+    def forward(self, x: torch.Tensor, seeds: None, low: None = None) -> tuple[torch.Tensor, None]:
         """(output (tokens, width), None), rounded as Projection.forward rounds."""
         if self.room:
             wide = x.as_strided((len(x), self.weight.shape[1]), (x.stride(0), 1))

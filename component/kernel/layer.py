@@ -73,7 +73,8 @@ class Layer:
     def forward(self, hidden: torch.Tensor, row: RowContext) -> tuple[torch.Tensor, Activations]:
         """(the layer's output (tokens, hidden_size), what a backward needs)."""
         kept = self.up_to_gate(hidden, row)
-        out, low = self.down.forward(*self.down.swiglu(kept.gate_up, row.seeds), row.seeds)
+        activated, low = self.down.swiglu(kept.gate_up, row.seeds)
+        out, low = self.down.forward(activated, row.seeds, low)
         kept.low += (low,)
         return out.add_(kept.middle), kept
 
@@ -97,15 +98,15 @@ class Layer:
             kept = self.up_to_gate(kept.hidden, row)
             kept.low += low_down
         elif kept.gate_up is None:
-            normed, low, _ = self.gate_up.rms_norm(kept.middle, self.second_norm, self.eps, row.seeds)
-            kept.gate_up, _ = self.gate_up.forward(normed, low, row.seeds)
+            normed, _ = self.ops.rms_norm(kept.middle, self.second_norm, self.eps, room=self.gate_up.room)
+            kept.gate_up, _ = self.gate_up.forward(normed, row.seeds)
         return kept
 
     def up_to_gate(self, hidden: torch.Tensor, row: RowContext) -> Activations:
         """Run the layer as far as a backward needs it: without SwiGLU and the `down` projection."""
         ops = self.ops
-        normed, low, _ = self.qkv.rms_norm(hidden, self.norm, self.eps, row.seeds)
-        qkv, low_qkv = self.qkv.forward(normed, low, row.seeds)
+        normed, _ = ops.rms_norm(hidden, self.norm, self.eps, room=self.qkv.room)
+        qkv, low_qkv = self.qkv.forward(normed, row.seeds)
         qkv = qkv.unflatten(1, (-1, self.head_dim))
         turned = qkv[:, : self.heads + self.groups]
         raw = turned.clone() if self.head_norms else None
@@ -114,10 +115,10 @@ class Layer:
                 part.copy_(ops.rms_norm(part.reshape(-1, self.head_dim), weight, self.eps)[0].view_as(part))
         ops.rotate_(turned, row.cos, row.sin, interleaved=self.interleaved)
         context, saved = self.attention.forward(*self.split_heads(qkv), row.bounds, self.scaling, self.out.room)
-        attended, low_out = self.out.forward(context, None, row.seeds)
+        attended, low_out = self.out.forward(context, row.seeds)
 
-        normed, low, middle = self.gate_up.rms_norm(hidden, self.second_norm, self.eps, row.seeds, attended)
-        gate_up, low_gate_up = self.gate_up.forward(normed, low, row.seeds)
+        normed, middle = ops.rms_norm(hidden, self.second_norm, self.eps, attended, self.gate_up.room)
+        gate_up, low_gate_up = self.gate_up.forward(normed, row.seeds)
         return Activations(hidden, raw, qkv, context, saved, middle, gate_up, (low_qkv, low_out, low_gate_up))
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -128,16 +129,16 @@ class Layer:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """(gradient of the layer's input, gradients of `adapters`). The first layer's input, which is a frozen
         embedding, has no gradient. `kept.gate_up` is overwritten."""
-        ops, seeds, gate_up = self.ops, row.seeds, kept.gate_up
+        ops, seeds = self.ops, row.seeds
+        gate_up, kept.gate_up = kept.gate_up, None
         low_qkv, low_out, low_gate_up, low_down = kept.low
         inner, low_grad = self.down.input_grad(grad)
         downs, ups = self.down.swiglu_backward_(inner, gate_up, low_grad, self.gate_up.by_path(low_gate_up), seeds)
         down_grads = self.down.adapter_grads(downs, self.down.up_grads(grad, low_down))
 
         inner, low_grad = self.gate_up.input_grad(gate_up)
-        middle_grad, normed = self.gate_up.rms_norm_backward(
-            inner, kept.middle, self.second_norm, self.eps, grad, low_grad, low_gate_up, seeds
-        )
+        self.gate_up.add_low_rank_(inner, low_grad, seeds)
+        middle_grad, normed = ops.rms_norm_backward(inner, kept.middle, self.second_norm, self.eps, grad)
         downs = self.gate_up.down_grads(low_grad, normed, seeds)
         gate_up_grads = self.gate_up.adapter_grads(downs, ups)
         del gate_up, inner, normed
@@ -161,9 +162,8 @@ class Layer:
         qkv_grad = qkv_grad.flatten(1)
         if self.number:
             inner, low_grad = self.qkv.input_grad(qkv_grad)
-            hidden_grad, normed = self.qkv.rms_norm_backward(
-                inner, kept.hidden, self.norm, self.eps, middle_grad, low_grad, low_qkv, seeds
-            )
+            self.qkv.add_low_rank_(inner, low_grad, seeds)
+            hidden_grad, normed = ops.rms_norm_backward(inner, kept.hidden, self.norm, self.eps, middle_grad)
         else:
             hidden_grad, low_grad = None, self.qkv.low_grad(qkv_grad)
             normed, _ = ops.rms_norm(kept.hidden, self.norm, self.eps)

@@ -55,41 +55,6 @@ def rms_norm_backward(
     return inner.to(x.dtype), (normed * weight.float()).to(x.dtype)
 
 
-def rms_norm_low(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    update: torch.Tensor | None,
-    room: int,
-    down: torch.Tensor,
-    dropout: float,
-    seed: torch.Tensor | int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rms_norm's outputs, and dropout(the norm) @ down.T (tokens, rank), which lies in the room if it fills that."""
-    normed, total = rms_norm(x, weight, eps, update, room)
-    return normed, total, lora_down_(empty_beside(normed, len(down)), normed, down, dropout, seed)
-
-
-def rms_norm_low_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None,
-    low_grad: torch.Tensor,
-    low: torch.Tensor,
-    down: torch.Tensor,
-    dropout: float,
-    seed: torch.Tensor | int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm_backward where a low-rank path also reads the norm: `grad` is of the norm through the base alone.
-
-    `low` (tokens, rank) is what the path held between its halves, and `low_grad` its gradient. Kernels use `low`;
-    `grad` is used up.
-    """
-    return rms_norm_backward(lora_input_grad_(grad, low_grad, down, dropout, seed), x, weight, eps, residual)
-
-
 def normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.float()
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)

@@ -111,21 +111,6 @@ class Projection:
             return self.kept.downs
         return joined([path.down.detach().to(self.dtype) for path in self.paths])
 
-    def rms_norm(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        seeds: torch.Tensor | None,
-        update: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(norm of x + update, `low` of it, x + update): this projection's input, with `room` spare columns."""
-        if not self.paths:
-            normed, total = self.ops.rms_norm(x, weight, eps, update, self.room)
-            return normed, None, total
-        normed, total, low = self.ops.rms_norm_low(x, weight, eps, update, self.room, self.down(), *self.drop(seeds))
-        return normed, low, total
-
     def swiglu(self, gate_up: torch.Tensor, seeds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(SwiGLU of gate_up, `low` of it): this projection's input, with `room` spare columns."""
         if not self.paths:
@@ -133,7 +118,7 @@ class Projection:
         return self.ops.swiglu_low(gate_up, self.room, self.down(), *self.drop(seeds))
 
     def forward(
-        self, x: torch.Tensor, low: torch.Tensor | None, seeds: torch.Tensor | None
+        self, x: torch.Tensor, seeds: torch.Tensor | None, low: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(output (tokens, width), what the low-rank paths hold between their halves (tokens, rank)).
 
@@ -142,8 +127,8 @@ class Projection:
         to the update, and so in both cases the sum is rounded once: a small update is not lost in a rounded output.
 
         Args:
-            low: `low` of the input, in its spare columns if it has any; None to have it computed.
             seeds: of the row's dropout masks, by `number`; None for no dropout.
+            low: `low` of the input, if it is there already; in the spare columns, if there are any.
         """
         low = self.low(x, seeds) if low is None else low
         if self.plain is not None and self.paths:
@@ -217,24 +202,6 @@ class Projection:
         """Add the low-rank paths' part to a gradient of the input."""
         if self.paths:
             self.ops.lora_input_grad_(grad, low_grad, self.down(), *self.drop(seeds))
-
-    def rms_norm_backward(
-        self,
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        residual: torch.Tensor,
-        low_grad: torch.Tensor | None,
-        low: torch.Tensor | None,
-        seeds: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(gradient of the norm's input plus `residual`, the norm's output), from `grad` through the bases alone."""
-        if not self.paths:
-            return self.ops.rms_norm_backward(grad, x, weight, eps, residual)
-        return self.ops.rms_norm_low_backward(
-            grad, x, weight, eps, residual, low_grad, low, self.down(), *self.drop(seeds)
-        )
 
     def swiglu_backward_(
         self,

@@ -15,7 +15,7 @@ from . import plain
 from .plain import matmul_float32
 from .triton_low_rank import BLOCK, lora_down_, lora_down_grad, lora_input_grad_
 from .triton_mlp import swiglu, swiglu_backward_, swiglu_low
-from .triton_norm import rms_norm, rms_norm_backward, rms_norm_low, rms_norm_low_backward
+from .triton_norm import rms_norm, rms_norm_backward
 
 __all__ = [
     "copier",
@@ -27,8 +27,6 @@ __all__ = [
     "matmul_float32",
     "rms_norm",
     "rms_norm_backward",
-    "rms_norm_low",
-    "rms_norm_low_backward",
     "rotate_",
     "swiglu",
     "swiglu_backward_",

@@ -40,9 +40,7 @@ def card(monkeypatch):
         monkeypatch.setattr(type(forward.model), "device", property(lambda self: device))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gib * 2**30), 0))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-        monkeypatch.setattr(
-            forward, "use", lambda kept, keeps=False, tokens=0: probed.append(kept + "+" * keeps)
-        )
+        monkeypatch.setattr(forward, "use", lambda kept, keeps=False, tokens=0: probed.append(kept + "+" * keeps))
         monkeypatch.setattr(forward, "probe", lambda tokens, beside: tokens <= longest)
         return forward, probed
 

@@ -24,12 +24,12 @@ def test_an_update_below_the_rounding_of_half_precision_arrives(bits):
     x = empty_with_room(*x.shape, projection.room, x).copy_(x)
     with torch.no_grad():
         path.up.zero_()
-        without, _ = projection.forward(x, None, None)
+        without, _ = projection.forward(x, None)
         path.up.normal_()
         update = x.double() @ projection.down().double().t() @ path.up.double().t() * path.scaling
         small = 3e-4 * without.double().std() / update.std()
         path.up.mul_(small)
-        output, _ = projection.forward(x, None, None)
+        output, _ = projection.forward(x, None)
     assert share_that_arrives(output, without, small * update) == pytest.approx(1, abs=0.2)
     assert share_that_arrives(without + (small * update).bfloat16(), without, small * update) < 0.5
 

@@ -126,32 +126,3 @@ def test_swiglu_low(dropout, rank, room, dtype):
     for ours, theirs in zip((activated, low), plain.swiglu_low(*inputs), strict=True):
         assert ours.stride() == theirs.stride()
         assert_close(ours, theirs, 1e-5 if dtype == torch.float32 else 3e-3)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("rank", [8, 64, 200])
-@pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("width", [96, 136, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_rms_norm_low(dropout, rank, adds, width, dtype):
-    x, weight, down = (draw(*shape, dtype=dtype, spare=0) for shape in ((70, width), (width,), (rank, width)))
-    update = draw(70, width, dtype=dtype, spare=0) if adds else None
-    inputs = x, weight, 1e-5, update, rank * adds, down, dropout, SEED
-    for ours, theirs in zip(triton_kernels.rms_norm_low(*inputs), plain.rms_norm_low(*inputs), strict=True):
-        assert ours.stride() == theirs.stride()
-        assert_close(ours, theirs, 1e-5 if dtype == torch.float32 else 3e-3)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("rank", [8, 64, 200])
-@pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("width", [96, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_rms_norm_low_backward(dropout, rank, adds, width, dtype):
-    shapes = (70, width), (70, width), (width,), (70, width), (70, rank), (rank, width)
-    grad, x, weight, residual, low_grad, down = (draw(*shape, dtype=dtype, spare=0) for shape in shapes)
-    _, _, low = plain.rms_norm_low(x, weight, 1e-5, None, rank, down, dropout, SEED)
-    inputs = x, weight, 1e-5, residual if adds else None, low_grad, low, down, dropout, SEED
-    ours, theirs = (ops.rms_norm_low_backward(grad.clone(), *inputs) for ops in (triton_kernels, plain))
-    for one, other in zip(ours, theirs, strict=True):
-        assert_close(one, other, 1e-5 if dtype == torch.float32 else 3e-3)
