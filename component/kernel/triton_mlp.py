@@ -168,15 +168,12 @@ def swiglu_backward_kernel(
     if DROPS:
         seed = tl.load(seed_ptr)
     if RANK:
-        ranks = tl.arange(0, RANK)
-        down_inside = (ranks[:, None] < rank) & (columns < width)
-        down = tl.load(down_ptr + ranks[:, None] * width + columns, down_inside, 0.0)
+        ranks = tl.arange(0, RANK)[:, None]
+        down = tl.load(down_ptr + ranks * width + columns, (ranks < rank) & (columns < width), 0.0)
         down_total = tl.zeros((RANK, WIDTH), tl.float32)
     if GATE_RANK:
-        gate_ranks = tl.arange(0, GATE_RANK)
         gate_total = tl.zeros((GATE_RANK, WIDTH), tl.float32)
     if UP_RANK:
-        up_ranks = tl.arange(0, UP_RANK)
         up_total = tl.zeros((UP_RANK, WIDTH), tl.float32)
     for start in range(first, last, TOKENS):
         rows = start + tl.arange(0, TOKENS)[:, None]
@@ -184,10 +181,9 @@ def swiglu_backward_kernel(
         gates = gate_up_ptr + rows.to(tl.int64) * 2 * width + columns
         grad = tl.load(grad_ptr + rows.to(tl.int64) * grad_stride + columns, inside, 0.0)
         gate, up = tl.load(gates, inside, 0.0), tl.load(gates + width, inside, 0.0)
-        half = gate.dtype
         wide, up, grad = gate.to(tl.float32), up.to(tl.float32), grad.to(tl.float32)
         if RANK:
-            low_grad = load_rows(low_grad_ptr, rows, ranks[None, :], low_grad_stride, last, rank)
+            low_grad = load_rows(low_grad_ptr, rows, low_grad_stride, last, rank, RANK)
             through_down = tl.dot(low_grad, down)
             # Beyond the last row all are zeros. This gives what follows the layout of a product's result at once; else
             # it would be brought from the layout of loads into that in the midst, in float32.
@@ -195,32 +191,29 @@ def swiglu_backward_kernel(
         sigmoid = logistic(wide)
         activated = wide * sigmoid
         if RANK:
-            whole = activated * up
-            factor = scale
+            whole, factor = activated * up, scale
             if DROPS:
                 keeps = kept(rows, columns, width, seed, limit)
                 whole, factor = tl.where(keeps, whole, 0.0), tl.where(keeps, scale, 0.0)
             grad += through_down * factor
-            down_total = tl.dot(tl.trans(low_grad), whole.to(half), down_total)
-        up_grad = (grad * activated).to(half)
-        gate_grad = (grad * up * (sigmoid + activated * (1 - sigmoid))).to(half)
+            down_total = tl.dot(tl.trans(low_grad), whole.to(gate.dtype), down_total)
+        up_grad = (grad * activated).to(gate.dtype)
+        gate_grad = (grad * up * (sigmoid + activated * (1 - sigmoid))).to(gate.dtype)
         tl.store(gates + width, up_grad, inside)
         tl.store(gates, gate_grad, inside)
         if GATE_RANK:
-            gate_low = load_rows(gate_low_ptr, rows, gate_ranks[None, :], gate_low_stride, last, gate_rank)
+            gate_low = load_rows(gate_low_ptr, rows, gate_low_stride, last, gate_rank, GATE_RANK)
             gate_total = tl.dot(tl.trans(gate_low), gate_grad, gate_total)
         if UP_RANK:
-            up_low = gate_low if SAME else load_rows(up_low_ptr, rows, up_ranks[None, :], up_low_stride, last, up_rank)
+            up_low = gate_low if SAME else load_rows(up_low_ptr, rows, up_low_stride, last, up_rank, UP_RANK)
             up_total = tl.dot(tl.trans(up_low), up_grad, up_total)
     sums = sums_ptr + tl.program_id(1).to(tl.int64) * (rank + gate_rank + up_rank) * width
     if RANK:
-        tl.store(sums + ranks[:, None] * width + columns, down_total * scale, down_inside)
-    sums += rank * width
+        tl.store(sums + ranks * width + columns, down_total * scale, (ranks < rank) & (columns < width))
     if GATE_RANK:
-        store_transposed(sums, gate_total, columns, gate_ranks[:, None], width, gate_rank)
-    sums += gate_rank * width
+        store_transposed(sums + rank * width, gate_total, columns, width, gate_rank)
     if UP_RANK:
-        store_transposed(sums, up_total, columns, up_ranks[:, None], width, up_rank)
+        store_transposed(sums + (rank + gate_rank) * width, up_total, columns, width, up_rank)
 
 
 @triton.jit
@@ -231,13 +224,15 @@ def logistic(x):
 
 
 @triton.jit
-def load_rows(ptr, rows, columns, stride, last, width):
+def load_rows(ptr, rows, stride, last, width, WIDTH: tl.constexpr):
+    columns = tl.arange(0, WIDTH)[None, :]
     return tl.load(ptr + rows.to(tl.int64) * stride + columns, (rows < last) & (columns < width), 0.0)
 
 
 @triton.jit
-def store_transposed(ptr, values, columns, rows, width, height):
+def store_transposed(ptr, values, columns, width, height):
     """Store a block of a (height, width) matrix as a block of its transpose, whose rows are dense."""
+    rows = tl.arange(0, values.shape[0])[:, None]
     inside = (rows < height) & (columns < width)
     tl.store(ptr + tl.trans(columns * height + rows), tl.trans(values), tl.trans(inside))
 

@@ -9,7 +9,7 @@ from bitsandbytes.functional import quantize_4bit
 ON_CARD = torch.cuda.is_available()
 if not ON_CARD and "TRITON_INTERPRET" not in os.environ:  # which must be set before anything imports Triton
     pytest.skip("needs a card, or Triton's interpreter: make test-slow", allow_module_level=True)
-from component.kernel import plain, triton_adamw, triton_kernels  # noqa: E402
+from component.kernel import plain, triton_adamw, triton_kernels, triton_low_rank  # noqa: E402
 
 from ..train import plain_adamw  # noqa: E402
 
@@ -105,6 +105,11 @@ def test_copies_of_all_sizes_go_in_one_launch_and_follow_a_source_that_moves(dty
             assert torch.equal(target, (source * factor).to(dtype))
         assert torch.equal(wide[:, :4], beside)
         sources[1].data = draw(40, 96)
+
+
+def test_the_mask_is_that_of_the_plain_operation_where_only_the_lower_half_of_a_hash_decides():
+    ones = torch.ones(512, 1024, device=DEVICE)
+    assert torch.equal(triton_low_rank.masked(ones, 0.7, SEED), plain.masked(ones, 0.7, SEED))
 
 
 def test_cross_entropy(dtype):
