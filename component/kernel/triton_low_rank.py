@@ -19,7 +19,6 @@ class Blocks(NamedTuple):
     width: int
     warps: int
     stages: int
-    registers: int | None = None  # of a thread, at most
 
 
 @triton.jit

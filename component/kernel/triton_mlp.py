@@ -53,7 +53,7 @@ def swiglu_low(
     swiglu_low_kernel[(triton.cdiv(tokens, LOW.tokens),)](
         gate_up, down, activated, low, tokens, width, rank, activated.stride(0), low.stride(0), seed,
         threshold(dropout), 1 / (1 - dropout), dropout > 0, LOW.tokens, LOW.width, block_of(rank),
-        num_warps=LOW.warps, num_stages=LOW.stages, maxnreg=LOW.registers,
+        num_warps=LOW.warps, num_stages=LOW.stages,
     )  # fmt: skip
     return activated, low
 
@@ -111,7 +111,7 @@ def swiglu_backward_(
         grad, gate_up, grad if down is None else down, *read, sums, tokens, width, *ranks,
         grad.stride(0), *(x.stride(0) for x in read), seed, threshold(dropout), 1 / (1 - dropout), share,
         dropout > 0, read[1] is read[2], blocks.tokens, blocks.width, *(rank and block_of(rank) for rank in ranks),
-        num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers,
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     total = sums[0] if parts == 1 else sums.sum(0)
     ups = []

@@ -98,7 +98,7 @@ def test_memory_that_ends_while_weights_are_unpacked_is_a_plan_that_does_not_fit
     forward, _ = card(80)
     told, freed = [], []
 
-    def use(kept, keeps=False):
+    def use(kept, keeps=False, tokens=0):
         told.append(keeps)
         if keeps:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
