@@ -239,16 +239,19 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.MemPool()
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
 
     def __call__(self, *steps: Callable[[], None]) -> tuple[Replay, ...]:
         torch.cuda.empty_cache()  # a pool that grows does not ask for what others have cached
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):  # whose end restores the stream even where a recording fails
-            with torch.cuda.use_mem_pool(self.pool, self.device):
-                for step in steps:
-                    step()
-            return tuple(map(self.record, steps))
+        with torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # whose end restores the stream even where a recording fails
+                with torch.cuda.use_mem_pool(self.pool):
+                    for step in steps:
+                        step()
+                return tuple(map(self.record, steps))
 
     def record(self, step: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
