@@ -309,8 +309,8 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 class Clock(TrainerCallback):
-    """Takes the time at the end of each update, once the device is done with it, and records the kernels of the last
-    one, if the run wants that. Made when the base model is loaded."""
+    """Takes the time at the end of each update, by the device's own clock, so that the host need not wait, and records
+    the kernels of the last update, if the run wants that. Made when the base model is loaded."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -319,28 +319,44 @@ class Clock(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
         self.recorder = Recorder(run.folder / "trace.json") if run.is_recorded else None
         self.recorded: dict | None = None
-        self.started = now(run.device)
-        self.ends: list[float] = []
+        self.times = [Instant(run.device)]
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(now(self.run.device))
-        if self.recorder and len(self.ends) == self.run.steps - 1:
+        self.times.append(Instant(self.run.device))
+        if self.recorder and len(self.times) == self.run.steps:
+            now(self.run.device)
             self.recorder.start()
-        elif self.recorder and len(self.ends) == self.run.steps:
+        elif self.recorder and len(self.times) == self.run.steps + 1:
+            now(self.run.device)
             self.recorded = summarise(self.recorder.stop())
 
     def figures(self) -> dict:
         """Seconds of the first update and of each timed one, from end to end, so that data is part of them; memory; and
         what kernels.summarise says of the recorded update, or None."""
-        begin = self.run.warm_up - 1
-        timed = self.ends[begin : begin + 1 + self.run.updates]
+        now(self.run.device)
+        timed = self.times[self.run.warm_up :][: self.run.updates + 1]
         return {
-            "warmup_seconds": self.ends[0] - self.started,
+            "warmup_seconds": self.times[1] - self.times[0],
             "update_seconds": [end - begin for begin, end in pairwise(timed)],
             "recorded": self.recorded,
             "load_peak_gib": self.load_peak,
             "peak_gib": peak_memory(self.run.device),
         }
+
+
+class Instant:
+    """A time, which on a card is when all work given to it so far is done. The difference of two is in seconds."""
+
+    def __init__(self, device: torch.device):
+        self.time, self.event = time.perf_counter(), None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def __sub__(self, earlier: "Instant") -> float:
+        if self.event is None:
+            return self.time - earlier.time
+        return earlier.event.elapsed_time(self.event) / 1000
 
 
 def count_labels(trainer: Trainer) -> int:

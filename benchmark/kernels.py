@@ -11,7 +11,9 @@ from typing import NamedTuple
 from torch.profiler import ProfilerActivity, profile
 
 WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace; others are annotations and calls of the host
-ATTENTION = re.compile("flash|fmha|sdpa|attention|attn|dot_do_o|convert_dq", re.IGNORECASE)  # cuDNN's helpers are last
+ATTENTION = re.compile(
+    "flash|fmha|sdpa|attention|attn|dot_do_o|convert_dq|qkv_tma", re.IGNORECASE
+)  # cuDNN's helpers are last
 LONGEST = 40  # kernels that are listed by name
 
 

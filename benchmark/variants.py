@@ -179,7 +179,7 @@ def luciole(
     forward = PackedForward(model, run.longest)
     rows = run.rows or rows
     tokens = None if rows == AUTO else max(rows, run.longest)
-    plan = choose_plan(forward, tokens, checkpointing, run.longest, optimizer_bytes=0)
+    plan = choose_plan(forward, tokens, checkpointing, run.longest, optimizer_bytes=0, samples=len(run.samples()))
     trainer = LoRATrainer(
         model=model,
         args=TrainingArguments(**trainer_settings(run)),
@@ -194,7 +194,11 @@ def luciole(
 def describe_plan(forward: PackedForward, plan: Plan) -> dict:
     """The rows of a plan, what it keeps, and its memory by estimate, with the optimizer's state on the host."""
     size = estimate(forward.layers, forward.vocab, fixed_bytes(forward, optimizer_bytes=0), plan)
-    return {"rows": plan.tokens, "kept": plan.checkpointing, "estimate_gib": size / GIB}
+    return {
+        "rows": plan.tokens,
+        "kept": plan.checkpointing + ", weights" * plan.keeps_weights,
+        "estimate_gib": size / GIB,
+    }
 
 
 def count_learned(trainer: LoRATrainer) -> int:
@@ -216,8 +220,8 @@ VARIANTS: dict[str, tuple[str, Callable[[Run], dict]]] = {
     "luciole-offload": ("chatglm3-6b", partial(luciole, checkpointing="offload")),
     "luciole-small": ("chatglm3-6b", partial(luciole, checkpointing="offload", rows=2048)),
     "luciole-auto": ("chatglm3-6b", partial(luciole, checkpointing="auto", rows=AUTO)),
-    "luciole-llama-d05": ("llama-16", luciole),
-    "luciole-llama-d0": ("llama-16", partial(luciole, dropout=0.0)),
+    "luciole-llama-d05": ("llama-16", partial(luciole, checkpointing="auto", rows=AUTO)),
+    "luciole-llama-d0": ("llama-16", partial(luciole, checkpointing="auto", rows=AUTO, dropout=0.0)),
     "seed": ("chatglm3-6b", seed),
     "seed-grouped": ("chatglm3-6b", partial(seed, grouped=True)),
     "plain": ("chatglm3-6b", plain),
