@@ -315,11 +315,14 @@ class Clock(TrainerCallback):
     def __init__(self, run: Run):
         self.run = run
         self.load_peak = peak_memory(run.device)
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        self.forget_memory()
         self.recorder = Recorder(run.folder / "trace.json") if run.is_recorded else None
         self.recorded: dict | None = None
         self.times = [Instant(run.device)]
+
+    def forget_memory(self) -> None:
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.times.append(Instant(self.run.device))

@@ -180,6 +180,7 @@ def luciole(
     rows = run.rows or rows
     tokens = None if rows == AUTO else max(rows, run.longest)
     plan = choose_plan(forward, tokens, checkpointing, run.longest, optimizer_bytes=0, samples=len(run.samples()))
+    clock.forget_memory()  # of plans that were tried
     trainer = LoRATrainer(
         model=model,
         args=TrainingArguments(**trainer_settings(run)),

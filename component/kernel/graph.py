@@ -255,9 +255,15 @@ class Recorder:
 
     def record(self, step: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # In this mode, threads that talk to the card meanwhile, as NCCL's do, are no error.
-        with torch.cuda.graph(graph, self.pool.id, self.stream, capture_error_mode="thread_local"):
-            step()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        state = generator.clone_state()
+        try:
+            # In this mode, threads that talk to the card meanwhile, as NCCL's do, are no error.
+            with torch.cuda.graph(graph, self.pool.id, self.stream, capture_error_mode="thread_local"):
+                step()
+        except BaseException:  # after which the generator would still wait for the recording's end
+            generator.graphsafe_set_state(state)
+            raise
         return graph.replay
 
 

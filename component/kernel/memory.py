@@ -11,6 +11,7 @@ from loguru import logger
 
 from ..run.errors import DoesNotFit
 from .decoder import free_memory
+from .graph import suits
 from .head import LOGITS
 from .layer import CHECKPOINTING, FULL, NONE, OFFLOAD, SELECTIVE, Layer
 from .model import PackedForward
@@ -82,7 +83,10 @@ def estimate(layers: list[Layer], vocab: int, fixed: int, plan: Plan) -> int:
     logits = min(2 * LOGITS, plan.tokens * vocab)  # one piece is still there when the next is made
     head = logits + plan.tokens * 3 * hidden  # its backward needs 6 * hidden, which is less than a layer's
     layers_keep = (plan.tokens * kept[plan.checkpointing] + weights) * len(layers)
-    return fixed + (layers_keep + max(backward, head)) * size
+    # Memory that recorded rows use is theirs alone, so that the head cannot use it after them.
+    together = backward + head if suits(layers, plan.checkpointing, plan.tokens) else max(backward, head)
+    workspace = plan.tokens * layer.out.in_features * layer.attention.workspace
+    return fixed + (layers_keep + together) * size + int(workspace)
 
 
 def kept_elements(part: Projection) -> int:

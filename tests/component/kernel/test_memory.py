@@ -8,6 +8,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from component.chatglm import ChatGLMConfig
 from component.kernel import memory
+from component.kernel.attention import CUDNN
 from component.kernel.layer import CHECKPOINTING
 from component.kernel.memory import (
     Plan,
@@ -256,6 +257,21 @@ def test_what_is_counted_for_kept_weights_is_what_is_kept(bits):
     one, other = (estimate(forward.layers, forward.vocab, 0, Plan(8192, "none", keeps)) for keeps in (True, False))
     widest = 4 * 2 * 96 * 64 if bits == 4 else 0  # values of 4 bytes, which need not be unpacked any more
     assert one - other == sum(storages.values()) - widest
+
+
+def test_an_attention_that_needs_a_workspace_is_counted_with_it(tmp_path):
+    forward = sketch_chatglm3(tmp_path, 4)
+    before = estimate(forward.layers, forward.vocab, 0, Plan(65_536, "full"))
+    forward.layers[0].attention = CUDNN
+    assert estimate(forward.layers, forward.vocab, 0, Plan(65_536, "full")) - before == int(65_536 * 4096 * 5.2)
+
+
+def test_rows_that_are_recorded_share_no_memory_with_the_head(monkeypatch, tmp_path):
+    forward = sketch_chatglm3(tmp_path, 4)
+    before = estimate(forward.layers, forward.vocab, 0, Plan(8192, "none"))
+    monkeypatch.setattr(memory, "suits", lambda layers, checkpointing, tokens: True)
+    more = estimate(forward.layers, forward.vocab, 0, Plan(8192, "none")) - before
+    assert more == 2 * 2**28 + 8192 * 3 * 4096 * 2, "two pieces of logits, and three tensors of hidden size"
 
 
 def test_an_input_on_the_host_takes_a_power_of_two(tmp_path):

@@ -236,6 +236,7 @@ def test_what_cannot_be_recorded_goes_the_eager_way_and_leaves_the_stream(log):
     assert forward.graphs is None
     assert "".join(log).count("no CUDA graphs") == 1
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(3, device=DEVICE).isfinite().all(), "the card's generator does not wait for the recording's end"
 
 
 def test_a_plan_is_proven_with_its_longest_row_recorded():
