@@ -1,6 +1,8 @@
 """bitsandbytes' AdamW with moments of 32 bits, in one kernel over all weights."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import is_not
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +15,16 @@ from ..kernel.model import choose_ops
 from ..run.errors import ArgumentError
 
 MOMENTS = ("state1", "state2")  # bitsandbytes' names of the means of a gradient and of its square
+
+
+class Prepared(NamedTuple):
+    """What a step needs, but for the rate."""
+
+    gradients: list[torch.Tensor | None]  # of all weights
+    tensors: list[tuple[torch.Tensor, ...]]  # (weight, gradient, moments) of those that have a gradient
+    states: list[dict]  # of these weights
+    kinds: list[tuple[int, int]]  # (number of a group, number of the step), in most runs the same for all weights
+    launch: Callable[[list[tuple[float, ...]]], None]  # takes `figures_of` each kind
 
 
 class FusedAdamW(AdamW):
@@ -28,27 +40,45 @@ class FusedAdamW(AdamW):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.paged: list[torch.Tensor] = []
+        self.prepared: Prepared | None = None
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        return [weight.grad for group in self.param_groups for weight in group["params"]]
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Do most of what a step takes the host, milliseconds for many weights, while a card still computes gradients.
+
+        It may be left out. The step takes the gradients' values, and the rate, as they are then.
+        """
+        numbered = [(number, weight) for number, group in enumerate(self.param_groups) for weight in group["params"]]
+        due = [(number, weight) for number, weight in numbered if weight.grad is not None]
+        self.make_moments([weight for _, weight in due if not self.state[weight]])
+        tensors, states, rows, kinds = [], [], [], {}
+        for number, weight in due:
+            state = self.state[weight]
+            if not weight.is_contiguous():
+                weight.data = weight.contiguous()
+            tensors.append((weight, weight.grad.contiguous(), *(state[name] for name in MOMENTS)))
+            states.append(state)
+            rows.append(kinds.setdefault((number, state["step"] + 1), len(kinds)))
+        for piece in self.paged:
+            prefetch_tensor(piece)
+        self.prepared = None
+        if tensors:
+            self.prepared = Prepared(self.gradients(), tensors, states, list(kinds), prepare_launch(tensors, rows))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Change every weight that has a gradient."""
-        due = [(group, weight) for group in self.param_groups for weight in group["params"] if weight.grad is not None]
-        self.make_moments([weight for _, weight in due if not self.state[weight]])
-        tensors, figures, known = [], [], {}
-        for group, weight in due:
-            state = self.state[weight]
+        if self.prepared is None or any(map(is_not, self.prepared.gradients, self.gradients())):
+            self.prepare()
+        prepared, self.prepared = self.prepared, None
+        if prepared is None:
+            return
+        for state in prepared.states:
             state["step"] += 1
-            key = id(group), state["step"]
-            if key not in known:
-                known[key] = figures_of(group, state["step"])
-            if not weight.is_contiguous():
-                weight.data = weight.contiguous()
-            tensors.append((weight, weight.grad.contiguous(), *(state[name] for name in MOMENTS)))
-            figures.append(known[key])
-        for piece in self.paged:
-            prefetch_tensor(piece)
-        if tensors:
-            launch(tensors, figures)
+        prepared.launch([figures_of(self.param_groups[number], step) for number, step in prepared.kinds])
 
     def make_moments(self, weights: list[nn.Parameter]) -> None:
         """Give weights that have no state yet moments of zero."""
@@ -73,6 +103,7 @@ class FusedAdamW(AdamW):
             ArgumentError: the moments have 8 bits.
         """
         super().load_state_dict(state_dict, move_to_device=False)
+        self.prepared = None
         loaded = {weight: state for weight, state in self.state.items() if state}
         if any(state[name].dtype != torch.float32 for state in loaded.values() for name in MOMENTS):
             raise ArgumentError("the optimizer's state was saved by one of 8 bits; set optim to what it was")
@@ -99,10 +130,10 @@ def figures_of(group: dict, step: int) -> tuple[float, ...]:
     return beta1, 1 - beta1, beta2, 1 - beta2, group["eps"] * bias2, rate, decay
 
 
-def launch(tensors: list[tuple[torch.Tensor, ...]], figures: list[tuple[float, ...]]) -> None:
-    from ..kernel.triton_adamw import adamw_
+def prepare_launch(tensors: list[tuple[torch.Tensor, ...]], rows: list[int]) -> Callable:
+    from ..kernel.triton_adamw import prepare_adamw
 
-    adamw_(tensors, figures)
+    return prepare_adamw(tensors, rows)
 
 
 def fused_if_possible(optimizer: type, settings: dict, weights: Iterable[torch.Tensor]) -> type:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
+from operator import attrgetter
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -20,7 +21,7 @@ from ..run.process import Interrupted, SignalWatch
 from ..run.ranks import copy_from_rank_zero, known_to_all, largest_over_ranks, sum_over_ranks, total_over_ranks
 from ..run.resume import FINAL
 from ..settings.optimization import FOLLOWING_EVALUATIONS
-from .adamw import fused_if_possible
+from .adamw import FusedAdamW, fused_if_possible
 from .checkpoint import Checkpoints, Counters
 from .early_stopping import metric_of
 from .health import Health
@@ -102,7 +103,8 @@ class LoRATrainer(Trainer):
         # This prepares half precision alone, without DistributedDataParallel: `agree` sums the gradients.
         self.model = self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.modules = list(self.model.modules())
-        self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        if self.accelerator.scaler is not None:  # without one, accelerate's optimizer adds nothing but its own time
+            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.create_scheduler(num_training_steps=max_steps)
         handler = self.callback_handler
         handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
@@ -155,7 +157,7 @@ class LoRATrainer(Trainer):
             For each of its batches, a float64 scalar: what the batch adds to the update's loss.
         """
         self.watch.deferred = True  # from here on signals wait for `agree`, so that ranks leave together
-        if not all(module.training for module in self.modules):
+        if not all(map(attrgetter("training"), self.modules)):  # in C, as there are thousands
             self.model.train()
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
@@ -178,7 +180,7 @@ class LoRATrainer(Trainer):
     def agree(self, losses: list[torch.Tensor], update: Update) -> tuple[list[torch.Tensor], torch.Tensor, bool]:
         """Sum the gradients over all ranks, and let ranks agree whether all is finite and whether a signal came.
 
-        While a card is still at work on the update, the next one is fetched.
+        While a card is still at work on the update, the next one is fetched and the step is prepared.
 
         Returns:
             The losses and the gradients' norm before they are clipped, on the host, and whether the update may be used.
@@ -189,6 +191,8 @@ class LoRATrainer(Trainer):
         self.updates.fetch()
         self.sum_gradients()
         norm = self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm or math.inf)
+        if isinstance(self.optimizer, FusedAdamW):
+            self.optimizer.prepare()
         *losses, norm = torch.stack([*losses, norm.to(self.args.device, torch.float64)]).cpu()  # waits for the card
         bad_loss, bad_norm = (not math.isfinite(value) for value in (sum(losses), norm))
         self.signal, bad_loss, bad_norm = largest_over_ranks(self.args.device, self.watch.received, bad_loss, bad_norm)

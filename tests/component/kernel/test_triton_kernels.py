@@ -152,7 +152,8 @@ def test_adamw(sizes):
     ours = [tuple(part.abs() if at == 3 else part for at, part in enumerate(draw(4, size))) for size in sizes]
     theirs = [tuple(part.clone() for part in parts) for parts in ours]
     figures = [(0.9 - n / 10, 0.1 + n / 10, 0.99, 0.01, 1e-3, 0.1 * n, 1 - n / 100) for n in range(len(sizes))]
-    triton_adamw.adamw_(ours, figures)
-    plain_adamw.adamw_(theirs, figures)
+    rows = [*range(1, len(sizes)), 0]
+    triton_adamw.prepare_adamw(ours, rows)(figures)
+    plain_adamw.prepare_adamw(theirs, rows)(figures)
     for parts in zip(ours, theirs, strict=True):
         assert_close(*parts)

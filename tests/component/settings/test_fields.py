@@ -127,7 +127,7 @@ SEEN_IN_A_RUN = {
         lambda run: [round(rate, 9) for rate in run.rates],
         [0.0, 0.05, 0.1, 0.1],
     ),
-    "optim": ({"optim": "sgd"}, lambda run: type(run.trainer.optimizer.optimizer), torch.optim.SGD),
+    "optim": ({"optim": "sgd"}, lambda run: type(run.trainer.optimizer), torch.optim.SGD),
     "optim_args": ({"optim": "sgd", "optim_args": "momentum=0.5"}, partial(group, key="momentum"), 0.5),
     "weight_decay": ({"weight_decay": 0.5}, partial(group, key="weight_decay"), 0.5),
     "adam_beta1": ({"adam_beta1": 0.5}, partial(group, key="betas"), (0.5, 0.999)),

@@ -1,6 +1,12 @@
 """AdamW in plain torch, in the place of component.kernel.triton_adamw."""
 
+from collections.abc import Callable, Sequence
+
 import torch
+
+
+def prepare_adamw(tensors: list[tuple[torch.Tensor, ...]], rows: Sequence[int]) -> Callable:
+    return lambda figures: adamw_(tensors, [figures[row] for row in rows])
 
 
 def adamw_(tensors: list[tuple[torch.Tensor, ...]], figures: list[tuple[float, ...]]) -> None:

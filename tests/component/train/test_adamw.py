@@ -22,7 +22,7 @@ RATE, STEPS = 1e-3, 20
 @pytest.fixture
 def in_torch(monkeypatch):
     """Steps of FusedAdamW without a card."""
-    monkeypatch.setattr(adamw, "launch", plain_adamw.adamw_)
+    monkeypatch.setattr(adamw, "prepare_launch", plain_adamw.prepare_adamw)
 
 
 def make_weights(device="cpu", scale=1) -> list[nn.Parameter]:
@@ -124,6 +124,42 @@ def test_strided_gradients_and_views_as_weights(in_torch):
     weight.grad = torch.tensor([[1.0, -1.0], [0.0, 1.0], [-1.0, 0.0]]).t()
     FusedAdamW([weight], lr=0.5, eps=1e-8, weight_decay=0.0).step()
     assert buffer.tolist() == pytest.approx([0, 0, -0.5, 0, 0.5, 0.5, -0.5, 0, 0, 0], rel=1e-6)
+
+
+def test_a_step_that_was_prepared_is_the_same(in_torch):
+    """The rate and the gradients' values are those at the step. Gradients that are new by then are prepared anew, and
+    a step that was left out changes nothing."""
+    ours, theirs = make_weights(), make_weights()
+    one, two = make_optimizer(FusedAdamW, ours), make_optimizer(FusedAdamW, theirs)
+    for number in range(6):
+        for optimizer in (one, two):
+            optimizer.param_groups[0]["lr"] = RATE
+        for weight, other in zip(ours, theirs, strict=True):
+            weight.grad, other.grad = torch.full_like(weight, 1 + number), torch.full_like(weight, 1 + number)
+        one.prepare()
+        if number == 3:  # left out
+            continue
+        if number == 4:
+            ours[2].grad, theirs[2].grad = torch.ones_like(ours[2]), torch.ones_like(theirs[2])
+        if number == 5:
+            ours[1].grad = theirs[1].grad = None
+        for weights, optimizer in ((ours, one), (theirs, two)):
+            optimizer.param_groups[0]["lr"] = 3 * RATE
+            weights[0].grad.mul_(0.1)
+            optimizer.step()
+    assert all(torch.equal(weight, other) for weight, other in zip(ours, theirs, strict=True))
+    assert [one.state[weight]["step"] for weight in ours] == [5, 4, 5, 5]
+
+
+def test_what_was_prepared_before_a_state_is_loaded_is_forgotten(in_torch):
+    weights = make_weights()
+    optimizer = make_optimizer(FusedAdamW, weights)
+    go(optimizer, range(6))
+    saved = deepcopy(optimizer.state_dict())
+    optimizer.prepare()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert [optimizer.state[weight]["step"] for weight in weights] == [7, 2, 7, 7]
 
 
 def test_a_step_without_gradients_changes_nothing(in_torch):
