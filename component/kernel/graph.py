@@ -156,12 +156,13 @@ class RowGraphs:
         self.positions[tokens : size.tokens].zero_()
         self.ends[: len(ends)].copy_(ends)
         places = self.ends[len(ends) : size.samples + 1]  # samples of the greatest length, and empty ones
-        torch.arange(1, len(places) + 1, out=places).mul_(size.longest).add_(tokens).clamp_(max=size.tokens)
+        first, step = tokens + size.longest, size.longest
+        torch.arange(first, first + step * len(places), step, out=places).clamp_(max=size.tokens)
 
     @torch.no_grad()
     def recorded(self, size: Size) -> tuple[Replay, ...]:
         """The replays of forward and backward of a size, which are recorded unless they are there."""
-        addresses = [weight.data_ptr() for weight in self.weights]
+        addresses = list(map(torch.Tensor.data_ptr, self.weights))
         if addresses != self.addresses:
             self.addresses, self.replays = addresses, {}
         if size not in self.replays:

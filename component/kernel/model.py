@@ -172,8 +172,9 @@ class PackedForward:
     def draw_seeds(self) -> torch.Tensor:
         """A seed for the dropout mask of each projection, all from one random number of the host."""
         number = int(torch.randint(1 << 31, ()))
-        numbers = torch.arange(4 * len(self.layers), device=self.model.device)
-        return numbers.mul_(0x9E3779B9).add_(number).bitwise_and_(0xFFFFFFFF)
+        step = 0x9E3779B9
+        seeds = torch.arange(number, number + step * 4 * len(self.layers), step, device=self.model.device)
+        return seeds.bitwise_and_(0xFFFFFFFF)
 
     def head_loss(self, hidden, learned, targets) -> torch.Tensor:
         norm, eps = norm_of(final_norm(self.model))

@@ -70,9 +70,10 @@ def dequantize_kernel(
 def copier(copies: list[tuple[torch.Tensor, torch.Tensor, float]]) -> Callable[[], None]:
     """One launch for all of them, by a table that is made again when an address has changed."""
     table: list = []
+    sources = [source for source, *_ in copies]
 
     def copy() -> None:
-        places = [source.data_ptr() for source, *_ in copies]
+        places = list(map(torch.Tensor.data_ptr, sources))
         if not table or table[0] != places:
             table[:] = places, *copy_table(copies)
         _, blocks, numbers, factors = table
