@@ -25,3 +25,11 @@ def test_every_projection_of_every_layer_has_a_mask_of_its_own():
     for i, one in enumerate(masks):
         for other in masks[:i]:
             assert (one == other).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_masks_seeds_follow_from_one_random_number_of_the_run():
+    forward = PackedForward(make_model("llama", dropout=0.5), 64)
+    torch.manual_seed(0)
+    number = int(torch.randint(1 << 31, ()))
+    torch.manual_seed(0)
+    assert forward.draw_seeds().tolist() == [(number + n * 0x9E3779B9) % (1 << 32) for n in range(8)]

@@ -151,6 +151,16 @@ def test_a_step_that_was_prepared_is_the_same(in_torch):
     assert [one.state[weight]["step"] for weight in ours] == [5, 4, 5, 5]
 
 
+def test_steps_of_the_same_gradients_are_counted(in_torch):
+    ours, theirs = make_weights(), make_weights()
+    for cls, weights in ((FusedAdamW, ours), (torch.optim.AdamW, theirs)):
+        optimizer = make_optimizer(cls, weights)
+        go(optimizer, range(6))
+        optimizer.step()
+        optimizer.step()
+    assert_same(ours, theirs)
+
+
 def test_what_was_prepared_before_a_state_is_loaded_is_forgotten(in_torch):
     weights = make_weights()
     optimizer = make_optimizer(FusedAdamW, weights)

@@ -7,11 +7,15 @@ import torch
 from transformers import TrainingArguments
 
 from component.kernel.model import PackedForward
+from component.train import adamw
+from component.train.adamw import FusedAdamW
 from component.train.batch import PackingCollator
+from component.train.health import Health
 from component.train.loss import TargetLMLoss
 from component.train.trainer import LoRATrainer
 
 from ..kernel.conftest import make_model, make_samples
+from . import plain_adamw
 
 
 class Rows(list):
@@ -64,6 +68,24 @@ def test_the_next_update_is_read_before_the_gradients_of_this_one_are_needed(tmp
     trainer.train()
     epoch = ["read", "backward", "read", "agree", "step", "backward", "agree", "step"]
     assert events == [*epoch, *epoch[:2], "read", *epoch[3:5]]
+
+
+def test_a_step_is_prepared_once_an_update_and_before_the_host_waits(tmp_path, monkeypatch):
+    events = []
+
+    def note(cls, name):
+        method = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, *facts: (events.append(name), method(self, *facts))[1])
+
+    monkeypatch.setattr(adamw, "choose_ops", lambda device: None)
+    monkeypatch.setattr(adamw, "prepare_launch", plain_adamw.prepare_adamw)
+    note(FusedAdamW, "prepare")
+    note(Health, "accepts")
+    note(LoRATrainer, "step")
+    trainer = make_trainer(LoRATrainer, tmp_path, make_samples(), optim="paged_adamw_32bit", max_steps=2)
+    trainer.train()
+    assert events == ["prepare", "accepts", "step"] * 2
+    assert {state["step"] for state in trainer.optimizer.state.values()} == {2}
 
 
 def test_layers_that_a_callback_has_put_to_evaluation_train_in_the_next_update(tmp_path):
