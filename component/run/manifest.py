@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 CARD = "README.md"  # of a model, which its owner may write anew
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+ON_CARDS, NOT_THERE = ("triton", "nvidia-cudnn-frontend"), "none"  # libraries that need not be there
 
 
 class Damaged(Exception):
@@ -80,4 +82,8 @@ def sha256(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    return {library: version(library) for library in LIBRARIES}
+    found = {library: version(library) for library in LIBRARIES}
+    for library in ON_CARDS:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return dict.fromkeys(ON_CARDS, NOT_THERE) | found

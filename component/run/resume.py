@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import CheckpointError, Fault, StorageError
-from .manifest import MANIFEST, Damaged, verify, versions
+from .manifest import MANIFEST, NOT_THERE, ON_CARDS, Damaged, verify, versions
 
 FINAL = "final"
 UNCHANGEABLE = ("lora_rank", "target_modules", "optim", "lr_scheduler_type")  # they shape what a checkpoint holds
@@ -245,5 +245,8 @@ def concern(changes: list[str], settings: tuple[str, ...]) -> bool:
 
 def describe_inexactness(folder: Path, manifest: dict, changes: list[str]) -> str:
     """Say what has changed since the checkpoint was written, so that going on is not exact. Empty if nothing has."""
-    changes = changes + differences(manifest.get("versions", {}), versions())
+    was, now = manifest.get("versions", {}), versions()
+    if now.get("triton", NOT_THERE) != NOT_THERE:  # attention and AdamW have changed since runs did not note them
+        was = dict.fromkeys(ON_CARDS, "not noted") | was
+    changes = changes + differences(was, now)
     return "\n  ".join([f"going on from {folder.name} is not exact:", *changes]) if changes else ""

@@ -100,11 +100,13 @@ class FusedAdamW(AdamW):
         """Load what this class or bitsandbytes' AdamW has saved. Moments that are to be paged are paged again.
 
         Raises:
-            ArgumentError: the moments have 8 bits.
+            ArgumentError: another optimizer has saved it, or the moments have 8 bits.
         """
         super().load_state_dict(state_dict, move_to_device=False)
         self.prepared = None
         loaded = {weight: state for weight, state in self.state.items() if state}
+        if any(not state.keys() >= {"step", *MOMENTS} for state in loaded.values()):
+            raise ArgumentError("the optimizer's state was saved by another optimizer; set optim to what it was")
         if any(state[name].dtype != torch.float32 for state in loaded.values() for name in MOMENTS):
             raise ArgumentError("the optimizer's state was saved by one of 8 bits; set optim to what it was")
         self.paged.clear()

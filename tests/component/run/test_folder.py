@@ -139,6 +139,19 @@ def test_other_versions_are_named_and_no_reason_to_stop(make_folder, log, monkey
     assert any('torch: "2.' in line and '"0.1" now' in line for line in log)
 
 
+@pytest.mark.parametrize(("noted", "now", "told"), [(None, "3.6", True), ("3.6", "3.6", False), ("3.6", "3.7", True)])
+def test_libraries_of_a_card_are_compared_also_with_runs_that_did_not_note_them(
+    noted, now, told, make_folder, log, monkeypatch
+):
+    was = {} if noted is None else dict.fromkeys(manifest.ON_CARDS, noted)
+    monkeypatch.setattr("component.run.folder.versions", lambda: was, raising=False)
+    monkeypatch.setattr("component.run.manifest.versions", lambda: was)
+    folder = make_folder(5)
+    monkeypatch.setattr("component.run.resume.versions", lambda: dict.fromkeys(manifest.ON_CARDS, now))
+    assert folder.take_start("auto", despite_changes=False).checkpoint
+    assert any("not exact" in line and "nvidia-cudnn-frontend" in line and "triton" in line for line in log) == told
+
+
 def test_a_library_that_is_recorded_no_more_is_no_difference(make_folder, log, monkeypatch):
     folder = make_folder(5)
     monkeypatch.setattr("component.run.manifest.LIBRARIES", ("torch", "transformers"))

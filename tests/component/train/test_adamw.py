@@ -192,6 +192,16 @@ def test_moments_of_8_bits_are_refused(in_torch):
         FusedAdamW([weight]).load_state_dict(state)
 
 
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.SGD])
+def test_another_optimizers_state_is_refused(other, in_torch):
+    weight = nn.Parameter(torch.ones(64, 64))
+    weight.grad = torch.ones(64, 64)
+    earlier = other([weight], **({"momentum": 0.9} if other is torch.optim.SGD else {}))
+    earlier.step()
+    with pytest.raises(ArgumentError, match="by another optimizer; set optim to what it was"):
+        FusedAdamW([weight]).load_state_dict(earlier.state_dict())
+
+
 def test_the_optimizer_is_fused_where_its_kernel_runs(monkeypatch):
     wide, narrow = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
     assert fused_if_possible(bnb.optim.AdamW, {"optim_bits": 32}, [wide]) is bnb.optim.AdamW  # no card
