@@ -27,7 +27,7 @@ from .early_stopping import metric_of
 from .health import Health
 from .loss import TargetLMLoss
 from .progress import LossWatch, ProgressReport
-from .updates import Update, make_updates, size_of_update
+from .updates import Update, Updates, make_updates, size_of_update
 
 
 class LoRATrainer(Trainer):
@@ -57,6 +57,7 @@ class LoRATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.loss, self.watch = loss, watch or SignalWatch()
         self.counters = Counters()
+        self.updates: Updates | None = None  # `begin` makes them
         self.checkpoints = Checkpoints(self, folder)
         self.health = Health(self, max_skipped_updates)
         self.signal = 0  # the one that all ranks know of
@@ -95,6 +96,8 @@ class LoRATrainer(Trainer):
         self.accelerator.free_memory()  # what an earlier call prepared
         self.optimizer, self.lr_scheduler = self.given
         self.counters, self.checkpoints.saved_step, self.signal = Counters(), 0, 0
+        if self.updates is not None:  # of an earlier call
+            self.updates.give_back()
         self.updates = make_updates(self.train_dataset, self.data_collator, args)
         max_steps = self.updates.steps
         self.trained = list(self.trained_weights())  # as a walk through all modules takes milliseconds

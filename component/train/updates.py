@@ -52,10 +52,15 @@ class Updates:
 
     def rest_of_epoch(self, epoch: int, first: int) -> Iterator[Update]:
         """This rank's share of an epoch's updates, from number `first` on, to the epoch's end."""
-        if self.fetched is not None:  # of an epoch that a callback ended
-            self.load_state_dict(self.place)
-        self.coming, self.fetched = islice(self.of_epoch(epoch, first), self.per_epoch - first), None
+        self.give_back()
+        self.coming = islice(self.of_epoch(epoch, first), self.per_epoch - first)
         return iter(self.next_update, None)
+
+    def give_back(self) -> None:
+        """Put back an update that was fetched and not used, as a callback or a signal ended its epoch or the run."""
+        if self.fetched is not None:
+            self.load_state_dict(self.place)
+            self.fetched = None
 
     def fetch(self) -> None:
         """Fetch the next update, if there is one."""

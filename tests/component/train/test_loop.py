@@ -1,5 +1,7 @@
 """The order of work in LoRATrainer's loop: what is done while a card is at work, and where the host waits for it."""
 
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +18,7 @@ from component.train.trainer import LoRATrainer
 
 from ..kernel.conftest import make_model, make_samples
 from . import plain_adamw
+from .test_updates import Stream
 
 
 class Rows(list):
@@ -70,6 +73,29 @@ def test_the_next_update_is_read_before_the_gradients_of_this_one_are_needed(tmp
     assert events == [*epoch, *epoch[:2], "read", *epoch[3:5]]
 
 
+def test_a_second_training_on_a_stream_goes_on_behind_the_last_update_that_was_learned(tmp_path):
+    """The first one ends after an update, when the next one has been fetched."""
+    places = []
+
+    class Conversations(Stream):
+        def __iter__(self):
+            samples = make_samples()
+            for row in super().__iter__():
+                row.sample = samples[row.number % len(samples)]
+                yield row
+
+    class Noting(LoRATrainer):
+        def step(self, *facts):
+            super().step(*facts)
+            places.append(self.updates.state_dict()["place"])
+            self.control.should_training_stop = len(places) == 1
+
+    trainer = make_trainer(Noting, tmp_path, Conversations(), optim="sgd", max_steps=2)
+    trainer.train()
+    trainer.train()
+    assert places == [2, 4, 6]
+
+
 def test_a_step_is_prepared_once_an_update_and_before_the_host_waits(tmp_path, monkeypatch):
     events = []
 
@@ -111,6 +137,19 @@ def no_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@contextmanager
+def noted_waits(waits: list[int]) -> Iterator[None]:
+    """Add how often the host waited for the card."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits.append(sum("called a synchronizing CUDA operation" in str(warning.message) for warning in noted))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "adamw_torch_fused"])
 def test_the_host_waits_for_the_card_once_an_update(tmp_path, optim):
@@ -125,8 +164,10 @@ def test_the_host_waits_for_the_card_once_an_update(tmp_path, optim):
                 return super().forward_and_backward(update)
 
         def agree(self, *facts):
-            waits.append(self.state.global_step)
-            return super().agree(*facts)
+            if not self.state.global_step:
+                return super().agree(*facts)
+            with noted_waits(waits):
+                return super().agree(*facts)
 
         def step(self, *facts):
             if not self.state.global_step:
@@ -139,4 +180,4 @@ def test_the_host_waits_for_the_card_once_an_update(tmp_path, optim):
                 super().log_evaluate_save()
 
     make_trainer(Hasty, tmp_path, make_samples(), "cuda", optim=optim, bf16=True).train()
-    assert waits == list(range(6))
+    assert waits == [1] * 5

@@ -112,6 +112,21 @@ def test_an_update_that_was_fetched_ahead_in_an_epoch_that_ended_early_comes_nex
     assert numbers(next(updates.rest_of_epoch(1, 0))) == [4, 5, 6, 7]
 
 
+def test_an_update_that_was_fetched_ahead_is_given_back_once():
+    stream = Stream()
+    updates = StreamUpdates(stream, PADDED, arguments(max_steps=3))
+    next(updates.rest_of_epoch(0, 0))
+    updates.give_back()
+    assert stream.state_dict() == {"place": 4}
+    updates.fetch()
+    assert stream.state_dict() == {"place": 8}
+    updates.give_back()
+    assert stream.state_dict() == {"place": 4}
+    stream.load_state_dict({"place": 20})  # as another run's updates may
+    updates.give_back()
+    assert stream.state_dict() == {"place": 20}
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_the_updates_of_an_epoch_are_the_same_fetched_ahead_or_not(ahead):
     updates, found = FileUpdates(Rows(22), PADDED, arguments()), []
