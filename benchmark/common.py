@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from component.model import four_bit
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "liger-kernel", "trl", "unsloth")
 
 BATCH, ACCUMULATION = 8, 8
-SAMPLES = BATCH * ACCUMULATION  # all of them are one update
+SAMPLES = BATCH * ACCUMULATION  # of an update
 MEDIAN_LENGTH, LENGTH_SPREAD = 0.38, 0.7  # of the log-normal, the median as a share of the longest: a mean of 456
 LEARNED_SHARE = 0.6
 LORA_RANK, LORA_ALPHA = 64, 16
@@ -159,8 +159,14 @@ class Run:
         return build_model(self.shape, self.device, self.dtype, bits=bits)
 
     def samples(self) -> list[dict[str, list[int]]]:
+        """The samples of an update."""
         lengths = [self.length] * self.count if self.length else None
         return make_samples(self.config.vocab_size, longest=self.longest, lengths=lengths)
+
+    def epoch(self) -> list[dict[str, list[int]]]:
+        """The samples of all updates, to be taken in order: every update has the same ones, in an order of its own."""
+        draw, samples = random.Random(0), self.samples()
+        return [sample for _ in range(self.steps) for sample in draw.sample(samples, len(samples))]
 
 
 def make_samples(
@@ -363,8 +369,9 @@ class Instant:
 
 
 def count_labels(trainer: Trainer) -> int:
-    """Learned tokens of one pass over the trainer's own batches. No sample's first token is learned."""
-    return sum(int((batch["labels"] != -100).sum()) for batch in trainer.get_train_dataloader())
+    """Learned tokens of the first update, by the trainer's own batches. No sample's first token is learned."""
+    batches = islice(trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps)
+    return sum(int((batch["labels"] != -100).sum()) for batch in batches)
 
 
 def measure(
@@ -377,7 +384,7 @@ def measure(
     """Train, and return the figures of a variant.
 
     Args:
-        count_learned: counts the learned tokens of an update by the trainer's own batches.
+        count_learned: counts the learned tokens of the first update by the trainer's own batches.
 
     Raises:
         ValueError: a loss is not finite, or the batches hold other learned tokens than the samples.

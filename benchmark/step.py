@@ -44,7 +44,7 @@ def parse_command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", type=listed(str), help="names, comma-separated [all]")
     parser.add_argument("--shape", help="in place of each variant's own, such as demo or tiny-llama")
-    rows = "tokens of this project's rows, comma-separated, auto for a run's own choice [each variant's own]"
+    rows = "tokens of this project's rows, comma-separated; auto is what a run itself chooses [each variant's own]"
     parser.add_argument("--rows", type=listed(lambda text: text if text == "auto" else int(text)), help=rows)
     lengths = "of all samples in tokens, comma-separated [mixed, at most 1024]"
     parser.add_argument("--lengths", type=listed(int), help=lengths)
@@ -53,7 +53,8 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="updates before them, at least 1 [2]")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels of each variant")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures, rewritten after each variant")
-    parser.add_argument("--limit", type=int, default=600, help="seconds that a variant may take [600]")
+    limit = "seconds that a variant may take; samples of 131,072 tokens need more than the default [600]"
+    parser.add_argument("--limit", type=int, default=600, help=limit)
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     cli = parser.parse_args()

@@ -1,17 +1,20 @@
 """Training programs that benchmark/step.py measures. Each takes a Run and returns its figures.
 
-An update is all 64 samples: forward and backward of 8 batches of 8, clipping, one paged AdamW step in 32 bits.
+An update is forward and backward of the same 64 samples, in 8 batches of 8, clipping, and one paged AdamW step in 32
+bits. All updates are one epoch, as in most of a real run, but for programs that would mix the samples of several
+updates: those that pack or group them have an epoch of one update.
 """
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 
-from benchmark.common import ACCUMULATION, AUTO, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, make_tokenizer, measure
+from benchmark.common import AUTO, BATCH, LORA_ALPHA, LORA_RANK, Clock, Run, make_tokenizer, measure
 from component.kernel.memory import GIB, Plan, choose_plan, estimate, fixed_bytes
 from component.kernel.model import PackedForward
 from component.train.batch import PackingCollator
@@ -24,13 +27,7 @@ def seed(run: Run, grouped: bool = False) -> dict:
     model = run.model()
     clock = Clock(run)
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    return train_plainly(
-        run,
-        get_peft_model(model, lora(0.05)),
-        clock,
-        checkpointing=True,
-        train_sampling_strategy="group_by_length" if grouped else "random",
-    )
+    return train_plainly(run, get_peft_model(model, lora(0.05)), clock, checkpointing=True, grouped=grouped)
 
 
 def plain(run: Run) -> dict:
@@ -40,14 +37,16 @@ def plain(run: Run) -> dict:
     return train_plainly(run, get_peft_model(model, lora(0.05)), clock, checkpointing=False)
 
 
-def train_plainly(run: Run, model, clock: Clock, checkpointing: bool, **changes) -> dict:
+def train_plainly(run: Run, model, clock: Clock, checkpointing: bool, grouped: bool = False) -> dict:
     key = "activation_checkpointing"  # called gradient_checkpointing before transformers 5.2x
     key = key if key in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
-    settings = trainer_settings(run) | {key: checkpointing, "remove_unused_columns": False} | changes
+    settings = trainer_settings(run) | {key: checkpointing, "remove_unused_columns": False}
+    if grouped:
+        settings["train_sampling_strategy"] = "group_by_length"
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**settings),
-        train_dataset=run.samples(),
+        train_dataset=run.samples() if grouped else run.epoch(),
         data_collator=partial(collate, pad_token_id=run.config.pad_token_id),
     )
     return measure(run, trainer, clock, checkpointing)
@@ -74,10 +73,13 @@ def lora(dropout: float) -> LoraConfig:
 def trainer_settings(run: Run) -> dict:
     """TrainingArguments that all programs are given."""
     cuda = run.device.type == "cuda"
+    samples = len(run.samples())
+    batch = max(size for size in range(1, BATCH + 1) if samples % size == 0)
     return {
         "output_dir": str(run.folder / run.variant),
-        "per_device_train_batch_size": BATCH,
-        "gradient_accumulation_steps": ACCUMULATION,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": samples // batch,
+        "train_sampling_strategy": "sequential",
         "max_steps": run.steps,
         "learning_rate": 2e-4,
         "lr_scheduler_type": "constant",
@@ -98,7 +100,7 @@ def trl(run: Run, checkpointing: bool) -> dict:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    samples = run.samples()
+    samples = run.epoch()
     labels = [
         [token if learned else -100 for token, learned in zip(sample["input_ids"], sample["target_mask"], strict=True)]
         for sample in samples
@@ -146,7 +148,8 @@ def unsloth(run: Run, dropout: float = 0.0, packing: bool = False) -> dict:
     )
     batching = {"packing": True} if packing else {"padding_free": True}
     # With labels it would put a padding collator in place of TRL's; it makes them of this mask.
-    samples = [{"input_ids": row["input_ids"], "completion_mask": row["target_mask"]} for row in run.samples()]
+    samples = run.samples() if packing else run.epoch()
+    samples = [{"input_ids": row["input_ids"], "completion_mask": row["target_mask"]} for row in samples]
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -184,7 +187,7 @@ def luciole(
     trainer = LoRATrainer(
         model=model,
         args=TrainingArguments(**trainer_settings(run)),
-        train_dataset=run.samples(),
+        train_dataset=run.epoch(),
         data_collator=PackingCollator(plan.tokens),
         loss=TargetLMLoss(),
     )
@@ -203,9 +206,9 @@ def describe_plan(forward: PackedForward, plan: Plan) -> dict:
 
 
 def count_learned(trainer: LoRATrainer) -> int:
-    """Learned tokens of one pass over the trainer's own updates."""
-    parts = (part for update in trainer.updates.of_epoch(0, 0) for batch in update.batches for part in batch)
-    return sum(map(trainer.count_learned, parts))
+    """Learned tokens of the trainer's first update."""
+    update = next(trainer.updates.of_epoch(0, 0))
+    return sum(map(trainer.count_learned, chain.from_iterable(update.batches)))
 
 
 def checkpoint_folder(run: Run) -> Path:

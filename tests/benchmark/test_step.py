@@ -48,6 +48,29 @@ def test_samples_of_one_length_are_as_many_and_as_long_as_asked_for(tmp_path):
     assert len({tuple(sample["input_ids"]) for sample in run.samples()}) == 3
 
 
+def test_every_update_of_the_epoch_has_the_same_samples_in_an_order_of_its_own(tmp_path):
+    run = common.Run("luciole", "tiny-chatglm", 2, tmp_path, device=CPU)  # two updates of warm-up
+    updates = list(zip(*[iter(run.epoch())] * 64, strict=True))
+    ids = [[tuple(sample["input_ids"]) for sample in update] for update in updates]
+    assert list(map(sorted, ids)) == [sorted(tuple(sample["input_ids"]) for sample in run.samples())] * 4
+    assert len(set(map(tuple, ids))) == 4 and run.epoch() == run.epoch()
+
+
+@pytest.mark.parametrize(("count", "batch", "batches"), [(1, 1, 1), (3, 3, 1), (12, 6, 2), (13, 1, 13), (24, 8, 3)])
+def test_batches_of_one_size_make_an_update_of_samples_of_one_length(count, batch, batches, tmp_path):
+    run = common.Run("plain", "tiny-chatglm", 1, tmp_path, length=20, count=count, device=CPU)
+    settings = variants.trainer_settings(run)
+    assert (settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]) == (batch, batches)
+
+
+@pytest.mark.parametrize(("variant", "updates"), [("luciole", 3), ("plain", 3), ("seed", 3), ("seed-grouped", 1)])
+def test_all_updates_are_one_epoch_unless_that_mixes_their_samples(variant, updates, monkeypatch, tmp_path):
+    monkeypatch.setattr(variants, "measure", lambda run, trainer, *_: {"samples": len(trainer.train_dataset)})
+    run = run_of(variant, tmp_path)
+    assert run.steps == 3
+    assert VARIANTS[variant][1](run)["samples"] == 64 * updates
+
+
 @pytest.mark.parametrize(("shape", "weights"), [("qwen-0.5b", 494_032_768), ("smollm2-135m", 134_515_008)])
 def test_a_small_shape_has_as_many_weights_as_the_published_model(shape, weights):
     with torch.device("meta"):
@@ -169,6 +192,12 @@ def test_every_length_and_every_row_of_this_project_has_a_task_of_its_own(monkey
         ("plain", "chatglm3-6b", None, 100),
         ("plain", "chatglm3-6b", None, 200),
     ]
+
+
+def test_updates_of_other_learned_tokens_have_no_figures(monkeypatch, tmp_path):
+    monkeypatch.setattr(common.Run, "epoch", lambda run: run.samples()[1:] * run.steps)
+    with pytest.raises(ValueError, match="tokens are learned, not the"):
+        VARIANTS["luciole"][1](run_of("luciole", tmp_path))
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(None, 8192), (96, 96), (32, 64), ("auto", 8192)])
