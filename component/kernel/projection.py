@@ -109,7 +109,8 @@ class Projection:
         """All low-rank paths' first halves, (rank, in_features)."""
         if self.kept is not None:
             return self.kept.downs
-        return joined([path.down.detach().to(self.dtype) for path in self.paths])
+        downs = [path.down.detach().to(self.dtype) for path in self.paths]
+        return downs[0] if len(downs) == 1 else torch.cat(downs)
 
     def swiglu(self, gate_up: torch.Tensor, seeds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(SwiGLU of gate_up, `low` of it): this projection's input, with `room` spare columns."""
@@ -123,19 +124,18 @@ class Projection:
         """(output (tokens, width), what the low-rank paths hold between their halves (tokens, rank)).
 
         If the input has `room` spare columns, the low-rank paths' first halves write there. Their second halves stand
-        beside the bases, so that one product makes the whole output. Where the bases are plain, their product is added
-        to the update, and so in both cases the sum is rounded once: a small update is not lost in a rounded output.
+        beside the bases, so that one product makes the whole output. Elsewhere the product of the bases is added to the
+        update, and so in both cases the sum is rounded once: a small update is not lost in a rounded output.
 
         Args:
             seeds: of the row's dropout masks, by `number`; None for no dropout.
             low: `low` of the input, if it is there already; in the spare columns, if there are any.
         """
         low = self.low(x, seeds) if low is None else low
-        if self.plain is not None and self.paths:
-            return self.product(low, self.ups()).addmm_(x, self.plain.t()), low
         if x.stride(0) == self.in_features:
-            out = self.product(x, self.weight())
-            return (out.addmm_(low, self.ups().t()) if self.paths else out), low
+            if not self.paths:
+                return self.product(x, self.weight()), low
+            return self.product(low, self.ups()).addmm_(x, self.weight().t()), low
         weight = self.weight_beside_ups()
         wide = x.as_strided((len(x), weight.shape[1]), (x.stride(0), 1))
         return self.product(wide, weight), low.clone()  # a copy, so that the wide input can be freed
@@ -257,7 +257,3 @@ def join_weights(layers: list[nn.Linear]) -> torch.Tensor:
     for layer, part in zip(layers, whole.split([len(weight) for weight in weights]), strict=True):
         layer.weight.data = part
     return whole
-
-
-def joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -15,13 +15,15 @@ def share_that_arrives(output: torch.Tensor, without: torch.Tensor, update: torc
     return ((output.double() - without.double()) * update).sum().item() / update.square().sum().item()
 
 
-def test_an_update_below_the_rounding_of_half_precision_arrives(bits):
+@pytest.mark.parametrize(("name", "rank"), [("down", 16), ("down", 12), ("out", 16)])
+def test_an_update_below_the_rounding_of_half_precision_arrives(bits, name, rank):
     """The low-rank path is added before the output's only rounding; a small update that is added to a rounded output,
     as PEFT does, disappears in it."""
-    projection = PackedForward(make_model("llama", rank=16, dtype=torch.bfloat16, bits=bits), 64).layers[0].down
+    model = make_model("llama", rank=rank, dtype=torch.bfloat16, bits=bits)
+    projection = getattr(PackedForward(model, 64).layers[0], name)
     (path,) = projection.paths
     x = torch.randn(8192, projection.in_features).bfloat16()
-    x = empty_with_room(*x.shape, projection.room, x).copy_(x)
+    x = empty_with_room(*x.shape, projection.room * (name == "down"), x).copy_(x)  # attention may leave no room
     with torch.no_grad():
         path.up.zero_()
         without, _ = projection.forward(x, None)
