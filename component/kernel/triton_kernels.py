@@ -83,7 +83,13 @@ def copier(copies: list[tuple[torch.Tensor, torch.Tensor, float]]) -> Callable[[
 
 
 def copy_table(copies: list[tuple[torch.Tensor, torch.Tensor, float]]) -> tuple[torch.Tensor, ...]:
-    """(number of the copy of each block, facts of each copy (6, copies), factor of each copy)."""
+    """(number of the copy of each block, facts of each copy (6, copies), factor of each copy).
+
+    Raises:
+        ValueError: a source is not what the kernel reads its address as.
+    """
+    if not all(source.dtype == torch.float32 and source.is_contiguous() for source, *_ in copies):
+        raise ValueError("what is copied must be dense, and float32")
     device = copies[0][0].device
     counts = [triton.cdiv(source.numel(), BLOCK) for source, *_ in copies]
     firsts = [0, *accumulate(counts)][:-1]

@@ -52,7 +52,7 @@ def swiglu_low(
     low = empty_beside(activated, rank)
     swiglu_low_kernel[(triton.cdiv(tokens, LOW.tokens),)](
         gate_up, down, activated, low, tokens, width, rank, activated.stride(0), low.stride(0), seed,
-        threshold(dropout), 1 / (1 - dropout), dropout > 0, LOW.tokens, LOW.width, block_of(rank),
+        threshold(dropout), 1 / (1 - dropout), LOW.tokens, LOW.width, block_of(rank),
         num_warps=LOW.warps, num_stages=LOW.stages,
     )  # fmt: skip
     return activated, low
@@ -61,14 +61,13 @@ def swiglu_low(
 @triton.jit(do_not_specialize=["tokens", "seed_ptr", "limit"])
 def swiglu_low_kernel(
     gate_up_ptr, down_ptr, out_ptr, low_ptr, tokens, width, rank, out_stride, low_stride, seed_ptr, limit, scale,
-    DROPS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """TOKENS rows of both outputs, over the whole width."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     ranks = tl.arange(0, RANK)[None, :]
     gates, outs = gate_up_ptr + rows.to(tl.int64) * 2 * width, out_ptr + rows.to(tl.int64) * out_stride
-    if DROPS:
-        seed = tl.load(seed_ptr)
+    seed = tl.load(seed_ptr)
     total = tl.zeros((TOKENS, RANK), tl.float32)
     for start in range(0, width, WIDTH):
         columns = start + tl.arange(0, WIDTH)
@@ -79,8 +78,7 @@ def swiglu_low_kernel(
         wide = gate.to(tl.float32)
         activated = wide * logistic(wide) * up
         tl.store(outs + columns[None, :], activated.to(gate.dtype), inside)
-        if DROPS:
-            activated = tl.where(kept(rows, columns[None, :], width, seed, limit), activated, 0.0)
+        activated = tl.where(kept(rows, columns[None, :], width, seed, limit), activated, 0.0)
         total = tl.dot(activated.to(gate.dtype), down, total)
     places = low_ptr + rows.to(tl.int64) * low_stride + ranks
     tl.store(places, (total * scale).to(low_ptr.dtype.element_ty), (rows < tokens) & (ranks < rank))

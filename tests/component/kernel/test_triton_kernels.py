@@ -107,6 +107,12 @@ def test_copies_of_all_sizes_go_in_one_launch_and_follow_a_source_that_moves(dty
         sources[1].data = draw(40, 96)
 
 
+@pytest.mark.parametrize("source", [draw(4, 6).double(), draw(6, 4).t()], ids=["float64", "turned"])
+def test_a_source_that_is_not_dense_float32_is_refused(source):
+    with pytest.raises(ValueError, match="what is copied must be dense, and float32"):
+        triton_kernels.copier([(source, draw(4, 6), 1.0)])()
+
+
 def test_the_mask_is_that_of_the_plain_operation_where_only_the_lower_half_of_a_hash_decides():
     ones = torch.ones(512, 1024, device=DEVICE)
     assert torch.equal(triton_low_rank.masked(ones, 0.7, SEED), plain.masked(ones, 0.7, SEED))
