@@ -2,6 +2,9 @@
 
 cuDNN computes by plans, which it takes a while to make. A plan serves every row within its sizes, which are rounded up,
 so that a run needs few. Samples that a row has fewer than its plan have no tokens.
+
+A plan outlives the rows that it was made for, so it holds nothing on the card: made while a row is recorded as a CUDA
+graph, that would lie in the graphs' memory, which their replays overwrite.
 """
 
 from functools import cache
@@ -44,8 +47,8 @@ class Sizes(NamedTuple):
             query.dtype,
             query.shape[1],
             *key.shape[1:],
-            power_of_two(len(bounds.ends) - 1),
-            power_of_two(max(bounds.longest, LONGEST)),
+            plain.power_of_two(len(bounds.ends) - 1),
+            plain.power_of_two(max(bounds.longest, LONGEST)),
             scale,
             tuple(x.stride(0) for x in states),
         )
@@ -78,7 +81,6 @@ class Plan:
         self.declare()
         self.graph.build([frontend.heur_mode.A, frontend.heur_mode.FALLBACK])
         self.workspace = self.graph.get_workspace_size()
-        self.strides = torch.tensor([[stride] for *_, stride in self.packed.values()], device=sizes.device)
 
     def declare(self) -> None:
         raise NotImplementedError
@@ -107,10 +109,11 @@ class Plan:
 
     def run(self, ends: torch.Tensor, lengths: torch.Tensor, **tensors: torch.Tensor) -> None:
         """Compute on the current stream. ends, lengths: of `pad_samples`."""
-        begins = self.strides * ends  # int64: long rows have more than 2**31 elements
+        strides = [stride for *_, stride in self.packed.values()]
+        begins = torch._foreach_mul([ends.long()] * len(strides), strides)  # long rows have more than 2**31 elements
         pointers = {length: lengths.data_ptr() for length in self.lengths}
-        for row, (name, (tensor, at, _)) in zip(begins, self.packed.items(), strict=True):
-            pointers |= {tensor: tensors[name].data_ptr(), at: row.data_ptr()}
+        for begin, (name, (tensor, at, _)) in zip(begins, self.packed.items(), strict=True):
+            pointers |= {tensor: tensors[name].data_ptr(), at: begin.data_ptr()}
         workspace = ends.new_empty(max(self.workspace, 1), dtype=torch.uint8)
         load_frontend().set_stream(handle=self.handle, stream=torch.cuda.current_stream(ends.device).cuda_stream)
         self.graph.execute(pointers, workspace.data_ptr(), handle=self.handle)
@@ -170,18 +173,9 @@ def backward(grad, query, key, value, context, saved, bounds, scale: float) -> t
 
 
 def pad_samples(ends: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ends, lengths) of at least `samples` samples; those that are not there have no tokens.
-
-    Ends are an even number, by which each row of a table of 8 bytes begins at a multiple of 16.
-    """
-    count = samples + 1 + (samples + 1) % 2
-    ends = torch.cat((ends, ends[-1:].expand(count - len(ends))))
+    """(ends, lengths) of `samples` samples; those that are not there have no tokens."""
+    ends = torch.cat((ends, ends[-1:].expand(samples + 1 - len(ends))))
     return ends, ends.diff()
-
-
-def power_of_two(count: int) -> int:
-    """The least power of two that is no less."""
-    return 1 << (count - 1).bit_length()
 
 
 @cache

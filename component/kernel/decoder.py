@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 from ..run.errors import ArgumentError
 from ..run.log import counted
 from .attention import SAMPLE_BY_SAMPLE
-from .layer import Layer, RowContext
+from .layer import PROJECTIONS, Layer, RowContext
 from .model import final_norm, find_layers, norm_of, rotary_angles
 from .projection import Projection
 
-PARTS = ("qkv", "out", "gate_up", "down")  # of a layer, as Layer.projections
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # bytes that a container may take
 SHARE = 0.85  # of the free memory, which weights and cache may take; the rest is a forward's
 ROWS = 64  # of the head: a card multiplies by a number of rows that is no multiple of 8 up to three times slower
@@ -303,7 +302,7 @@ def frozen_bytes(layers: list[Layer]) -> int:
     """Bytes that freezing takes: 4-bit weights in the type that they are multiplied in, and spare columns."""
     total = 0
     for layer in layers:
-        for name, part in zip(PARTS, layer.projections, strict=True):
+        for name, part in zip(PROJECTIONS, layer.projections, strict=True):
             columns = FrozenProjection.spare_columns(part, name != "out")
             columns += part.in_features if has_4_bits(part) else 0
             total += part.width * columns * part.dtype.itemsize
@@ -317,7 +316,7 @@ def has_4_bits(projection: Projection) -> bool:
 def freeze(tuned: list[Layer], base: list[Layer]) -> None:
     """Replace the projections of layers with an adapter, and of the same without it, by ones that share their bases."""
     for layer, alone in zip(tuned, base, strict=True):
-        for name in PARTS:
+        for name in PROJECTIONS:
             frozen = FrozenProjection(getattr(layer, name), wide=name != "out")
             setattr(layer, name, frozen)
             setattr(alone, name, frozen.without_adapter())

@@ -10,10 +10,12 @@ that is done here:
   graphs are recorded anew (`recorded`).
 - Nothing may be compiled, and no library may take its workspace, during a recording. So all runs once before it.
 - Memory that recorded kernels use belongs to the graphs as long as these live. All share one pool and overwrite each
-  other in it: what a row's forward has left there lasts until the next row, and its backward must come before.
+  other in it: what a row's forward has left there lasts until the next row, and its backward must come before. Nothing
+  that is made during a recording and used later, as a cache is, may lie there.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ from torch import nn
 
 from . import plain
 from .attention import SAMPLE_BY_SAMPLE, Bounds
-from .layer import OFFLOAD, Layer, RowContext, backward_layers, forward_layers
+from .layer import OFFLOAD, PROJECTIONS, Layer, RowContext, backward_layers, forward_layers
 
 WORK = 5e11  # weights of a layer times tokens of a row, up to which launching may take longer than computing
 SIZES = 64  # that are kept; each takes some megabytes beside the pool
@@ -53,16 +55,11 @@ def fit_size(tokens: int, samples: int, longest: int, most: int, max_length: int
         most: tokens of any row, at most.
         max_length: tokens of any sample, at most.
     """
-    step = max(power_of_two(tokens) // 32, power_of_two(most) // 64, STEP)
+    step = max(plain.power_of_two(tokens) // 32, plain.power_of_two(most) // 64, STEP)
     padded = -(-tokens // step) * step
-    longest = min(power_of_two(max(longest, LONGEST, max_length // 8)), max_length)
+    longest = min(plain.power_of_two(max(longest, LONGEST, max_length // 8)), max_length)
     samples += -(-(padded - tokens) // longest)
-    return Size(padded, power_of_two(max(samples, SAMPLES)), longest)
-
-
-def power_of_two(number: int) -> int:
-    """The smallest that is not below `number`."""
-    return 1 << (number - 1).bit_length()
+    return Size(padded, plain.power_of_two(max(samples, SAMPLES)), longest)
 
 
 def suits(layers: list[Layer], checkpointing: str, tokens: int) -> bool:
@@ -110,8 +107,8 @@ class RowGraphs:
         device, self.most = embed.weight.device, tokens
         tokens = self.fit(tokens, 1, 1).tokens
         self.ids, self.positions = torch.zeros(2, tokens, dtype=torch.long, device=device)
-        self.ends = torch.zeros(power_of_two(max(tokens, SAMPLES)) + 1, dtype=torch.int32, device=device)
-        self.seeds = torch.zeros(4 * len(layers), dtype=torch.long, device=device)
+        self.ends = torch.zeros(plain.power_of_two(max(tokens, SAMPLES)) + 1, dtype=torch.int32, device=device)
+        self.seeds = torch.zeros(len(PROJECTIONS) * len(layers), dtype=torch.long, device=device)
         self.hidden, self.grad = torch.zeros(2, tokens, layers[0].out.width, dtype=embed.weight.dtype, device=device)
         sizes = [weight.numel() for weight in self.weights]
         parts = torch.zeros(sum(sizes), device=device).split(sizes)
@@ -155,9 +152,9 @@ class RowGraphs:
         self.positions[:tokens].copy_(position_ids)
         self.positions[tokens : size.tokens].zero_()
         self.ends[: len(ends)].copy_(ends)
-        places = self.ends[len(ends) : size.samples + 1]  # samples of the greatest length, and empty ones
-        first, step = tokens + size.longest, size.longest
-        torch.arange(first, first + step * len(places), step, out=places).clamp_(max=size.tokens)
+        places = self.ends[len(ends) : size.samples + 1].fill_(size.tokens)  # empty samples, but for
+        if full := range(tokens + size.longest, size.tokens, size.longest):  # those of the greatest length before them
+            torch.arange(full.start, full.stop, full.step, out=places[: len(full)])
 
     @torch.no_grad()
     def recorded(self, size: Size) -> tuple[Replay, ...]:
@@ -243,27 +240,37 @@ class Recorder:
         self.device = device
         with torch.cuda.device(device):
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
+            with torch.cuda.stream(self.stream):  # for which torch keeps cuBLAS's workspaces: not in the pool
+                zeros = torch.zeros(16, 16, dtype=torch.float16, device=device)
+                torch.addmm(zeros[0], zeros, zeros @ zeros)
 
     def __call__(self, *steps: Callable[[], None]) -> tuple[Replay, ...]:
         torch.cuda.empty_cache()  # a pool that grows does not ask for what others have cached
         with torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # whose end restores the stream even where a recording fails
-                with torch.cuda.use_mem_pool(self.pool):
-                    for step in steps:
-                        step()
-                return tuple(map(self.record, steps))
+            try:
+                with torch.cuda.stream(self.stream):  # whose end restores the stream even where a recording fails
+                    with torch.cuda.use_mem_pool(self.pool):
+                        for step in steps:
+                            step()
+                    return tuple(map(self.record, steps))
+            finally:  # a run that fails may still be adding to gradients, which an eager row reads
+                torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, step: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        index = torch.cuda.current_device()
+        generator = torch.cuda.default_generators[index]
         state = generator.clone_state()
         try:
             # In this mode, threads that talk to the card meanwhile, as NCCL's do, are no error.
             with torch.cuda.graph(graph, self.pool.id, self.stream, capture_error_mode="thread_local"):
                 step()
-        except BaseException:  # after which the generator would still wait for the recording's end
+        except BaseException:  # after which generator and allocator would still wait for the recording's end
             generator.graphsafe_set_state(state)
+            with suppress(RuntimeError):  # it has ended if the card did not refuse what was recorded
+                torch._C._cuda_endAllocateToPool(index, self.pool.id)
+                torch._C._cuda_releasePool(index, self.pool.id)
             raise
         return graph.replay
 

@@ -12,6 +12,7 @@ from .projection import Projection
 # Choices of what a layer keeps for its backward, from fastest to smallest.
 NONE, SELECTIVE, FULL, OFFLOAD = "none", "selective", "full", "offload"
 CHECKPOINTING = (NONE, SELECTIVE, FULL, OFFLOAD)
+PROJECTIONS = ("qkv", "out", "gate_up", "down")  # of a layer
 
 
 class RowContext(NamedTuple):
@@ -64,7 +65,7 @@ class Layer:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
+        return tuple(getattr(self, name) for name in PROJECTIONS)
 
     @property
     def adapters(self) -> list[torch.nn.Parameter]:

@@ -1,6 +1,6 @@
 """The training forward of a causal LM over packed rows: fused where the family is known, plain elsewhere."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 from types import ModuleType
@@ -19,7 +19,7 @@ from . import plain
 from .attention import SAMPLE_BY_SAMPLE, Bounds, choose_attention
 from .graph import NotRecorded, Recorder, RowGraphs, suits
 from .head import HeadLoss
-from .layer import NONE, OFFLOAD, HostMemory, Layer, LayersFunction, RowContext
+from .layer import NONE, OFFLOAD, PROJECTIONS, HostMemory, Layer, LayersFunction, RowContext
 from .projection import Projection
 
 ROPES = ("default", "linear", "llama3", "yarn")  # rotary embeddings whose angles do not depend on the batch
@@ -70,24 +70,33 @@ class PackedForward:
             keeps_weights: whether weights stay in the type that they are multiplied in, from row to row.
             tokens: of a row at most, if rows that train may be recorded as CUDA graphs.
         """
-        self.graphs: RowGraphs | None = None  # before memory is taken
+        # Before memory is taken, what holds some is dropped.
+        self.graphs: RowGraphs | None = None
+        self.copy_adapter: Callable[[], None] = lambda: None
         if not self.layers and checkpointing != NONE:
             name = "activation_checkpointing_enable"  # its name from transformers 5.2x on
             enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         projections = [projection for layer in self.layers for projection in layer.projections]
         for projection in projections:
-            projection.kept = None  # before any other is made
+            projection.kept = None
         for layer in self.layers:
             layer.checkpointing = checkpointing
         if keeps_weights:
             for projection in projections:
                 projection.keep()
         copies = [copy for projection in projections for copy in projection.copies()]
-        self.copy_adapter = self.layers[0].ops.copier(copies) if copies else lambda: None
+        if copies:
+            self.copy_adapter = self.layers[0].ops.copier(copies)
         self.host = HostMemory(self.model.device) if checkpointing == OFFLOAD and self.on_cuda else None
         if tokens and self.layers and suits(self.layers, checkpointing, tokens):
             self.replay_rows(tokens, Recorder(self.model.device))
+
+    def leave(self) -> None:
+        """Give the model its own forward back, and free all memory that was taken beside the model."""
+        self.use(NONE)
+        self.model.forward = self.own_forward
+        torch.cuda.empty_cache()
 
     def replay_rows(self, tokens: int, record) -> None:
         """Let graph.RowGraphs run rows that train, as far as they have at most `tokens` tokens."""
@@ -160,7 +169,7 @@ class PackedForward:
                 return self.graphs(input_ids, position_ids, ends, longest, seeds)
             except NotRecorded as reason:
                 self.graphs = None
-                logger.warning(f"no CUDA graphs, without which a small model is slower: {reason}")
+                logger.warning(f"no CUDA graphs, without which small models, or short rows, are slower: {reason}")
         hidden = self.model.get_input_embeddings()(input_ids)
         cos, sin = rotary_angles(self.model, position_ids)
         row = RowContext(Bounds(ends, longest), cos, sin, seeds)
@@ -172,8 +181,8 @@ class PackedForward:
     def draw_seeds(self) -> torch.Tensor:
         """A seed for the dropout mask of each projection, all from one random number of the host."""
         number = int(torch.randint(1 << 31, ()))
-        step = 0x9E3779B9
-        seeds = torch.arange(number, number + step * 4 * len(self.layers), step, device=self.model.device)
+        step, count = 0x9E3779B9, len(PROJECTIONS) * len(self.layers)
+        seeds = torch.arange(number, number + step * count, step, device=self.model.device)
         return seeds.bitwise_and_(0xFFFFFFFF)
 
     def head_loss(self, hidden, learned, targets) -> torch.Tensor:
@@ -232,8 +241,8 @@ def find_layers(model: PreTrainedModel, max_length: int, adapted: bool = True) -
         second_norm, _ = norm_of(parts.pop("second_norm"))
         head_norms = parts.pop("head_norms", None)
         projections = {
-            key: Projection(parts.pop(key), dtype, ops, 4 * number + at, adapted)
-            for at, key in enumerate(("qkv", "out", "gate_up", "down"))
+            key: Projection(parts.pop(key), dtype, ops, len(PROJECTIONS) * number + at, adapted)
+            for at, key in enumerate(PROJECTIONS)
         }
         layers.append(
             Layer(
@@ -275,7 +284,7 @@ def check_fusable(config, max_length: int) -> None:
 
 def check_adapter(model: PreTrainedModel, parts: Iterable[dict]) -> None:
     """Raise Unfused for an adapter that is more than low-rank paths beside the fused layers' projections."""
-    fused = {layer for part in parts for key in ("qkv", "out", "gate_up", "down") for layer in part[key]}
+    fused = {layer for part in parts for key in PROJECTIONS for layer in part[key]}
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
             if layer not in fused:

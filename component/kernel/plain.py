@@ -175,6 +175,11 @@ def signed(number: int) -> int:
     return number - (1 << 32) if number >> 31 else number
 
 
+def power_of_two(number: int) -> int:
+    """The smallest that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def threshold(dropout: float) -> int:
     return round(dropout * 2**32)
 

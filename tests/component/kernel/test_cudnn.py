@@ -189,13 +189,28 @@ def test_rows_of_similar_sizes_share_plans(frontend):
 
 def test_samples_that_a_row_does_not_have_have_no_tokens():
     ends = torch.tensor([0, 5, 6, 9], dtype=torch.int32)
-    assert [x.tolist() for x in cudnn.pad_samples(ends, 4)] == [[0, 5, 6, 9, 9, 9], [5, 1, 3, 0, 0]]
+    assert [x.tolist() for x in cudnn.pad_samples(ends, 4)] == [[0, 5, 6, 9, 9], [5, 1, 3, 0]]
     assert [x.tolist() for x in cudnn.pad_samples(ends[:2], 1)] == [[0, 5], [5]]
 
 
 def test_long_rows_have_places_beyond_32_bits(frontend):
     plan = cudnn.ForwardPlan(cudnn.Sizes(torch.device("cpu"), torch.bfloat16, 32, 2, 128, 1, 262144, 0.1, (4608,) * 4))
-    assert (plan.strides * torch.tensor([0, 2**20], dtype=torch.int32))[0].tolist() == [0, 4608 * 2**20]
+    places = {}
+
+    def execute(pointers, workspace, handle):
+        for name, (_, begins, _) in plan.packed.items():
+            places[name] = at_address(pointers[begins], begins.kind, 0, (2,), (1,)).tolist()
+
+    plan.graph.execute = execute
+    ends = torch.tensor([0, 2**20], dtype=torch.int32)
+    plan.run(ends, ends.diff(), **dict.fromkeys(plan.packed, torch.empty(0)))
+    assert places == {name: [0, 2**25 if name == "log_sums" else 4608 * 2**20] for name in plan.packed}
+
+
+def test_a_plan_holds_no_memory_of_a_row_that_is_recorded(frontend):
+    for make, count in ((cudnn.ForwardPlan, 4), (cudnn.BackwardPlan, 5)):
+        plan = make(cudnn.Sizes(torch.device("cpu"), torch.bfloat16, 2, 1, 16, 1, 128, 0.1, (64,) * count))
+        assert not [name for name, value in vars(plan).items() if isinstance(value, torch.Tensor)]
 
 
 def on_a_card(monkeypatch, capability):

@@ -3,12 +3,14 @@
 Here a recording is the function itself, run again at each replay; test_on_card.py has CUDA graphs.
 """
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
 from component.kernel import graph, plain
 from component.kernel.attention import FLASH, SAMPLE_BY_SAMPLE
-from component.kernel.graph import RowGraphs, Size, fit_size, suits
+from component.kernel.graph import Recorder, RowGraphs, Size, fit_size, suits
 from component.kernel.model import PackedForward
 from component.train.batch import PackingCollator
 
@@ -92,6 +94,14 @@ def test_a_row_and_its_padding_lie_in_the_buffers():
     assert graphs.ids.tolist() == [*range(5, 70), *[5] * 63, *[96] * 64]
     assert graphs.positions[:128].tolist() == [*range(33), *range(32), *[0] * 63]
     assert graphs.ends[:65].tolist() == [0, 33, 65, 105, *[128] * 61]
+
+
+def test_many_samples_of_a_long_row_have_bounds_within_32_bits():
+    forward, _ = recorded(make_model("llama"), tokens=131072, max_length=131072)
+    zeros, ends = torch.zeros(70000, dtype=torch.long), torch.arange(70001, dtype=torch.int32)
+    forward.graphs.load(size := forward.graphs.fit(70000, 70000, 99999), zeros, zeros, ends)
+    assert size == Size(73728, 131072, 131072)
+    assert forward.graphs.ends[70000:131073].tolist() == [70000, *[73728] * 61072]
 
 
 @pytest.mark.parametrize("tokens", [64, 13], ids=["one row", "two rows"])
@@ -214,7 +224,52 @@ def test_where_a_recording_fails_rows_go_the_eager_way_and_that_is_said_once(at,
     torch.manual_seed(3)
     assert_equal(packed(model, samples, 13), expected)
     assert forward.graphs is None
-    assert "".join(log).count("no CUDA graphs, without which a small model is slower: OutOfMemoryError: CUDA out") == 1
+    said = "no CUDA graphs, without which small models, or short rows, are slower: OutOfMemoryError: CUDA out"
+    assert "".join(log).count(said) == 1
+
+
+class Card:
+    """Notes the order of what a Recorder does with streams; the current one is the last of `streams`."""
+
+    def __init__(self, monkeypatch):
+        self.happened, self.streams = [], [Stream("trainer", self)]
+        for name in ("device", "use_mem_pool"):
+            monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "stream", self.use)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.streams[-1])
+
+    @contextmanager
+    def use(self, stream):
+        self.streams.append(stream)
+        try:
+            yield
+        finally:
+            self.streams.pop()
+
+
+class Stream:
+    def __init__(self, name, card):
+        self.name, self.card = name, card
+
+    def wait_stream(self, other):
+        self.card.happened.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rows_that_come_next_wait_for_the_run_before_a_recording_even_where_that_failed(monkeypatch, fails):
+    card, recorder = Card(monkeypatch), Recorder.__new__(Recorder)
+    recorder.device, recorder.pool, recorder.stream = torch.device("cpu"), None, Stream("recorder", card)
+    recorder.record = lambda step: card.happened.append("recorded")
+
+    def step():
+        card.happened.append(f"a run by {torch.cuda.current_stream().name}")
+        if fails:
+            raise torch.cuda.OutOfMemoryError
+
+    with pytest.raises(torch.cuda.OutOfMemoryError) if fails else nullcontext():
+        recorder(step)
+    between = ["a run by recorder", *["recorded"] * (not fails)]
+    assert card.happened == ["recorder waits for trainer", *between, "trainer waits for recorder"]
 
 
 def test_a_run_before_the_recording_adds_nothing(few_samples):

@@ -1,6 +1,7 @@
 """Packed rows through fused layers equal padded batches through the model's own, in loss and every gradient."""
 
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from component.kernel.attention import Bounds, choose_attention
 from component.kernel.layer import CHECKPOINTING
 from component.kernel.memory import choose_plan
 from component.kernel.model import PackedForward, choose_ops
+from component.kernel.projection import Projection
 from component.model import find_linear_names
 from component.train.batch import PackingCollator, SFTDataCollator
 from component.train.loss import TargetLMLoss
@@ -87,6 +89,39 @@ def test_weights_that_are_kept_change_no_gradient_and_follow_the_adapter(family,
         torch.manual_seed(3)
         assert_equal(kept, packed(model, samples, 13), 1e-6)
         forward.use("full", keeps_weights=True)
+
+
+def test_weights_that_were_kept_are_freed_before_others_are_and_change_no_gradient(monkeypatch):
+    model, samples = make_model("llama", dropout=0.3, rank=16), make_samples()
+    forward = PackedForward(model, 64)
+    torch.manual_seed(3)
+    expected = packed(model, samples)
+    forward.use("none", keeps_weights=True)
+    earlier = [weakref.ref(x) for layer in forward.layers for part in layer.projections for x in part.kept]
+    assert all(x() is not None for x in earlier)
+    keep, left = Projection.keep, []
+    monkeypatch.setattr(Projection, "keep", lambda part: left.extend(x() for x in earlier) or keep(part))
+    forward.use("none", keeps_weights=True)
+    assert left and not any(x is not None for x in left)
+    torch.manual_seed(3)
+    assert_equal(packed(model, samples), expected, 1e-6)
+
+
+def test_a_model_that_is_left_has_its_own_forward_and_nothing_beside_it():
+    model, samples = make_model("llama", rank=16), make_samples()
+    forward = PackedForward(model, 64)
+    forward.use("none", keeps_weights=True)
+    forward.replay_rows(64, lambda *steps: steps)
+    expected = packed(model, samples)
+    expected[1].update((name, grad.clone()) for name, grad in expected[1].items())
+    kept = [weakref.ref(x) for layer in forward.layers for part in layer.projections for x in part.kept]
+    ids = torch.tensor([[1, 2, 3]])
+    forward.leave()
+    assert forward.graphs is None
+    assert not [x for x in kept if x() is not None]
+    assert model.get_base_model().forward == forward.own_forward
+    assert model(input_ids=ids, labels=ids).loss > 0
+    assert_equal(padded(model, samples), expected)
 
 
 def test_inputs_go_to_the_hosts_memory_and_come_back_but_not_in_evaluation():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from component.kernel import attention, plain
+from component.kernel import attention, cudnn, plain
 from component.kernel.attention import Bounds
 from component.kernel.graph import Recorder
 from component.kernel.head import HeadLoss
@@ -157,10 +157,10 @@ def test_a_mask_of_dropout_is_the_same_on_a_card():
 ROWS = (70, 1, 129, 35), (40, 40, 40), (20, 3), (150, 60, 20)  # the first and the last are of one size
 
 
-def updates(model, rows=ROWS):
+def updates(model, rows=ROWS, tokens=512):
     """(loss, gradients) of three updates: with fresh weights, with changed ones, with moved ones. An evaluation comes
     between each row's forward and its backward."""
-    parts = [PackingCollator(512).lay_out(make_samples(lengths))[0] for lengths in rows]
+    parts = [PackingCollator(tokens).lay_out(make_samples(lengths))[0] for lengths in rows]
     parts = [{key: x.to(DEVICE) if torch.is_tensor(x) else x for key, x in part.items()} for part in parts]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     torch.manual_seed(4)
@@ -221,7 +221,61 @@ def test_recorded_rows_equal_others_in_every_family(family):
     assert_close(recorded, eager, 4e-2)
 
 
-def test_what_cannot_be_recorded_goes_the_eager_way_and_leaves_the_stream(log):
+def test_recorded_rows_whose_attention_has_different_plans_equal_others_in_turn():
+    """Plans of cuDNN are made while rows are recorded, and used while others, recorded before, are replayed."""
+    needs_cudnn(torch.bfloat16, 16)
+    results = []
+    for record in (lambda *steps: steps, Recorder(torch.device(DEVICE))):
+        model = make_model("llama", device=DEVICE, rank=16, dtype=torch.bfloat16)
+        forward = PackedForward(model, 1024)
+        cudnn.make_forward.cache_clear()
+        cudnn.make_backward.cache_clear()
+        forward.replay_rows(16384, record)
+        results.append(updates(model, [(900,) * count for count in (3, 6, 12)] * 2, 16384))
+        assert forward.graphs is not None, "a recording failed"
+    assert cudnn.make_backward.cache_info().currsize == 3
+    assert_close(results[1], results[0], 1e-4)
+
+
+def test_weights_that_were_kept_make_room_for_those_that_will_be():
+    model, samples = make_model("llama", device=DEVICE, rank=16, dtype=torch.bfloat16), make_samples((70, 1, 129, 35))
+    forward = PackedForward(model, 512)
+    forward.use("none", keeps_weights=True)
+    loss, grads = run(model, samples)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    forward.use("none", keeps_weights=True)
+    assert torch.cuda.max_memory_allocated() <= before
+    again, others = run(model, samples)
+    assert again == loss
+    assert all(torch.equal(grad, others[name]) for name, grad in grads.items())
+
+
+def test_of_recorded_rows_nothing_stays_where_a_model_is_left():
+    model, samples = make_model("qwen2", device=DEVICE, rank=16, dtype=torch.bfloat16), make_samples((70, 1, 129, 35))
+    forward = PackedForward(model, 512)
+    forward.use("none", keeps_weights=True, tokens=512)
+    run(model, samples)
+    pool = forward.graphs.record.pool.id
+
+    def segments():
+        return [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) == tuple(pool)]
+
+    assert segments()
+    forward.leave()
+    assert not segments()
+
+
+def leave_the_card(ids):
+    return ids.sum().item()
+
+
+def fail(ids):
+    raise ValueError("not on this card")
+
+
+@pytest.mark.parametrize("spoil", [leave_the_card, fail])
+def test_what_cannot_be_recorded_goes_the_eager_way_and_leaves_the_stream(log, spoil):
     model = make_model("llama", device=DEVICE, rank=16, dtype=torch.bfloat16)
     forward = PackedForward(model, 512)
     expected = updates(model)
@@ -229,14 +283,13 @@ def test_what_cannot_be_recorded_goes_the_eager_way_and_leaves_the_stream(log):
     forward = PackedForward(model, 512)
     forward.replay_rows(512, Recorder(torch.device(DEVICE)))
     embed = forward.graphs.embed
-    forward.graphs.embed = lambda ids: embed(
-        ids + (ids.sum().item() if torch.cuda.is_current_stream_capturing() else 0)
-    )
+    forward.graphs.embed = lambda ids: embed(ids + (spoil(ids) if torch.cuda.is_current_stream_capturing() else 0))
     assert_close(updates(model), expected, 1e-4)
     assert forward.graphs is None
     assert "".join(log).count("no CUDA graphs") == 1
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.randn(3, device=DEVICE).isfinite().all(), "the card's generator does not wait for the recording's end"
+    torch.cuda.empty_cache()  # which is refused as long as the allocator waits for that
 
 
 def test_a_plan_is_proven_with_its_longest_row_recorded():
