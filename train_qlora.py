@@ -114,6 +114,7 @@ def train(cli: argparse.Namespace, watch) -> None:
 
 def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, watch):
     """Train from the data to the final adapter, in a folder that this run has locked. Returns the trained model."""
+    import torch
     from loguru import logger
 
     from component.data.cache import limit_cache
@@ -123,7 +124,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     from component.run.ranks import on_each_machine, on_every_rank, on_rank_zero
     from component.train.batch import PackingCollator, SFTDataCollator
     from component.train.loss import TargetLMLoss
-    from component.train.report import describe_schedule
+    from component.train.report import describe_schedule, describe_ways
     from component.train.trainer import LoRATrainer
 
     # 1. Data
@@ -146,7 +147,7 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     model = on_every_rank(lambda: make_model(args, training_args, folder, start))
 
     # 3. Layout: the length of rows, and what layers keep for backward. A run that goes on keeps its layout.
-    plan = choose_layout(model, args, training_args, begun_with=start.plan)
+    forward, plan = choose_layout(model, args, training_args, begun_with=start.plan)
     folder.plan = dataclasses.asdict(plan)
     padded = plan.tokens == PADDED
     collator = SFTDataCollator(tokenizer, args.max_seq_length) if padded else PackingCollator(plan.tokens)
@@ -168,10 +169,15 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     on_rank_zero(lambda: folder.check_room(trainer.checkpoints.size()))
     beginning = args.adapter_name_or_path or "the base model"
     logger.info(f"continuing from {start.checkpoint}" if start.checkpoint else f"training from {beginning}")
+    if forward.layers:
+        optimizer, _ = trainer.get_optimizer_cls_and_kwargs(training_args, model)
+        logger.info(describe_ways(forward, optimizer))
     result = trainer.train(resume_from_checkpoint=start.checkpoint)
 
     # 5. Results
     publish_results(trainer, result, folder, start)
+    forward.leave()  # so that weights kept unpacked and CUDA graphs leave their memory to a score
+    torch.cuda.empty_cache()
     return trainer.model
 
 
@@ -201,19 +207,23 @@ def make_model(args, training_args, folder, start):
 
 
 def choose_layout(model, args, training_args, begun_with: dict | None):
-    """Choose the plan that was asked for, or the fastest that fits, and set the model's forward to it."""
+    """Choose the plan that was asked for, or the fastest that fits. Returns the model's new forward, and the plan to
+    which it is set."""
     from component.kernel.memory import PADDED, choose_plan, optimizer_bytes
     from component.kernel.model import PackedForward
 
     asked = begun_with or {"tokens": args.packing_length, "checkpointing": args.activation_checkpointing}
-    return choose_plan(
-        PackedForward(model, args.max_seq_length, fuses=args.packing and args.fused_layers),
+    forward = PackedForward(model, args.max_seq_length, fuses=args.packing and args.fused_layers)
+    plan = choose_plan(
+        forward,
         **asked,
         longest=args.max_seq_length,
         optimizer_bytes=optimizer_bytes(training_args.optim, on_card=True),
         packing=args.packing and asked["tokens"] != PADDED,
         samples=samples_of_rank(training_args),
+        goes_on=begun_with is not None,
     )
+    return forward, plan
 
 
 def samples_of_rank(training_args) -> int:
@@ -290,11 +300,11 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
     """Print a run's settings, one sample, the estimated memory, and the number of updates. Nothing is trained."""
     from component.data.dataset import DATA_FORMATS
     from component.data.load import load_datasets
-    from component.kernel.memory import list_plans, optimizer_bytes, possible_plans, table
+    from component.kernel.memory import list_plans, optimizer_bytes, possible_plans
     from component.kernel.model import PackedForward
     from component.model import sketch_model
     from component.run.ranks import on_rank_zero
-    from component.train.report import describe_schedule, describe_update, explain_memory, render_sample
+    from component.train.report import describe_schedule, describe_update, render_sample
     from component.train.updates import count_steps
 
     train_dataset, _ = on_rank_zero(
@@ -307,13 +317,9 @@ def show_run(args, training_args, data_format: str, tokenizer) -> None:
     print(f"\nOne sample, its learned tokens marked:\n\n{render_sample(sample, tokenizer)}\n")
     forward = PackedForward(sketch_model(args), args.max_seq_length, fuses=args.packing and args.fused_layers)
     if forward.layers:
-        tokens = args.packing_length or max(8192, args.max_seq_length)
-        on_card, checkpointing = optimizer_bytes(training_args.optim, on_card=True), args.activation_checkpointing
-        print(table(forward, tokens, on_card))
-        print(explain_memory(checkpointing))
         samples = samples_of_rank(training_args)
-        plans = possible_plans(args.packing_length, checkpointing, args.max_seq_length, samples)
-        print(f"{list_plans(forward, plans, on_card)}\n")
+        plans = possible_plans(args.packing_length, args.activation_checkpointing, args.max_seq_length, samples)
+        print(f"{list_plans(forward, plans, optimizer_bytes(training_args.optim, on_card=True))}\n")
     rows = None if args.streaming else len(train_dataset)
     print(f"{describe_update(training_args)}\n{describe_schedule(rows, training_args)}")
     print(f"{count_steps(rows, training_args)} steps. No weights were loaded.")

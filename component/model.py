@@ -164,12 +164,26 @@ def sketch_base(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> PreTr
 
 def warn_of_length(base: PreTrainedModel, args: QLoRAArguments) -> None:
     """Warn of samples that may be longer than any text that the base was made for."""
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if positions and args.max_seq_length > positions:
+    config = base.config.get_text_config()
+    positions = longest_text(config)
+    if args.max_seq_length > positions:
+        is_short = config.model_type == "chatglm" and positions < 32_768
+        longer = "chatglm3-6b-32k" if is_short else "a base for longer texts"
         logger.warning(
             f"max_seq_length is {args.max_seq_length:,}, and {args.model_name_or_path} was made for {positions:,} "
-            "tokens: beyond them it has learned nothing; lower max_seq_length, or take a base for longer texts"
+            f"tokens: beyond them it has learned nothing; lower max_seq_length, or take {longer}"
         )
+
+
+def longest_text(config) -> float:
+    """Tokens of the longest text that a base was made for, by its positions and how these are stretched."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        return math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("linear", "yarn"):
+        return positions
+    return max(positions, int((rope.get("original_max_position_embeddings") or positions) * (rope.get("factor") or 1)))
 
 
 def warn_of_cpu(args: QLoRAArguments) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_qlora
 from component.kernel import memory
+from component.kernel.model import PackedForward
 
 from .runs import ROWS, adapter, largest_difference, losses, write_rows
 
@@ -261,11 +262,10 @@ def test_a_dry_run_shows_the_sample_and_the_steps_and_loads_no_weights(job, chec
     update = "an update is 4 samples: 1 process x 4 x 1 (per_device_train_batch_size x gradient_accumulation_steps)"
     length = "2 epochs of 12 samples: 6 updates; the learning rate begins at 0.01 without a warm-up and falls in a"
     assert f"{update}\n{length} straight line to 0 (linear)\n6 steps. No weights were loaded." in shown
-    assert "GPU memory by estimate, in GiB, with rows of 8,192 tokens: none " in shown
-    assert "value of activation_checkpointing, the fastest first; auto takes the first that fits" in shown
     assert re.search(
-        r"A run takes .*\n +0\.\d  rows of [\d,]+ tokens, activation_checkpointing none, weights kept", shown
+        r"\nA run takes .*\n +0\.\d  rows of [\d,]+ tokens, activation_checkpointing none, weights kept", shown
     )
+    assert shown.count("by estimate") == 1
     settings = re.search(r"Settings; .*:\n((?:  .*\n)+)", shown)[1].splitlines()
     given = ["model_name_or_path", "train_file", "output_dir"]
     given += ["disable_tqdm", "learning_rate", "logging_steps", "lora_dropout", "lora_rank", "num_train_epochs"]
@@ -390,9 +390,38 @@ def test_a_card_that_is_too_small_ends_with_exit_code_2_and_the_remedies(job, ca
     assert "need about 9.0 GiB: lower packing_length" in capsys.readouterr().err
 
 
+def test_a_dry_run_lists_rows_of_the_length_that_was_set(job, capsys):
+    job(dry_run=True, packing_length=512, activation_checkpointing="full")
+    listed = re.findall(r"\n +\d+\.\d  (rows .*)", capsys.readouterr().out)
+    assert listed == ["rows of 512 tokens, activation_checkpointing full"]
+
+
+def test_a_trained_model_has_its_own_forward_again_and_keeps_nothing_of_the_packed_one(job, monkeypatch, log):
+    left = []
+
+    def leave(self):
+        left.append(self)
+        own_leave(self)
+
+    own_leave = PackedForward.leave
+    monkeypatch.setattr(PackedForward, "leave", leave)
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(len(left)))
+    folder = job()
+    (forward,) = left
+    assert (folder / "final").exists()
+    assert forward.model.forward == forward.own_forward != forward
+    assert freed[-1] == 1, "after it was left"
+    assert [
+        line for line in log if "attention sample by sample, rows launched kernel by kernel, optimizer AdamW" in line
+    ]
+
+
 def test_a_dry_run_of_padded_batches_estimates_no_rows(job, capsys):
     job(dry_run=True, packing=False)
-    assert "GPU memory by estimate" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "No weights were loaded" in shown
+    assert "by estimate" not in shown
 
 
 def test_an_earlier_run_is_refused_and_on_request_moved_aside(job, capsys):

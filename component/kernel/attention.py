@@ -32,14 +32,11 @@ class Attention:
 
     backward(grad, query, key, value, context, saved, bounds, scale) -> gradients (tokens, heads + 2 * groups, head_dim)
     of query, key and value. grad: (tokens, heads * head_dim), whose rows may stand apart.
-
-    workspace: bytes that a backward needs for each element of a context, beyond what flash attention needs.
     """
 
     name: str
     forward: Callable[..., tuple[torch.Tensor, Saved]]
     backward: Callable[..., torch.Tensor]
-    workspace: float = 0.0
 
 
 def flash_forward(query, key, value, bounds: Bounds, scale: float, room: int = 0) -> tuple[torch.Tensor, Saved]:
@@ -86,7 +83,7 @@ def split(x: torch.Tensor, bounds: Bounds) -> tuple[torch.Tensor, ...]:
 
 
 FLASH = Attention("flash", flash_forward, flash_backward)
-CUDNN = Attention("cuDNN", cudnn.forward, cudnn.backward, workspace=5.2)  # measured on an H100
+CUDNN = Attention("cuDNN", cudnn.forward, cudnn.backward)
 SAMPLE_BY_SAMPLE = Attention("sample by sample", sample_by_sample_forward, sample_by_sample_backward)
 
 
@@ -122,6 +119,10 @@ def cudnn_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
         if not error < 0.02:  # half precision rounds by less, and NaN is not less
             raise ArithmeticError(f"its results differ from those of flash attention by {error:.1%}")
     except Exception as error:  # cuDNN has errors of its own for what a version or a card cannot do
-        logger.info(f"attention {FLASH.name}, which is slower here than cuDNN's: {type(error).__name__}: {error}")
+        level, remedy = "INFO", ""
+        if isinstance(error, ImportError):
+            level, remedy = "WARNING", "; pip install -r requirements.txt brings the package nvidia-cudnn-frontend"
+        reason = f"{type(error).__name__}: {error}{remedy}"
+        logger.log(level, f"attention {FLASH.name}, which is slower here than cuDNN's: {reason}")
         return False
     return True

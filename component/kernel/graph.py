@@ -63,15 +63,21 @@ def fit_size(tokens: int, samples: int, longest: int, most: int, max_length: int
 
 
 def suits(layers: list[Layer], checkpointing: str, tokens: int) -> bool:
-    """Whether rows of at most `tokens` tokens can be recorded, and launching them may take longer than computing.
+    """Whether rows of at most `tokens` tokens can be recorded here, and it pays. Attention sample by sample reads the
+    bounds on the host."""
+    layer = layers[0]
+    recordable = layer.ops is not plain and layer.attention is not SAMPLE_BY_SAMPLE
+    return recordable and any(layer.adapters for layer in layers) and pays(layer, checkpointing, tokens)
+
+
+def pays(layer: Layer, checkpointing: str, tokens: int) -> bool:
+    """Whether launching rows of at most `tokens` tokens may take longer than computing them, and graphs may help.
 
     An H100 computes a layer of WORK in about 3 ms, forward and backward; its launches take 1 to 2.5 ms. Memory of the
-    host is not reached from a graph, and attention sample by sample reads the bounds on the host.
+    host is not reached from a graph.
     """
-    layer = layers[0]
     weights = sum(projection.width * projection.in_features for projection in layer.projections)
-    recordable = layer.ops is not plain and layer.attention is not SAMPLE_BY_SAMPLE and checkpointing != OFFLOAD
-    return recordable and any(layer.adapters for layer in layers) and weights * tokens <= WORK
+    return checkpointing != OFFLOAD and weights * tokens <= WORK
 
 
 class RowGraphs:

@@ -11,15 +11,16 @@ from loguru import logger
 
 from ..run.errors import DoesNotFit
 from .decoder import free_memory
-from .graph import suits
+from .graph import pays
 from .head import LOGITS
-from .layer import CHECKPOINTING, FULL, NONE, OFFLOAD, SELECTIVE, Layer
+from .layer import FULL, NONE, OFFLOAD, SELECTIVE, Layer
 from .model import PackedForward
 from .projection import Projection
 
 GIB = 2**30
 # Bytes per value: 4 bits, its part of the 8-bit scale of 64 values, and that scale's part of the float32 of 256 scales.
 FOUR_BIT = 0.5 + 1 / 64 + 4 / 64 / 256
+WORKSPACE = 5.2  # bytes that cuDNN's attention takes in a backward for each value of a context, measured on an H100
 SPARE = 0.92  # share of the free memory that a plan may use; fragments and libraries take the rest
 # (tokens of a row, what layers keep, whether weights are kept unpacked), fastest first for ChatGLM3-6B on an H100. If
 # two are about as fast there, the one that computes less is first, as it is faster on slower cards. Weights are kept
@@ -59,7 +60,9 @@ class Plan:
 
 
 def estimate(layers: list[Layer], vocab: int, fixed: int, plan: Plan) -> int:
-    """Estimate the bytes at the peak of a step.
+    """Estimate the bytes at the peak of a step, as on a card with cuDNN's attention and CUDA graphs.
+
+    So a sketch has the estimate of the model, whatever runs on the machine; without these two a step needs less.
 
     Args:
         layers: of a PackedForward.
@@ -84,8 +87,8 @@ def estimate(layers: list[Layer], vocab: int, fixed: int, plan: Plan) -> int:
     head = logits + plan.tokens * 3 * hidden  # its backward needs 6 * hidden, which is less than a layer's
     layers_keep = (plan.tokens * kept[plan.checkpointing] + weights) * len(layers)
     # Memory that recorded rows use is theirs alone, so that the head cannot use it after them.
-    together = backward + head if suits(layers, plan.checkpointing, plan.tokens) else max(backward, head)
-    workspace = plan.tokens * layer.out.in_features * layer.attention.workspace
+    together = backward + head if pays(layer, plan.checkpointing, plan.tokens) else max(backward, head)
+    workspace = plan.tokens * layer.out.in_features * WORKSPACE
     return fixed + (layers_keep + together) * size + int(workspace)
 
 
@@ -109,21 +112,23 @@ def fixed_bytes(forward: PackedForward, optimizer_bytes: int) -> int:
     return total
 
 
-def table(forward: PackedForward, tokens: int, optimizer_bytes: int) -> str:
-    """Line for the user: the estimated memory of each way of checkpointing."""
-    fixed = fixed_bytes(forward, optimizer_bytes)
-    sizes = (
-        f"{kept} {estimate(forward.layers, forward.vocab, fixed, Plan(tokens, kept)) / GIB:.1f}"
-        for kept in CHECKPOINTING
-    )
-    return f"GPU memory by estimate, in GiB, with rows of {tokens:,} tokens: {', '.join(sizes)}"
+def estimates(forward: PackedForward, plans: list[Plan], optimizer_bytes: int) -> dict[Plan, int]:
+    """Estimated bytes of plans, the fastest first. Those that need no less than one before them are left out."""
+    fixed, sizes = fixed_bytes(forward, optimizer_bytes), {}
+    for plan in plans:
+        size = estimate(forward.layers, forward.vocab, fixed, plan)
+        if size < min(sizes.values(), default=math.inf):
+            sizes[plan] = size
+    return sizes
 
 
 def list_plans(forward: PackedForward, plans: list[Plan], optimizer_bytes: int) -> str:
     """Lines for the user: the plans that a run may take, and their estimated memory."""
-    fixed = fixed_bytes(forward, optimizer_bytes)
-    sizes = (f"\n  {estimate(forward.layers, forward.vocab, fixed, plan) / GIB:6.1f}  {plan}" for plan in plans)
-    return f"A run takes the first of these that fits the card's free memory, in GiB by estimate:{''.join(sizes)}"
+    sizes = estimates(forward, plans, optimizer_bytes)
+    return (
+        f"A run takes the first of these that needs less than {SPARE:.0%} of the card's free memory (GiB by estimate) "
+        "and passes a trial:" + "".join(f"\n  {size / GIB:6.1f}  {plan}" for plan, size in sizes.items())
+    )
 
 
 def optimizer_bytes(optim: str, on_card: bool) -> int:
@@ -146,15 +151,13 @@ def possible_plans(
     """Plans in which stands what was asked for, the fastest first. Arguments are those of `choose_plan`."""
     if tokens is not None and keeps_weights is None:
         keeps_weights = False  # who limits the rows limits the memory
+    ways = None if keeps_weights is None else sorted({keeps_weights, False}, reverse=True)  # of the same values
     most = samples * longest if samples else math.inf  # tokens of all samples together
     plans = (
-        Plan(
-            max(longest, min(size, most)) if tokens is None else tokens,
-            kept,
-            keeps if keeps_weights is None else keeps_weights,
-        )
-        for size, kept, keeps in PLANS
+        Plan(max(longest, min(size, most)) if tokens is None else tokens, kept, keeps)
+        for size, kept, fastest in PLANS
         if checkpointing in ("auto", kept)
+        for keeps in ways or [fastest]
     )
     return list(dict.fromkeys(plans))
 
@@ -168,6 +171,7 @@ def choose_plan(
     packing: bool = True,
     samples: int | None = None,
     keeps_weights: bool | None = None,
+    goes_on: bool = False,
 ) -> Plan:
     """Choose the parts of a plan that were left open, prove the plan, and set `forward` to it.
 
@@ -178,7 +182,8 @@ def choose_plan(
         optimizer_bytes: for each trainable value, on the card.
         packing: False if batches are padded; then only the checkpointing is chosen.
         samples: of an update on one rank, so that no row is longer than they are; None if that is not known.
-        keeps_weights: whether weights are kept unpacked; None to have it chosen, if `tokens` are chosen too.
+        keeps_weights: whether weights may be kept unpacked; None to have it chosen, if `tokens` are chosen too.
+        goes_on: whether this is the plan of a run that was begun with it.
 
     Raises:
         DoesNotFit: nothing fits.
@@ -189,40 +194,58 @@ def choose_plan(
         forward.use(plan.checkpointing)
         logger.info(plan)
         return plan
-    return prove_plan(forward, possible_plans(tokens, checkpointing, longest, samples, keeps_weights), optimizer_bytes)
+    plans = possible_plans(tokens, checkpointing, longest, samples, keeps_weights)
+    return prove_plan(forward, plans, optimizer_bytes, advise(forward, tokens, checkpointing, longest, goes_on))
 
 
-def prove_plan(forward: PackedForward, plans: list[Plan], optimizer_bytes: int) -> Plan:
-    """Set `forward` to the first plan that fits by estimate and on the longest row. Raises DoesNotFit."""
+def advise(forward: PackedForward, tokens: int | None, checkpointing: str, longest: int, goes_on: bool) -> str:
+    """What to do where nothing fits, beside freeing memory. Arguments are those of `choose_plan`."""
+    if goes_on:
+        shorter = max(longest, min(8192, tokens // 2))
+        return (
+            "this run was begun with such rows; go on, not exactly, with "
+            f"packing_length={shorter} resume_despite_changes=true"
+        )
+    rows = "packing_length, " * (tokens is not None and tokens > longest)
+    remedies = [f"lower {rows}max_seq_length or lora_rank"]
+    if checkpointing != "auto":
+        remedies.append("set activation_checkpointing to auto")
+    if any(part.plain is not None for part in forward.layers[0].projections):
+        remedies.append("set base_bits to 4")
+    return ", ".join(remedies)
+
+
+def prove_plan(forward: PackedForward, plans: list[Plan], optimizer_bytes: int, advice: str) -> Plan:
+    """Set `forward` to the first plan that fits by estimate and on the longest row. Raises DoesNotFit with `advice`."""
     device = forward.model.device
     # Free memory of the fullest card and host, so that all ranks try the same plans.
     free = least(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), device)
     host = least(host_memory(), device)
-    optimizer_bytes += 4 * dist.is_initialized()  # DistributedDataParallel has a copy of the gradients
-    fixed = fixed_bytes(forward, optimizer_bytes)
     beside = optimizer_bytes * sum(weight.numel() for weight in forward.model.parameters() if weight.requires_grad)
-    sizes = {plan: estimate(forward.layers, forward.vocab, fixed, plan) for plan in plans}
-    fitting = [plan for plan, size in sizes.items() if size < SPARE * free] or [min(sizes, key=sizes.get)]
-    for plan in fitting:
-        needs = f"{plan} needs about {sizes[plan] / GIB:.1f} GiB, of which {free / GIB:.1f} are free"
+    sizes = estimates(forward, plans, optimizer_bytes)
+    fitting = {plan: size for plan, size in sizes.items() if size < SPARE * free}
+    for plan in fitting or [min(sizes, key=sizes.get)]:
+        size, available = f"{sizes[plan] / GIB:.1f} GiB", f"{free / GIB:.1f}"
+        release = "free the card of other programs"
         if (pinned := pinned_bytes(forward.layers, plan)) > host:
-            needs += f", and {pinned / GIB:.1f} GiB of the host's memory, of which it may take {host / GIB:.1f}"
+            fault = f"needs {pinned / GIB:.1f} GiB of the host's memory, of which it may take {host / GIB:.1f}"
+            release = "free the host's memory or raise the container's limit"
             logger.warning(f"{plan}: not enough memory of the host")
-        elif least(fits(forward, plan, beside), device):
-            logger.info(f"{plan}: about {sizes[plan] / GIB:.1f} of {free / GIB:.1f} GiB")
+        elif fits(forward, plan, beside):
+            logger.info(f"{plan}: about {sizes[plan] / GIB:.1f} of {available} GiB")
             return plan
         else:
+            fault = f"needs about {size}, of which {available} are free"
+            if fitting:
+                fault = f"ran out of memory, although by estimate it needs {size}, and {available} were free; another "
+                fault += "program may have taken them"
             logger.warning(f"{plan}: out of memory on the longest row")
-    plain = any(part.plain is not None for part in forward.layers[0].projections)
-    remedy = "set base_bits to 4, " * plain
-    raise DoesNotFit(
-        f"{needs}: lower packing_length, max_seq_length or lora_rank, set activation_checkpointing to auto, {remedy}or "
-        "free the card of other programs"
-    )
+    raise DoesNotFit(f"{plan} {fault}: {advice}, or {release}")
 
 
 def fits(forward: PackedForward, plan: Plan, beside: int) -> bool:
-    """Set `forward` to a plan, and try it on the longest row. Weights that were kept for a plan that fails are freed.
+    """Set `forward` to a plan, and try it on the longest row, on all ranks. Weights that were kept for a plan that
+    fails are freed.
 
     Args:
         beside: bytes that are still to come.
@@ -232,6 +255,7 @@ def fits(forward: PackedForward, plan: Plan, beside: int) -> bool:
         done = forward.probe(plan.tokens, beside)
     except torch.cuda.OutOfMemoryError:  # there is no room to keep weights
         done = False
+    done = bool(least(done, forward.model.device))
     if not done and plan.keeps_weights:
         forward.use(plan.checkpointing)
         torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ FINAL = "final"
 UNCHANGEABLE = ("lora_rank", "target_modules", "optim", "lr_scheduler_type")  # they shape what a checkpoint holds
 # If one of these settings has changed, rows are laid out anew.
 LAYOUT = ("packing", "packing_length", "fused_layers", "max_seq_length", "activation_checkpointing", "base_bits")
+LAYOUT += ("per_device_train_batch_size", "gradient_accumulation_steps", "number of processes")  # which bound a row
 # Files that even a damaged checkpoint must have, to be continued on request.
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")
 

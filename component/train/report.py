@@ -9,8 +9,10 @@ from pathlib import Path
 from loguru import logger
 from torch import nn
 
+from ..kernel.model import PackedForward
 from ..run.files import write_atomically
 from ..run.log import counted
+from .adamw import FusedAdamW
 from .updates import count_steps, count_updates
 
 LEARNED, PLAIN = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
@@ -71,14 +73,11 @@ def describe_schedule(rows: int | None, training_args) -> str:
     return f"{length}; the learning rate {rise} {SCHEDULES[schedule]} ({schedule})"
 
 
-def explain_memory(checkpointing: str) -> str:
-    """Explain the estimates of kernel.memory.table, for a run with this activation_checkpointing."""
-    choice = (
-        "auto takes the first that fits the card's free memory"
-        if checkpointing == "auto"
-        else (f"this run's is {checkpointing}")
-    )
-    return f"(one estimate for each value of activation_checkpointing, the fastest first; {choice})"
+def describe_ways(forward: PackedForward, optimizer: type) -> str:
+    """Say by which of several ways a run with fused layers computes, of which not every machine has the fastest."""
+    rows = "rows as CUDA graphs" if forward.graphs else "rows launched kernel by kernel"
+    step = "AdamW in one launch" if issubclass(optimizer, FusedAdamW) else f"optimizer {optimizer.__name__}"
+    return f"attention {forward.layers[0].attention.name}, {rows}, {step}"
 
 
 def parameter_table(model: nn.Module) -> str:

@@ -2,21 +2,26 @@
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig
 
+from component.chatglm import ChatGLMConfig
 from component.model import (
     check_bits,
     find_linear_layers,
     find_stops,
     four_bit,
     load_base,
+    longest_text,
     sketch_base,
     sketch_model,
     warn_of_cpu,
+    warn_of_length,
 )
 from component.run.errors import ArgumentError, DoesNotFit
 from component.settings.schema import QLoRAArguments
@@ -57,6 +62,38 @@ def test_samples_longer_than_the_base_was_made_for_are_warned_of(configured, log
     (line,) = [line for line in log if "was made for" in line]
     assert "max_seq_length is 40,000, and " in line
     assert " was made for 32,768 tokens: beyond them it has learned nothing; lower max_seq_length" in line
+
+
+@pytest.mark.parametrize(
+    ("rope", "reaches"),
+    [
+        ({"rope_type": "default"}, 32_768),
+        ({"rope_type": "linear", "factor": 2.0}, 65_536),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8_192}, 32_768),
+        ({"rope_type": "yarn", "factor": 4.0}, 131_072),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8_192}
+            | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            32_768,
+        ),
+    ],
+)
+def test_a_base_whose_positions_are_stretched_is_made_for_longer_texts(configured, rope, reaches):
+    rope = rope | {"rope_theta": 10_000.0}
+    config = AutoConfig.from_pretrained(
+        configured(max_position_embeddings=32_768, rope_parameters=rope).model_name_or_path
+    )
+    assert longest_text(config) == reaches
+    assert longest_text(SimpleNamespace()) == math.inf
+
+
+@pytest.mark.parametrize(("positions", "longer"), [(8192, "chatglm3-6b-32k"), (32_768, "a base for longer texts")])
+def test_the_base_for_longer_texts_is_named_where_it_is_known(positions, longer, log):
+    base = SimpleNamespace(config=ChatGLMConfig(seq_length=positions))
+    warn_of_length(base, QLoRAArguments("chatglm3-6b", "x", max_seq_length=40_000))
+    (line,) = log
+    assert line.strip().endswith(f"lower max_seq_length, or take {longer}")
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -260,9 +260,9 @@ def wrong_results(package):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (other_version, "ImportError: it finds cuDNN 92300, and torch has 91900"),
-        (old_version, "ImportError: cuDNN 90501 is older than 90600"),
-        (no_package, "import of cudnn halted"),
+        (other_version, "ImportError: it finds cuDNN 92300, and torch has 91900; pip install -r requirements.txt"),
+        (old_version, "ImportError: cuDNN 90501 is older than 90600; pip install -r requirements.txt"),
+        (no_package, "sys.modules; pip install -r requirements.txt brings the package nvidia-cudnn-frontend"),
         (wrong_results, "ArithmeticError: its results differ from those of flash attention by"),
         (lambda package: None, None),
     ],
@@ -275,3 +275,4 @@ def test_a_cudnn_that_does_not_serve_is_replaced_and_that_is_said_once(monkeypat
         assert attention.cudnn_serves(torch.device("cpu"), torch.bfloat16, 64) is (reason is None)
     assert len(log) == (reason is not None)
     assert (reason or "") in "".join(log)
+    assert ("pip install" in "".join(log)) == ("WARNING" in "".join(log)) == ("pip install" in (reason or ""))

@@ -1,5 +1,6 @@
 """Plans of memory, on a pretended card."""
 
+import re
 from dataclasses import asdict
 
 import pytest
@@ -8,7 +9,6 @@ from transformers import LlamaConfig, Qwen2Config
 
 from component.chatglm import ChatGLMConfig
 from component.kernel import memory
-from component.kernel.attention import CUDNN
 from component.kernel.layer import CHECKPOINTING
 from component.kernel.memory import (
     Plan,
@@ -20,7 +20,6 @@ from component.kernel.memory import (
     optimizer_bytes,
     pinned_bytes,
     possible_plans,
-    table,
 )
 from component.kernel.model import PackedForward
 from component.model import attach_lora, load_base, sketch_model
@@ -77,7 +76,7 @@ def test_plans_that_differ_in_nothing_are_one():
     assert possible_plans(None, "auto", longest=131_072) == long
     assert possible_plans(4096, "auto", longest=1024) == [Plan(4096, kept) for kept in CHECKPOINTING]
     assert possible_plans(None, "full", longest=1024) == [Plan(tokens, "full") for tokens in (32768, 8192, 4096)]
-    assert possible_plans(8192, "none", longest=1024, keeps_weights=True) == [Plan(8192, "none", True)]
+    assert possible_plans(8192, "none", longest=1024, keeps_weights=False) == [Plan(8192, "none")]
 
 
 def test_who_sets_the_length_of_rows_limits_the_memory_and_weights_are_not_kept(card):
@@ -93,6 +92,28 @@ def test_a_run_that_goes_on_keeps_its_plan(card):
     of_earlier_versions = {"tokens": 8192, "checkpointing": "none"}
     assert choose_plan(forward, longest=64, optimizer_bytes=0, **of_earlier_versions) == Plan(8192, "none")
     assert probed == ["none+", "none+", "none"]
+
+
+def test_a_run_that_was_begun_with_kept_weights_goes_on_without_them_where_they_have_no_room(card):
+    forward, probed = card(80)
+    large, small = (estimate(forward.layers, forward.vocab, 0, Plan(8192, "none", keeps)) for keeps in (True, False))
+    fixed = fixed_bytes(forward, 0)
+    forward, probed = card((fixed + (large + small) / 2) / 2**30 / memory.SPARE)
+    begun = asdict(Plan(8192, "none", keeps_weights=True))
+    assert choose_plan(forward, longest=64, optimizer_bytes=0, goes_on=True, **begun) == Plan(8192, "none")
+    assert probed == ["none"]
+
+
+def test_a_run_that_goes_on_and_does_not_fit_is_told_which_rows_to_take(card):
+    forward, _ = card(80, longest=10)
+    for tokens, longest, advised in ((32_768, 64, 8192), (16_384, 9000, 9000), (8192, 64, 4096)):
+        begun = asdict(Plan(tokens, "none"))
+        with pytest.raises(DoesNotFit) as refused:
+            choose_plan(forward, longest=longest, optimizer_bytes=0, goes_on=True, **begun)
+        assert str(refused.value).endswith(
+            "another program may have taken them: this run was begun with such rows; go on, not exactly, with "
+            f"packing_length={advised} resume_despite_changes=true, or free the card of other programs"
+        )
 
 
 def test_memory_that_ends_while_weights_are_unpacked_is_a_plan_that_does_not_fit(card, monkeypatch, log):
@@ -118,10 +139,13 @@ def test_memory_that_ends_while_weights_are_unpacked_is_a_plan_that_does_not_fit
 def test_inputs_that_the_host_cannot_hold_are_a_plan_that_does_not_fit(card, monkeypatch):
     forward, probed = card(80)
     monkeypatch.setattr(memory, "free_memory", lambda device: 4 << 20)
-    with pytest.raises(
-        DoesNotFit, match=r"and 0\.0 GiB of the host's memory, of which it may take 0\.0: lower packing"
-    ):
+    with pytest.raises(DoesNotFit) as refused:
         choose_plan(forward, 16384, "offload", 64, 0)
+    assert str(refused.value) == (
+        "rows of 16,384 tokens, activation_checkpointing offload needs 0.0 GiB of the host's memory, of which it may "
+        "take 0.0: lower packing_length, max_seq_length or lora_rank, set activation_checkpointing to auto, or free "
+        "the host's memory or raise the container's limit"
+    )
     assert probed == []
     assert choose_plan(forward, 8192, "offload", 64, 0) == Plan(8192, "offload"), (
         "2 layers x 8,192 x 64 values x 4 bytes"
@@ -177,8 +201,20 @@ def test_a_probe_keeps_room_for_both_moments_of_an_optimizer_on_the_card(card, m
 
 def test_where_nothing_fits_the_remedies_are_named(card):
     forward, _ = card(80, longest=10)
-    with pytest.raises(DoesNotFit, match=r"needs about .* GiB, of which 80\.0 are free: lower packing_length"):
-        choose_plan(forward, None, "none", 64, 0)
+    with pytest.raises(DoesNotFit) as refused:
+        choose_plan(forward, 8192, "none", 64, 0)
+    assert re.fullmatch(
+        r"rows of 8,192 tokens, activation_checkpointing none ran out of memory, although by estimate it needs "
+        r"0\.\d GiB, and 80\.0 were free; another program may have taken them: lower "
+        r"packing_length, max_seq_length or lora_rank, set activation_checkpointing to auto, or free the card of other "
+        r"programs",
+        str(refused.value),
+    )
+    with pytest.raises(DoesNotFit, match="may have taken them: lower max_seq_length or lora_rank, or free the card"):
+        choose_plan(forward, None, "auto", 64, 0)
+    forward, _ = card(0.001, longest=10)
+    with pytest.raises(DoesNotFit, match=r"needs about 0\.\d GiB, of which 0\.0 are free: lower packing_length, "):
+        choose_plan(forward, 8192, "auto", 64, 0)
 
 
 def test_rows_are_never_shorter_than_a_sample_may_be(card):
@@ -205,10 +241,12 @@ def test_the_estimates_are_those_that_were_measured(tmp_path):
         (7309, "none", 22.4),  # from here on 2026-11-27: the longest rows of one update, with limits of 8,192, 16,384
         (14602, "none", 39.7),
         (29199, "full", 14.7),  # and 32,768
+        (14602, "none+", 50.4),  # the next two with cuDNN's attention
+        (32768, "selective", 37.0),
     ):
-        predicted = estimate(forward.layers, forward.vocab, fixed, Plan(tokens, kept)) / 2**30
+        plan = Plan(tokens, kept.rstrip("+"), kept.endswith("+"))
+        predicted = estimate(forward.layers, forward.vocab, fixed, plan) / 2**30
         assert predicted == pytest.approx(gib, rel=0.1), kept
-    assert "none 2" in table(forward, 8192, 0)
 
 
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151_936}
@@ -239,11 +277,12 @@ def test_kept_weights_take_two_bytes_a_value_and_nothing_is_unpacked_beside_them
 
 def test_what_layers_keep_grows_with_the_length_of_a_row(tmp_path):
     """28 layers keep 64 values of a token between the halves of `down`'s low-rank path, and all but `offload` 4,096 of
-    their input; a layer's backward needs 69,632 more, and twice its input where that comes from the host."""
+    their input; a layer's backward needs 69,632 more, twice its input where that comes from the host, and 5.2 bytes
+    for each of a context's 4,096 values."""
     forward = sketch_chatglm3(tmp_path, 4)
     for kept, values in (("offload", 28 * 64 + 2 * 4096 + 74_624), ("full", 28 * (4096 + 64) + 74_624)):
         short, long = (estimate(forward.layers, 65_024, 0, Plan(tokens, kept)) for tokens in (65_536, 131_072))
-        assert long - short == 2 * 65_536 * values, kept
+        assert long - short == 2 * 65_536 * values + int(65_536 * 4096 * 5.2), kept
 
 
 def test_what_is_counted_for_kept_weights_is_what_is_kept(bits):
@@ -259,17 +298,17 @@ def test_what_is_counted_for_kept_weights_is_what_is_kept(bits):
     assert one - other == sum(storages.values()) - widest
 
 
-def test_an_attention_that_needs_a_workspace_is_counted_with_it(tmp_path):
+def test_the_workspace_of_cudnns_attention_is_counted_on_every_machine(monkeypatch, tmp_path):
     forward = sketch_chatglm3(tmp_path, 4)
-    before = estimate(forward.layers, forward.vocab, 0, Plan(65_536, "full"))
-    forward.layers[0].attention = CUDNN
-    assert estimate(forward.layers, forward.vocab, 0, Plan(65_536, "full")) - before == int(65_536 * 4096 * 5.2)
+    whole = estimate(forward.layers, forward.vocab, 0, Plan(65_536, "full"))
+    monkeypatch.setattr(memory, "WORKSPACE", 0)
+    assert whole - estimate(forward.layers, forward.vocab, 0, Plan(65_536, "full")) == int(65_536 * 4096 * 5.2)
 
 
 def test_rows_that_are_recorded_share_no_memory_with_the_head(monkeypatch, tmp_path):
     forward = sketch_chatglm3(tmp_path, 4)
     before = estimate(forward.layers, forward.vocab, 0, Plan(8192, "none"))
-    monkeypatch.setattr(memory, "suits", lambda layers, checkpointing, tokens: True)
+    monkeypatch.setattr(memory, "pays", lambda layer, checkpointing, tokens: True)
     more = estimate(forward.layers, forward.vocab, 0, Plan(8192, "none")) - before
     assert more == 2 * 2**28 + 8192 * 3 * 4096 * 2, "two pieces of logits, and three tensors of hidden size"
 
@@ -284,9 +323,32 @@ def test_an_input_on_the_host_takes_a_power_of_two(tmp_path):
 def test_plans_are_listed_with_their_memory(tmp_path):
     forward = sketch_chatglm3(tmp_path, 4)
     lines = list_plans(forward, possible_plans(None, "auto", 1024, samples=16), 0).splitlines()
-    assert lines[0] == "A run takes the first of these that fits the card's free memory, in GiB by estimate:"
-    assert lines[1] == "    54.6  rows of 16,384 tokens, activation_checkpointing none, weights kept unpacked"
-    assert lines[2] == "    43.9  rows of 16,384 tokens, activation_checkpointing none"
+    assert lines == [
+        "A run takes the first of these that needs less than 92% of the card's free memory (GiB by estimate) and "
+        "passes a trial:",
+        "    54.9  rows of 16,384 tokens, activation_checkpointing none, weights kept unpacked",
+        "    44.3  rows of 16,384 tokens, activation_checkpointing none",
+        "    35.4  rows of 8,192 tokens, activation_checkpointing none, weights kept unpacked",
+        "    24.5  rows of 8,192 tokens, activation_checkpointing none",
+        "    14.8  rows of 4,096 tokens, activation_checkpointing none",
+        "    10.1  rows of 2,048 tokens, activation_checkpointing none",
+        "     9.0  rows of 4,096 tokens, activation_checkpointing selective",
+        "     7.9  rows of 8,192 tokens, activation_checkpointing full",
+        "     6.4  rows of 4,096 tokens, activation_checkpointing full",
+        "     6.3  rows of 8,192 tokens, activation_checkpointing offload",
+        "     5.6  rows of 4,096 tokens, activation_checkpointing offload",
+        "     5.2  rows of 2,048 tokens, activation_checkpointing offload",
+    ], "and none that needs no less than one before it"
+
+
+def test_plans_that_need_no_less_than_one_that_failed_are_not_tried(card):
+    forward, probed = card(80, longest=2047)
+    with pytest.raises(DoesNotFit):
+        choose_plan(forward, None, "auto", 64, 0)
+    sizes = [estimate(forward.layers, forward.vocab, 0, plan) for plan in possible_plans(None, "auto", 64)]
+    lowest = [size for at, size in enumerate(sizes) if size < min(sizes[:at], default=size + 1)]
+    kept = sum(plan.keeps_weights for plan in possible_plans(None, "auto", 64))
+    assert len(probed) - kept == len(lowest) < len(sizes), "a plan of kept weights is left once more"
 
 
 def test_a_base_of_16_bits_counts_two_bytes_a_value_and_none_to_unpack_it(tmp_path):

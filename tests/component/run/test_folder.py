@@ -371,6 +371,27 @@ def test_what_is_kept_of_an_adapter_cannot_become_another(make_folder):
     assert folder.take_start("auto", despite_changes=False).plan == folder.plan
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"settings": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}},
+        {"settings": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}},
+        {"world_size": 2},
+    ],
+)
+def test_rows_are_laid_out_anew_where_an_update_has_other_samples(make_folder, changed):
+    identity = {
+        "settings": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1.0},
+        "world_size": 1,
+    }
+    folder = make_folder(identity=identity)
+    folder.plan = {"tokens": 64, "checkpointing": "none"}
+    write(folder, "checkpoint-5", 5)
+    same = RunFolder(folder.path, identity | {"settings": identity["settings"] | {"learning_rate": 2.0}})
+    assert same.take_start("auto", despite_changes=True).plan == folder.plan
+    assert RunFolder(folder.path, identity | changed).take_start("auto", despite_changes=True).plan is None
+
+
 def test_a_final_that_leads_nowhere_is_set_aside(make_folder, tmp_path):
     folder = make_folder(5)
     (folder.path / FINAL).symlink_to(tmp_path / "nowhere")
