@@ -114,7 +114,6 @@ def train(cli: argparse.Namespace, watch) -> None:
 
 def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, watch):
     """Train from the data to the final adapter, in a folder that this run has locked. Returns the trained model."""
-    import torch
     from loguru import logger
 
     from component.data.cache import limit_cache
@@ -177,7 +176,6 @@ def fine_tune(args, training_args, data_format: str, tokenizer, folder, start, w
     # 5. Results
     publish_results(trainer, result, folder, start)
     forward.leave()  # so that weights kept unpacked and CUDA graphs leave their memory to a score
-    torch.cuda.empty_cache()
     return trainer.model
 
 

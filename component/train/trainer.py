@@ -191,7 +191,8 @@ class LoRATrainer(Trainer):
         Raises:
             NumericError: the update is not finite, and may not be left out.
         """
-        self.updates.fetch()
+        if self.state.global_step + 1 < self.state.max_steps:  # the run's last update has none behind it
+            self.updates.fetch()
         self.sum_gradients()
         norm = self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm or math.inf)
         if isinstance(self.optimizer, FusedAdamW):
