@@ -110,8 +110,7 @@ class FrozenProjection:
             if base.weight.shape == part.shape and base.weight.dtype == part.dtype:
                 base.weight.data = part
         self.downs = projection.down().t() if projection.paths else None  # (in_features, rank)
-        paths = [] if self.room else projection.paths
-        self.paths = [(path, path.up.detach().to(projection.dtype).t()) for path in paths]
+        self.ups = projection.ups() if projection.paths and not self.room else None  # (width, rank)
 
     @staticmethod
     def spare_columns(projection: Projection, wide: bool) -> int:
@@ -122,7 +121,7 @@ class FrozenProjection:
         """The same bases alone, in the same memory."""
         base = copy(self)
         base.weight = self.weight[:, : self.in_features]
-        base.room, base.downs, base.paths = 0, None, []
+        base.room, base.downs, base.ups = 0, None, None
         return base
 
     def swiglu(self, gate_up: torch.Tensor, seeds: None) -> tuple[torch.Tensor, None]:
@@ -133,16 +132,13 @@ class FrozenProjection:
         if self.room:
             wide = x.as_strided((len(x), self.weight.shape[1]), (x.stride(0), 1))
             torch.mm(x, self.downs, out=wide[:, self.in_features :])
-            return self.product(wide), None
-        out = self.product(x)
-        if self.paths:
-            low = x @ self.downs
-            for path, up in self.paths:
-                out[:, path.columns].addmm_(low[:, path.ranks], up, alpha=path.scaling)
-        return out, None
+            return self.product(wide, self.weight), None
+        if self.ups is None:
+            return self.product(x, self.weight), None
+        return self.product(x @ self.downs, self.ups).addmm_(x, self.weight.t()), None
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight.t() if self.bias is None else torch.addmm(self.bias, x, weight.t())
 
 
 class Decoder:

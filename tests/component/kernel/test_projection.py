@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from component.kernel.decoder import FrozenProjection
 from component.kernel.model import PackedForward
 from component.kernel.plain import empty_with_room
 
@@ -34,6 +35,18 @@ def test_an_update_below_the_rounding_of_half_precision_arrives(bits, name, rank
         output, _ = projection.forward(x, None)
     assert share_that_arrives(output, without, small * update) == pytest.approx(1, abs=0.2)
     assert share_that_arrives(without + (small * update).bfloat16(), without, small * update) < 0.5
+
+
+@pytest.mark.parametrize(("name", "rank"), [("qkv", 16), ("qkv", 12), ("out", 16)])
+def test_what_decodes_rounds_as_what_trains(bits, name, rank):
+    model = make_model("qwen2", rank=rank, dtype=torch.bfloat16, bits=bits)
+    projection = getattr(PackedForward(model, 64).layers[0], name)
+    x = torch.randn(9, projection.in_features).bfloat16()
+    with torch.no_grad():
+        frozen = FrozenProjection(projection, wide=False)
+        outputs = [part.forward(x, None)[0] for part in (projection, frozen)]
+        assert torch.equal(*outputs)
+        assert torch.equal(frozen.without_adapter().forward(x, None)[0], frozen.product(x, projection.weight()))
 
 
 def bytes_of_storages(model: torch.nn.Module) -> int:
