@@ -22,8 +22,8 @@ class Blocks(NamedTuple):
 
 
 @triton.jit
-def kept(rows, columns, width, seed, limit):
-    """Elements of plain.dropout_mask at these places."""
+def survives(rows, columns, width, seed, limit):
+    """Whether elements at these places are not dropped: those of plain.dropout_mask."""
     x = (rows * width).to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32) + columns.to(tl.uint32) * 0x9E3779B1
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -48,7 +48,7 @@ def masked_kernel(x_ptr, out_ptr, width, stride, seed_ptr, limit, SIZE: tl.const
     columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = columns < width
     x = tl.load(x_ptr + row * stride + columns, inside, 0.0)
-    x = tl.where(kept(row, columns, width, seed, limit), x, 0.0).to(x.dtype)
+    x = tl.where(survives(row, columns, width, seed, limit), x, 0.0).to(x.dtype)
     tl.store(out_ptr + row * width + columns, x, inside)
 
 
@@ -100,7 +100,7 @@ def lora_down_kernel(
     for start in range(0, width, WIDTH):
         columns = start + tl.arange(0, WIDTH)
         x = tl.load(x_rows + columns[None, :], (rows[:, None] < tokens) & (columns[None, :] < width), 0.0)
-        x = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), x, 0.0).to(x.dtype)
+        x = tl.where(survives(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), x, 0.0).to(x.dtype)
         down = tl.load(
             down_ptr + ranks[None, :] * width + columns[:, None],
             (ranks[None, :] < rank) & (columns[:, None] < width),
@@ -148,7 +148,7 @@ def lora_down_grad_kernel(
             inside[:, None] & (columns[None, :] < width),
             0.0,
         )
-        x = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), x, 0.0).to(x.dtype)
+        x = tl.where(survives(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), x, 0.0).to(x.dtype)
         grad = tl.load(
             grad_ptr + rows[None, :].to(tl.int64) * rank + ranks[:, None],
             inside[None, :] & (ranks[:, None] < rank),
@@ -196,7 +196,7 @@ def lora_input_grad_kernel(
         down_ptr + ranks[:, None] * width + columns[None, :], (ranks[:, None] < rank) & (columns[None, :] < width), 0.0
     )
     share = tl.dot(grad, down) * scale
-    share = tl.where(kept(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), share, 0.0)
+    share = tl.where(survives(rows[:, None].to(tl.int64), columns[None, :], width, seed, limit), share, 0.0)
     places = total_ptr + rows[:, None].to(tl.int64) * stride + columns[None, :]
     inside = (rows[:, None] < tokens) & (columns[None, :] < width)
     total = tl.load(places, inside, 0.0)

@@ -10,10 +10,10 @@ from .triton_low_rank import (
     Blocks,
     block_of,
     fits,
-    kept,
     lora_down_,
     lora_down_grad,
     lora_input_grad_,
+    survives,
 )
 
 LOW = Blocks(32, 128, 4, 3)
@@ -78,7 +78,7 @@ def swiglu_low_kernel(
         wide = gate.to(tl.float32)
         activated = wide * logistic(wide) * up
         tl.store(outs + columns[None, :], activated.to(gate.dtype), inside)
-        activated = tl.where(kept(rows, columns[None, :], width, seed, limit), activated, 0.0)
+        activated = tl.where(survives(rows, columns[None, :], width, seed, limit), activated, 0.0)
         total = tl.dot(activated.to(gate.dtype), down, total)
     places = low_ptr + rows.to(tl.int64) * low_stride + ranks
     tl.store(places, (total * scale).to(low_ptr.dtype.element_ty), (rows < tokens) & (ranks < rank))
@@ -191,8 +191,8 @@ def swiglu_backward_kernel(
         if RANK:
             whole, factor = activated * up, scale
             if DROPS:
-                keeps = kept(rows, columns, width, seed, limit)
-                whole, factor = tl.where(keeps, whole, 0.0), tl.where(keeps, scale, 0.0)
+                alive = survives(rows, columns, width, seed, limit)
+                whole, factor = tl.where(alive, whole, 0.0), tl.where(alive, scale, 0.0)
             grad += through_down * factor
             down_total = tl.dot(tl.trans(low_grad), whole.to(gate.dtype), down_total)
         up_grad = (grad * activated).to(gate.dtype)
