@@ -176,6 +176,14 @@ def test_ranks_plan_with_the_fullest_card_and_so_try_the_same_plans(card, monkey
     assert probed == ["offload"]
 
 
+def test_a_rank_frees_kept_weights_if_the_plan_failed_on_another(card, monkeypatch):
+    forward, probed = card(80)
+    answers = iter([0, 1])  # of the least of all ranks, the first time a plan is tried and the second
+    monkeypatch.setattr(memory, "least", lambda number, device: next(answers) if number in (0, 1) else number)
+    assert choose_plan(forward, 8192, "none", 64, 0, keeps_weights=True) == Plan(8192, "none")
+    assert probed == ["none+", "none", "none"]
+
+
 def test_a_probe_has_samples_as_long_as_may_be_and_room_for_the_optimizer(monkeypatch):
     model = make_model("llama")
     forward, rows, sizes = PackedForward(model, 24), [], []
