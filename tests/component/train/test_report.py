@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from bitsandbytes.optim import AdamW
 from loguru import logger
 from torch import nn
 from transformers import TrainingArguments
@@ -8,7 +11,15 @@ from transformers.trainer_utils import SchedulerType
 from component.data.formats import parse_chatglm3
 from component.data.render import render_chatglm3
 from component.run.log import CHATTER, configure_logging, redact
-from component.train.report import SCHEDULES, describe_schedule, parameter_table, plot_loss, render_sample
+from component.train.adamw import FusedAdamW
+from component.train.report import (
+    SCHEDULES,
+    describe_schedule,
+    describe_ways,
+    parameter_table,
+    plot_loss,
+    render_sample,
+)
 
 
 def test_parameters_are_counted_by_dtype_and_trainability():
@@ -123,3 +134,16 @@ def test_what_libraries_tell_their_developers_is_silent_and_nothing_else_is(monk
         speaker.warning(f"{beginning} %s", "…")
         speaker.warning("a warning of %s", name)
         assert said == [f"a warning of {name}"]
+
+
+@pytest.mark.parametrize(
+    ("graphs", "optimizer", "said"),
+    [
+        (object(), FusedAdamW, "attention cuDNN, rows as CUDA graphs, AdamW in one launch"),
+        (None, AdamW, "attention cuDNN, rows launched kernel by kernel, optimizer AdamW"),
+        (None, torch.optim.SGD, "attention cuDNN, rows launched kernel by kernel, optimizer SGD"),
+    ],
+)
+def test_one_line_says_by_which_ways_a_run_computes(graphs, optimizer, said):
+    layer = SimpleNamespace(attention=SimpleNamespace(name="cuDNN"))
+    assert describe_ways(SimpleNamespace(layers=[layer], graphs=graphs), optimizer) == said
