@@ -17,7 +17,8 @@ from .triton_low_rank import (
 )
 
 LOW = Blocks(32, 128, 4, 3)
-BACKWARD = Blocks(32, 64, 4, 3)
+BACKWARD = Blocks(64, 32, 4, 1)
+HOPPER_BACKWARD = Blocks(32, 64, 4, 3)  # their products read shared memory, and leave registers free
 WIDE_BACKWARD = Blocks(64, 32, 8, 1)
 PROGRAMS = 1712  # that share the backward of a row
 
@@ -99,7 +100,9 @@ def swiglu_backward_(
     ranks = (rank, *(0 if low is None else low.shape[1] for low in halves or ()))
     if halves is None or not any(ranks) or not fits(grad, *ranks):
         return separate_backward_(grad, gate_up, low_grad, down, dropout, seed, lows)
-    blocks = BACKWARD if sum(block_of(rank) for rank in ranks if rank) <= 192 else WIDE_BACKWARD
+    blocks = HOPPER_BACKWARD if is_hopper_or_server_blackwell(grad.device) else BACKWARD
+    if sum(block_of(rank) for rank in ranks if rank) > 192:
+        blocks = WIDE_BACKWARD
     columns = triton.cdiv(width, blocks.width)
     parts = max(1, min(PROGRAMS // columns, triton.cdiv(tokens, 8 * blocks.tokens)))
     share = triton.cdiv(triton.cdiv(tokens, parts), blocks.tokens) * blocks.tokens  # tokens that one program sums over
@@ -118,6 +121,10 @@ def swiglu_backward_(
         start = rank * width + part.start * ranks[1]
         ups.append(total[start : start + size[0] * size[1]].view(size))
     return None if low_grad is None else total[: rank * width].view(rank, width), ups
+
+
+def is_hopper_or_server_blackwell(device: torch.device) -> bool:
+    return device.type != "cpu" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def by_half(lows: list[tuple[slice, torch.Tensor]], width: int) -> list[torch.Tensor | None] | None:
