@@ -328,7 +328,7 @@ def test_each_signal_has_its_exit_code_and_a_checkpoint_of_the_very_step(stopped
 @pytest.mark.parametrize(
     "settings",
     [
-        {"train_sampling_strategy": "group_by_length"},
+        pytest.param({"train_sampling_strategy": "group_by_length"}, marks=pytest.mark.slow),
         pytest.param({"packing": False}, marks=pytest.mark.slow),
         {"dataloader_num_workers": 2},
         pytest.param(
