@@ -217,9 +217,9 @@ def test_a_client_that_does_not_read_is_given_up(start, write, monkeypatch, stre
 
 
 def test_a_client_that_reads_slowly_gets_everything(start, write, monkeypatch):
-    monkeypatch.setattr("component.serve.server.SEND_SECONDS", 0.2)
+    monkeypatch.setattr("component.serve.server.SEND_SECONDS", 0.6)
     server = start()
-    server.engine.answers = [write("\n " + "word " * 100)]
+    server.engine.answers = [write("\n " + "word " * 400)]
     connection, received = unread(server, stream=True), b""
     connection.settimeout(5)
     while not received.endswith(b"0\r\n\r\n"):
