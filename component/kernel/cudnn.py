@@ -83,6 +83,7 @@ class Plan:
         self.workspace = self.graph.get_workspace_size()
 
     def declare(self) -> None:
+        """Describe the inputs, the operation and the outputs; a plan for each direction does so."""
         raise NotImplementedError
 
     def column(self, name: str, count: int, kind):
@@ -145,6 +146,7 @@ class BackwardPlan(Plan):
 
 
 def forward(query, key, value, bounds, scale: float, room: int = 0) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """attention.Attention's forward. `saved` is the log-sums of all scores (tokens, heads), and `pad_samples`."""
     tokens, heads, head_dim = query.shape
     context = plain.empty_with_room(tokens, heads * head_dim, 0 if room % ALIGNMENT else room, query)
     log_sums = query.new_empty(tokens, heads, dtype=torch.float32)
@@ -155,6 +157,8 @@ def forward(query, key, value, bounds, scale: float, room: int = 0) -> tuple[tor
 
 
 def backward(grad, query, key, value, context, saved, bounds, scale: float) -> torch.Tensor:
+    """attention.Attention's backward. Rows of `query` and of the result must be equally wide: cuDNN 9.19 writes wrong
+    gradients otherwise."""
     log_sums, ends, lengths = saved
     if grad.stride(0) % ALIGNMENT:
         grad = grad.clone(memory_format=torch.contiguous_format)
